@@ -1,0 +1,1 @@
+"""Speed and memory of every stage beside its limit: `python -m benchmarks.run`."""

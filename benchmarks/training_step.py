@@ -1,0 +1,177 @@
+"""A training step of 2,048 rows (forward, loss, backward, clipping, AdamW) against its bare matrix products."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.measure import Row, median, ratio, rounds, timed
+from benchmarks.setting import Setting
+
+STAGE = "training_step"
+STEP_ROWS = 2048
+
+
+def measure(setting: Setting) -> list[Row]:
+    import torch
+
+    from benchmarks import plain
+
+    source = offline_rows(setting.prepare("targets"))
+    first, last = step_windows(setting, source)[-1]
+    load = [*range(first, last)]
+    rows_of = {}
+    runs: dict[str, Callable[[], Any]] = {}
+    for precision, dtype in (("no", "float32"), ("bf16", "bfloat16")):
+        trainer = make_trainer(setting, source, precision)
+        rows_of[dtype] = rows = int(source.window_rows()[load].sum())
+        runs[f"step {dtype}"] = lambda trainer=trainer, rows=rows: step(trainer, load, rows)
+        runs[f"bare {dtype}"] = bare_products(trainer, rows, getattr(torch, dtype))
+    seconds = rounds(runs, setting.repeats, device=setting.device)
+    found = []
+    for dtype, target in (("float32", 0.9), ("bfloat16", 0.8)):
+        share = ratio(seconds, f"bare {dtype}", f"step {dtype}")
+        rate = rows_of[dtype] / median(seconds[f"step {dtype}"])
+        detail = f"{rate:.0f} of {rows_of[dtype] / median(seconds[f'bare {dtype}']):.0f} tokens/s, optimiser included"
+        if dtype == "float32":
+            detail += f"; dense textbook step {plain_rate(setting, source, plain):.0f} tokens/s"
+        found.append(Row(STAGE, f"rate of the bare products, {dtype}", share, ">=", target, "x", detail))
+    gain = ratio(seconds, "step float32", "step bfloat16")
+    bare_gain = ratio(seconds, "bare float32", "bare bfloat16")
+    detail = f"the bare products themselves give {bare_gain:.2f} here"
+    found.append(Row(STAGE, "bf16 step, of float32", gain, ">=", 1.5, "x", detail, applies=bare_gain >= 1.5))
+    return found
+
+
+def step_windows(setting: Setting, source: Any) -> list[tuple[int, int]]:
+    """Window ranges whose rows are about STEP_ROWS."""
+    windows = len(source.window_rows())
+    size = max(STEP_ROWS // setting.stride, 1)
+    return [(start, min(start + size, windows)) for start in range(0, windows - windows % size or windows, size)]
+
+
+def offline_rows(setting: Setting) -> Any:
+    """The trainer's own source of rows."""
+    from knn_utils.row_sources import OfflineRows
+
+    config = setting.memory_config()
+    return OfflineRows(
+        setting.windows(),
+        setting.targets_path,
+        setting.dstore_path,
+        vocabulary=config.vocab_size,
+        dim=config.hidden_size,
+        layer_position=-1,
+    )
+
+
+def make_trainer(setting: Setting, source: Any, precision: str) -> Any:
+    """A `MemoryTrainer` in a precision; each has a state of its own, though they share the process."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from utils.trainer_arguments import TrainerArguments, training_settings
+    from utils.training import MemoryTrainer
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision=precision, cpu=setting.device == "cpu")
+    arguments = TrainerArguments(num_train_epochs=1000, per_device_train_batch_size=1)
+    memory = setting.memory().train()
+    return MemoryTrainer(memory, source, training_settings(arguments, seed=0), {}, accelerator=accelerator)
+
+
+def step(trainer: Any, load: list[int], rows: int) -> None:
+    """One step as the trainer takes it; its reading runs in the background there, and is a row of its own."""
+    import numpy as np
+
+    windows = np.asarray(load)
+    sums = trainer._backward(trainer.step, windows, True, trainer.source.read(windows), rows)
+    trainer._finish_step(sums, windows, rows)
+
+
+def bare_products(trainer: Any, rows: int, dtype: Any) -> Callable[[], None]:
+    """Forward and backward products of stack and head, same shapes and pieces, into buffers made beforehand.
+
+    The gradient of the first block's input is not among them: nobody needs it.
+    """
+    import torch
+
+    from utils.cal_loss import _row_bounds
+
+    memory = trainer.memory_for_reading()
+    device = memory.lm_head.weight.device
+    micro = min(trainer.micro_rows, rows)
+    head = memory.lm_head.weight.detach().to(dtype)
+    bounds = _row_bounds(micro, head.shape[0] * head.element_size(), None, device.type)
+    chunk = max(b - a for a, b in itertools.pairwise(bounds))
+    layers = []
+    for number, block in enumerate(memory.blocks):
+        # (out, in) whatever the family's layer class stores
+        shapes = [matrix_shape(module) for module in block.modules() if is_matrix(module)]
+        for place, (out, width) in enumerate(shapes):
+            layers.append(
+                (
+                    torch.randn(out, width, device=device).to(dtype),
+                    torch.randn(micro, width, device=device).to(dtype),
+                    torch.randn(micro, out, device=device).to(dtype),
+                    number > 0 or place == len(shapes) - 1,
+                )
+            )
+    outputs = [torch.empty_like(grad) for _, _, grad, _ in layers]
+    input_grads = [torch.empty_like(x) for _, x, _, _ in layers]
+    weight_grads = [torch.empty_like(weight) for weight, *_ in layers]
+    hidden = torch.randn(micro, head.shape[1], device=device).to(dtype)
+    logits = torch.empty(chunk, head.shape[0], device=device, dtype=dtype)
+    hidden_grad, head_grad = torch.empty_like(hidden), torch.empty_like(head)
+    logits.normal_()
+
+    def run() -> None:
+        for _ in range(max(round(rows / micro), 1)):
+            for (weight, x, _, _), output in zip(layers, outputs, strict=True):
+                torch.mm(x, weight.t(), out=output)
+            for start, stop in itertools.pairwise(bounds):
+                piece, z = hidden[start:stop], logits[: stop - start]
+                torch.mm(piece, head.t(), out=z)
+                torch.mm(z, head, out=hidden_grad[start:stop])
+                torch.mm(z.t(), piece, out=head_grad)
+            for (weight, x, grad, needs_input), input_grad, weight_grad in zip(
+                layers, input_grads, weight_grads, strict=True
+            ):
+                if needs_input:
+                    torch.mm(grad, weight, out=input_grad)
+                torch.mm(grad.t(), x, out=weight_grad)
+
+    return run
+
+
+def is_matrix(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.ndim == 2
+
+
+def matrix_shape(module: Any) -> tuple[int, int]:
+    """(out, in) of a Linear, or of GPT-2's Conv1D, which stores its weight the other way round."""
+    shape = tuple(module.weight.shape)
+    return shape if hasattr(module, "out_features") else shape[::-1]
+
+
+def plain_rate(setting: Setting, source: Any, plain: Any, windows: int = 1) -> float:
+    """Tokens/s of the dense textbook step, building its target included."""
+    import numpy as np
+    import torch
+
+    memory = setting.memory().train()
+    optimizer = torch.optim.AdamW(memory.parameters(), lr=1e-4)
+    chosen = np.arange(len(source.window_rows()) - windows, len(source.window_rows()))
+    rows = source.rows(source.read(chosen))
+    ends = [0, *rows.id_cnt.cumsum(0).tolist()]
+    lists = [(rows.token_id[a:b].tolist(), rows.prob[a:b].float().tolist()) for a, b in itertools.pairwise(ends)]
+
+    def run() -> None:
+        target = plain.dense_target(lists, source.vocabulary).to(setting.device)
+        hidden, labels = rows.hidden.float().to(setting.device), rows.label.long().to(setting.device)
+        plain.training_step(memory, optimizer, hidden, labels, target)
+
+    timed(run, setting.device)
+    return len(lists) / timed(run, setting.device)

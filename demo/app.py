@@ -1,0 +1,162 @@
+"""A page to look inside: both continuations of a prompt, and what the memory did to each of their tokens.
+
+    python -m demo.app                                    the memory that scripts/quickstart.sh trained
+    python -m demo.app --model_name_or_path BASE --knn_generator_path MEMORY [--dstore_path … --index_path …
+        --dataset_name …]
+
+Served on this machine's loopback address unless --host says otherwise; the page loads nothing from elsewhere. This
+module joins models, HTML and Gradio; how tokens are made, inspected and drawn is in the modules beside it.
+"""
+
+from __future__ import annotations
+
+if __package__ in (None, ""):
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import contextlib
+import errno
+import importlib.util
+import ipaddress
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from demo.opening import Pair, PairArguments, choose_pair, open_pair
+from utils.arguments import flag, parse
+from utils.errors import InputError, command
+
+# The browser enforces what the page is built to do: nothing is loaded from elsewhere.
+CONTENT_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
+    "frame-ancestors 'none'"
+)
+
+
+@dataclass
+class PageArguments:
+    """Where the page is served, and where training passages are looked up."""
+
+    host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
+    port: int = flag(7860, "port to listen on; 0 takes any free one")
+    dstore_path: str | None = flag(None, "datastore for the nearest training passages")
+    index_path: str | None = flag(None, "its FAISS index")
+    dataset_name: str | None = flag(None, "the windows folder that it was written from")
+    dataset_split_name: str = flag("train", "split of the windows that the datastore holds")
+    passages: int = flag(3, "training passages shown for a token; 0 for none")
+    candidates: int = flag(6, "candidates shown of base, memory and mixture each")
+
+
+def main() -> None:
+    pair_arguments, page_arguments = parse(PairArguments, PageArguments, description=__doc__.split("\n")[0])
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError('the page needs the package gradio; install it with: pip install -c constraints.txt ".[demo]"')
+    for name, least in (("passages", 0), ("candidates", 1)):
+        if getattr(page_arguments, name) < least:
+            raise InputError(f"--{name} {getattr(page_arguments, name)}: expected {least} or more")
+    pair = choose_pair(pair_arguments)
+    with listen(page_arguments.host, page_arguments.port) as listener:
+        joint, tokenizer = open_pair(pair, pair_arguments)
+        # Read when Gradio is imported.
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        from demo.layout import build
+        from demo.viewer import Viewer
+
+        viewer = Viewer(
+            joint,
+            tokenizer,
+            open_passages(page_arguments, pair, joint, tokenizer),
+            passage_count=page_arguments.passages,
+            candidate_count=page_arguments.candidates,
+        )
+        serve(build(viewer, pair), listener)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to host and port. Raises InputError when the port is taken or the address is none of ours."""
+    if not 0 <= port <= 65535:
+        raise InputError(f"--port {port}: expected a number from 0 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise InputError(f"--host {host}: is no address of this machine ({error.strerror})") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        if isinstance(error, PermissionError):
+            raise InputError(f"--port {port}: may not be used by this user; choose one from 1024 on") from None
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(f"--port {port}: is in use; choose another, or 0 for any free one") from None
+        raise InputError(f"--host {host}: is no address of this machine ({error.strerror})") from None
+    return listener
+
+
+def open_passages(arguments: PageArguments, pair: Pair, joint: Any, tokenizer: Any) -> Any:
+    """The training passages of the flags, else of the quickstart; None where there are none."""
+    named = (arguments.dstore_path, arguments.index_path, arguments.dataset_name)
+    found = (pair.dstore_path, pair.index_path, pair.dataset_name)
+    if arguments.passages == 0 or not any(named + found):
+        return None
+    from demo.passages import Passages
+    from utils.loading import say
+
+    try:
+        return Passages(
+            *(named if any(named) else found),
+            tokenizer,
+            split=arguments.dataset_split_name,
+            dim=joint.config.hidden_size,
+            layer_position=joint.layer_position,
+        )
+    except InputError as error:
+        if any(named):
+            raise
+        say(f"no training passages are shown: {error}")
+        return None
+
+
+def serve(blocks: Any, listener: socket.socket) -> None:
+    """Serve the page on `listener` until the process is interrupted."""
+    import uvicorn
+    from fastapi import FastAPI
+
+    from demo.layout import mount
+
+    application = FastAPI(openapi_url=None)
+    mount(application, blocks)
+    host, port = listener.getsockname()[:2]
+    print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    if not ipaddress.ip_address(host).is_loopback:
+        print("anyone who reaches this address can use the page", flush=True)
+    # Open pages keep a connection open, which is no reason to stay.
+    settings = uvicorn.Config(own_resources_only(application), log_level="warning", timeout_graceful_shutdown=1)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(settings).run(sockets=[listener])
+
+
+def own_resources_only(application: Any) -> Any:
+    """An ASGI application that adds the content policy to every answer of `application`."""
+    policy = (b"content-security-policy", CONTENT_POLICY.encode())
+
+    async def answer(scope: dict, receive: Any, send: Any) -> None:
+        async def send_with_policy(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), policy]}
+            await send(message)
+
+        await application(scope, receive, send_with_policy)
+
+    return answer
+
+
+if __name__ == "__main__":
+    command(main)()

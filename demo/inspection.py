@@ -1,0 +1,110 @@
+"""What the memory does to each token of a text: probabilities of base, memory and mixture, and their top candidates.
+
+Plain numbers from a joint model and token ids; knows nothing of tokenizers, pages or datastores.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from models import MLPMemory
+from models.capture import hidden_and_logits
+from models.mlpMemory import joint_log_probs
+from utils.errors import InputError
+
+SOURCES = ("base", "memory", "mixture")
+ROWS_AT_A_TIME = 64  # positions whose full distributions are held at once, three of them in float32
+
+
+@dataclass(frozen=True)
+class InspectedToken:
+    """A token of a text and what was said of it before it came.
+
+    `base`, `memory`, `mixture`: its log-probability in nats under each. `top`: for each of SOURCES the most probable
+    tokens there, [(token id, probability)], falling.
+    """
+
+    position: int
+    token_id: int
+    base: float
+    memory: float
+    mixture: float
+    top: dict[str, list[tuple[int, float]]]
+
+    @property
+    def moved(self) -> float:
+        """How much the memory moved it: log p_mixture - log p_base, in nats; at least log(1 - lambda)."""
+        return self.mixture - self.base
+
+
+@torch.inference_mode()
+def inspect_tokens(
+    joint: MLPMemory, token_ids: list[int], first: int, top: int = 6
+) -> tuple[list[InspectedToken], torch.Tensor]:
+    """Look at the tokens of a text from number `first` on (at least 1: the first token has nothing before it).
+
+    The probabilities are those of the model itself, at the joint model's lambda and memory temperature, whatever
+    sampling settings the text was made with.
+
+    Returns:
+        The inspected tokens, and the captured hidden states (n, hidden) that each was predicted from: the queries with
+        which a datastore is searched.
+
+    Raises:
+        InputError: `first` is not a number from 1, or the text is longer than the base's context.
+    """
+    context = joint.config.max_position_embeddings
+    if first < 1:
+        raise InputError(f"inspection from token {first}: expected 1 or more")
+    # The last token is predicted, not read.
+    if context is not None and len(token_ids) - 1 > context:
+        raise InputError(f"inspection of {len(token_ids)} tokens: the base's context is {context}")
+    if first >= len(token_ids):
+        return [], torch.empty(0, joint.config.hidden_size)
+    ids = torch.tensor([token_ids[:-1]], device=joint.get_input_embeddings().weight.device)  # (1, time)
+    positions = torch.zeros_like(ids, dtype=torch.bool)
+    positions[:, first - 1 :] = True
+    hidden, base_logits = hidden_and_logits(
+        joint.base_lm, ids, layer_position=joint.layer_position, positions=positions
+    )  # (n, hidden), (n, V)
+    inspected: list[InspectedToken] = []
+    for start in range(0, len(hidden), ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        chosen = token_ids[first:][rows]
+        inspected.extend(_inspect_rows(joint, hidden[rows], base_logits[rows], chosen, first + start, top))
+    return inspected, hidden
+
+
+def _inspect_rows(
+    joint: MLPMemory, hidden: torch.Tensor, base_logits: torch.Tensor, chosen: list[int], position: int, top: int
+) -> list[InspectedToken]:
+    """Inspect consecutive rows: hidden (n, hidden), base_logits (n, V), the n tokens that came, the first's position."""
+    memory_logits = joint.memory_logits(hidden).to(base_logits.device)  # (n, V)
+    scores = {
+        "base": joint_log_probs(base_logits, memory_logits, 0.0, 1.0),
+        "memory": joint_log_probs(base_logits, memory_logits, 1.0, joint.knn_temp),
+        "mixture": joint_log_probs(base_logits, memory_logits, joint.lmbda, joint.knn_temp),
+    }  # (n, V) each
+    wanted = torch.tensor(chosen, device=base_logits.device).unsqueeze(-1)  # (n, 1)
+    own = {name: values.gather(-1, wanted).squeeze(-1).tolist() for name, values in scores.items()}
+    best = {}
+    for name, values in scores.items():
+        log_probability, ids = values.topk(min(top, values.shape[-1]), dim=-1)  # (n, top)
+        best[name] = (ids.tolist(), log_probability.exp().tolist())
+    return [
+        InspectedToken(
+            position=position + row,
+            token_id=token,
+            **{name: own[name][row] for name in SOURCES},
+            top={name: list(zip(best[name][0][row], best[name][1][row], strict=True)) for name in SOURCES},
+        )
+        for row, token in enumerate(chosen)
+    ]
+
+
+def greatest_lowering(lmbda: float, limit: float) -> float:
+    """By how many nats a mixture can lower a probability at most: -log(1 - lambda), or `limit` if that is less."""
+    return min(limit, -math.log1p(-lmbda)) if lmbda < 1 else limit

@@ -1,0 +1,209 @@
+"""The parts of the page that Gradio has no component for, as HTML: running texts, coloured tokens, candidates, passages.
+
+Text in, text out: everything that comes from a model or a corpus is escaped here. Looks are in `page.css`; `page.js`
+shows the details of the token under the pointer. Knows nothing of Gradio or of models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from demo.inspection import SOURCES, InspectedToken, greatest_lowering
+
+FULL_COLOUR = 10.0  # the factor at which a raised probability has the full colour
+SMALLEST_SCALE = math.log(1.25)  # nats; with a small lambda even the greatest lowering is pale
+HEADINGS = {"base": "Base", "memory": "Memory", "mixture": "Base + memory"}
+
+
+@dataclass(frozen=True)
+class ShownPassage:
+    """A training passage as text, and whether the token that followed there is the one that came here."""
+
+    before: str
+    next: str
+    after: str
+    same: bool
+    distance: float
+
+
+@dataclass(frozen=True)
+class ShownToken:
+    """An inspected token with the texts that go with its numbers.
+
+    `candidates`: for each of SOURCES [(text, probability, whether it is the token that came)]. `passages`: None where
+    no datastore is at hand.
+    """
+
+    text: str
+    inspected: InspectedToken
+    candidates: dict[str, list[tuple[str, float, bool]]]
+    passages: list[ShownPassage] | None = None
+
+
+def asset(name: str) -> str:
+    """The text of `page.css` or `page.js`."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def header(lines: Sequence[str]) -> str:
+    """Title and the lines that say which models these are."""
+    told = "".join(f"<span>{escape(line)}</span>" for line in lines)
+    return f'<div class="mlpm mlpm-header"><h1>MLP Memory</h1><p>{told}</p></div>'
+
+
+def status(text: str, *, problem: bool = False) -> str:
+    """A line about the run; a `problem` is announced as an alert."""
+    kind, role = ("mlpm-problem", "alert") if problem else ("", "status")
+    return f'<div class="mlpm mlpm-status {kind}" role="{role}">{escape(text)}</div>'
+
+
+def running_text(side: str, heading: str, prompt: str, text: str, *, running: bool = False) -> str:
+    """A continuation while it is made: the end of the prompt, pale, and what came after it."""
+    cursor = '<span class="mlpm-cursor"></span>' if running else ""
+    shown = f'<span class="mlpm-prompt">{escape(prompt_end(prompt))}</span>{escape(text)}{cursor}' if prompt else ""
+    return (
+        f'<div class="mlpm mlpm-pane mlpm-{side}"><h2>{escape(heading)}</h2>'
+        f'<p class="mlpm-text">{shown or "&nbsp;"}</p></div>'
+    )
+
+
+def prompt_end(prompt: str, characters: int = 160) -> str:
+    """The last line of a prompt that says anything, of about so many characters at most, with an ellipsis where
+    something is left out."""
+    begin = prompt.rstrip().rfind("\n") + 1
+    if len(prompt) - begin > characters:
+        begin = len(prompt) - characters
+        blank = prompt.find(" ", begin)
+        begin = blank if 0 <= blank < len(prompt.rstrip()) else begin
+    return ("… " if begin else "") + prompt[begin:].lstrip(" " if begin else "")
+
+
+def strength(moved: float, lmbda: float) -> float:
+    """Colour of a move in nats, -1 (lowered as far as can be) … 0 … 1 (raised tenfold or more)."""
+    if moved >= 0:
+        return min(moved / math.log(FULL_COLOUR), 1.0)
+    return -min(-moved / _lowering_scale(lmbda), 1.0)
+
+
+def _lowering_scale(lmbda: float) -> float:
+    return max(greatest_lowering(lmbda, math.log(FULL_COLOUR)), SMALLEST_SCALE)
+
+
+def inspector(sides: dict[str, tuple[str, list[ShownToken]]], lmbda: float) -> str:
+    """Coloured tokens of each side, {name: (heading, tokens)}, and the details of each token, one of them visible.
+
+    The first shown is the one that the memory raised most, among the last side's where it has tokens.
+    """
+    active = _most_raised(sides)
+    flows, details = [], []
+    for name, (heading, tokens) in sides.items():
+        shown = [
+            token_button(name, number, token, lmbda, (name, number) == active) for number, token in enumerate(tokens)
+        ]
+        flows.append(
+            f'<div class="mlpm-flow" data-side="{name}"><h2>{escape(heading)}</h2>'
+            f'<p class="mlpm-tokens">{"".join(shown) or "no token"}</p></div>'
+        )
+        details += [token_details(name, number, token, (name, number) == active) for number, token in enumerate(tokens)]
+    return (
+        f'<div class="mlpm mlpm-inspector">{legend(lmbda)}<div class="mlpm-flows">{"".join(flows)}</div>'
+        f'<div class="mlpm-details">{"".join(details)}</div></div>'
+    )
+
+
+def _most_raised(sides: dict[str, tuple[str, list[ShownToken]]]) -> tuple[str, int] | None:
+    for name, (_, tokens) in reversed(sides.items()):
+        if tokens:
+            return name, max(range(len(tokens)), key=lambda number: tokens[number].inspected.moved)
+    return None
+
+
+def legend(lmbda: float) -> str:
+    """What the colours mean; the left end is the most that a mixture with this lambda can lower."""
+    least = math.exp(-_lowering_scale(lmbda))
+    return (
+        '<div class="mlpm-legend"><span>The memory lowered the probability</span>'
+        f'<span class="mlpm-number">{factor(math.log(least))}</span><span class="mlpm-scale"></span>'
+        f'<span class="mlpm-number">×{FULL_COLOUR:g} and more</span><span>raised it</span>'
+        '<span class="mlpm-hint">point at a token to look inside, click to keep it</span></div>'
+    )
+
+
+def token_button(side: str, number: int, token: ShownToken, lmbda: float, active: bool) -> str:
+    """A token in its colour. Line breaks are shown as an arrow, and made."""
+    colour = strength(token.inspected.moved, lmbda)
+    direction = "mlpm-up" if colour >= 0 else "mlpm-down"
+    breaks = "<br>" * token.text.count("\n")
+    return (
+        f'<button type="button" class="mlpm-token {direction}{" mlpm-active" if active else ""}" '
+        f'style="--mlpm-s:{abs(colour):.3f}" data-detail="mlpm-{side}-{number}" '
+        f'tabindex="{0 if active else -1}" aria-label="{escape(visible(token.text))} {factor(token.inspected.moved)}">'
+        f"{escape(token.text.replace(chr(10), '↵')) or '·'}</button>{breaks}"
+    )
+
+
+def token_details(side: str, number: int, token: ShownToken, active: bool) -> str:
+    """Probabilities of a token, the candidates of base, memory and mixture, and the nearest training passages."""
+    inspected = token.inspected
+    direction = "mlpm-up" if inspected.moved >= 0 else "mlpm-down"
+    lists = "".join(_candidates(name, token) for name in SOURCES)
+    return (
+        f'<section class="mlpm-detail" id="mlpm-{side}-{number}"{"" if active else " hidden"}>'
+        f"<h3><code>{escape(visible(token.text))}</code>"
+        f"<span>base <b>{percent(inspected.base)}</b></span><span>memory <b>{percent(inspected.memory)}</b></span>"
+        f"<span>base + memory <b>{percent(inspected.mixture)}</b></span>"
+        f'<span class="mlpm-factor {direction}" style="--mlpm-s:.6">{factor(inspected.moved)}</span></h3>'
+        f'<div class="mlpm-lists">{lists}</div>{_passages(token.passages)}</section>'
+    )
+
+
+def _candidates(name: str, token: ShownToken) -> str:
+    rows = "".join(
+        f"<li{' class=mlpm-chosen' if chosen else ''}><code>{escape(visible(text))}</code>"
+        f'<span class="mlpm-bar"><i style="width:{100 * probability:.1f}%"></i></span>'
+        f'<span class="mlpm-number">{probability:.1%}</span></li>'
+        for text, probability, chosen in token.candidates[name]
+    )
+    return f'<div class="mlpm-list mlpm-from-{name}"><h4>{HEADINGS[name]}</h4><ol>{rows}</ol></div>'
+
+
+def _passages(passages: list[ShownPassage] | None) -> str:
+    if passages is None:
+        return ""
+    rows = "".join(
+        f"<li><span>… {escape(one_line(passage.before).lstrip())}</span>"
+        f"<mark{' class=mlpm-same' if passage.same else ''}>{escape(one_line(passage.next))}</mark>"
+        f"<span>{escape(one_line(passage.after).rstrip())} …</span>"
+        f'<span class="mlpm-number" title="squared distance of the hidden states">{passage.distance:.1f}</span></li>'
+        for passage in passages
+    )
+    return f'<div class="mlpm-passages"><h4>Nearest training passages</h4><ol>{rows}</ol></div>'
+
+
+def visible(text: str) -> str:
+    """A token's text with its white space to be seen."""
+    return text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣") or "·"
+
+
+def one_line(text: str) -> str:
+    return text.replace("\n", " ↵ ")
+
+
+def percent(log_probability: float) -> str:
+    """A log-probability in nats as a percentage with two digits that count."""
+    value = 100 * math.exp(log_probability)
+    if value >= 10:
+        return f"{value:.0f}%"
+    return f"{value:.2g}%" if value >= 0.01 else "<0.01%"
+
+
+def factor(nats: float) -> str:
+    """A move in nats as the factor between the probabilities."""
+    value = math.exp(min(nats, 700.0))
+    if value >= 1000:
+        return "×1000 and more"
+    return f"×{value:.0f}" if value >= 100 else f"×{value:.2g}" if value < 10 else f"×{value:.1f}"

@@ -1,0 +1,114 @@
+"""The training passages nearest to a hidden state: datastore row → window → text around it.
+
+Knows the datastore, its index and the windows that it was written from; nothing of models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from knn_utils.arrow_files import Datastore
+from knn_utils.search import KNNSearcher
+from utils.errors import InputError
+from utils.loading import load_windows
+
+TOKENS_BEFORE, TOKENS_AFTER = 24, 8
+PROBE = 32
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A training position whose hidden state is near: the text before it, the token that followed, the text after.
+
+    `distance`: squared L2 between the hidden states; `row`: the datastore's.
+    """
+
+    before: str
+    next: str
+    after: str
+    token_id: int
+    distance: float
+    row: int
+
+
+class Passages:
+    """A datastore, its index and its windows, opened for looking passages up.
+
+    Raises:
+        InputError: one of them is missing, or they do not belong together or to the model.
+    """
+
+    def __init__(
+        self,
+        dstore_path: str | None,
+        index_path: str | None,
+        dataset_name: str | None,
+        tokenizer: Any,
+        *,
+        split: str = "train",
+        dim: int,
+        layer_position: int,
+    ) -> None:
+        given = {"--dstore_path": dstore_path, "--index_path": index_path, "--dataset_name": dataset_name}
+        for name, value in given.items():
+            if not value:
+                raise InputError(f"{name}: is needed to show training passages, together with {_others(given, name)}")
+        self._datastore = Datastore.open(dstore_path)
+        self._searcher = KNNSearcher(index_path, probe=PROBE, datastore=self._datastore)
+        self._windows = load_windows(dataset_name, split)
+        self._tokenizer = tokenizer
+        if self._datastore.dim != dim:
+            raise InputError(
+                f"--dstore_path {dstore_path}: keys are {self._datastore.dim} wide, the base's hidden states {dim}; "
+                "give the datastore of this base"
+            )
+        made_with = self._datastore.settings.get("layer_position")
+        if made_with is not None and made_with != layer_position:
+            raise InputError(
+                f"--dstore_path {dstore_path}: holds hidden states of block {made_with}, not {layer_position}"
+            )
+        ranges = np.asarray(self._windows["dstore_range"][:], dtype=np.int64)  # (windows, 2)
+        self._starts = ranges[:, 0]
+        if int(ranges[-1, 1]) != self._datastore.rows:
+            raise InputError(
+                f"--dataset_name {dataset_name}: split {split} has {int(ranges[-1, 1])} datastore rows, the datastore "
+                f"{dstore_path} holds {self._datastore.rows}; give the windows it was written from"
+            )
+
+    def nearest(self, hidden: Any, count: int) -> list[list[Passage]]:
+        """For each hidden state (n, hidden) the `count` nearest training positions, nearest first."""
+        # Keys are float16 in the datastore, so the queries are as well.
+        queries = hidden.detach().float().cpu().numpy().astype(np.float16)
+        distances, rows = self._searcher.search(queries, min(count, self._searcher.rows), source="hidden states")
+        return [
+            [self._passage(int(row), float(distance)) for distance, row in zip(*pair, strict=True) if row >= 0]
+            for pair in zip(distances, rows, strict=True)
+        ]
+
+    def _passage(self, row: int, distance: float) -> Passage:
+        """The text around a datastore row."""
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        window = self._windows[number]
+        ids, labels = np.asarray(window["input_ids"]), np.asarray(window["labels"])  # (time,) each
+        predicted = np.flatnonzero(labels[1:] != -100)
+        place = int(predicted[row - int(self._starts[number])]) + 1  # of the token that followed
+        after = ids[place + 1 : place + 1 + TOKENS_AFTER][labels[place + 1 : place + 1 + TOKENS_AFTER] != -100]
+        begin = max(0, place - TOKENS_BEFORE)
+        decode = self._tokenizer.decode
+        before, followed = decode(ids[begin:place].tolist()), decode(ids[begin : place + 1].tolist())
+        whole = decode(ids[begin : place + 1].tolist() + after.tolist())
+        return Passage(
+            before=before,
+            next=followed.removeprefix(before),
+            after=whole.removeprefix(followed),
+            token_id=int(ids[place]),
+            distance=distance,
+            row=row,
+        )
+
+
+def _others(given: dict[str, str | None], name: str) -> str:
+    return " and ".join(other for other in given if other != name)

@@ -1,0 +1,1 @@
+"""Evaluation on question answering and general tasks."""

@@ -1,0 +1,218 @@
+"""Question answering with a base model, or a base with its MLP memory: one task, its predictions and its scores.
+
+    python -m downstream.eval_qa --do_eval --task nq --model_name_or_path BASE --dataset_name nq_open_dev.jsonl \\
+        --use_neural_knn --knn_generator_path MEMORY --lmbda 0.5 --output_dir results/nq
+
+Writes `predictions.jsonl` (a line for each row, as they come) and `results.json` (scores from 0 to 1). The same
+command again goes on after the last complete line.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from downstream.model import ModelArguments
+from downstream.tasks import TASKS, Prompt, Task, find_task
+from utils.arguments import flag, note_unused, parse, required
+from utils.errors import InputError, command
+
+
+@dataclass
+class QAArguments:
+    """Which questions, and where the answers go."""
+
+    output_dir: str = required("folder of predictions.jsonl and results.json")
+    task: str = flag("nq", "; ".join(f"{name}: {task.about}" for name, task in TASKS.items()))
+    dataset_name: str | None = flag(
+        None, "file (.jsonl, .json, .csv, .tsv, .parquet), folder or hub name; default: the task's dataset on the hub"
+    )
+    dataset_config_name: str | None = flag(None, "configuration of a hub dataset; default: the task's")
+    eval_subset: str | None = flag(None, "split of a folder or hub dataset; default: the task's")
+    prompt_file: str | None = flag(None, "the benchmark's own prompt text, for truthfulqa, halueval, halueval_judge")
+    start: int = flag(0, "leave out so many rows at the beginning")
+    max_eval_samples: int | None = flag(None, "take so many rows at most")
+    per_device_eval_batch_size: int = flag(8, "sequences in one forward pass; changes the speed, not the results")
+    do_eval: bool = flag(False, "evaluate (the command's only job, so it is done without the flag too)")
+    overwrite: bool = flag(False, "answer again what the output folder holds, whatever its settings")
+
+    def check(self) -> None:
+        """Check the values by themselves. Raises InputError."""
+        if self.start < 0:
+            raise InputError(f"--start {self.start}: expected a row number from 0")
+        for name in ("max_eval_samples", "per_device_eval_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} {value}: expected a number above 0")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the benchmark that is to be answered."""
+
+    number: int
+    content: Mapping[str, Any]
+    prompts: Sequence[Prompt]
+
+
+def main() -> None:
+    qa, model = parse(QAArguments, ModelArguments, description=__doc__.split("\n")[0])
+    qa.check()
+    model.check()
+    task = find_task(qa.task)
+    started = time.time()
+    from downstream.predictions import Predictions
+    from utils.files import read_json
+
+    rows, dropped, data_settings = read_rows(qa, task)
+    predictions = Predictions(qa.output_dir, {**data_settings, **model.settings()}, overwrite=qa.overwrite)
+    try:
+        check_prefix(predictions, rows)
+        results_path = predictions.folder / "results.json"
+        if len(predictions.lines) == len(rows) and results_path.exists():
+            print(f"{qa.output_dir}: complete already; --overwrite does it again")
+            print(summary(read_json(results_path)))
+            return
+        answered_before = len(predictions.lines)
+        if answered_before < len(rows):
+            answer(task, rows, qa, model, predictions)
+        results = {
+            "task": qa.task,
+            "model": model.model_name_or_path,
+            "memory": model.knn_generator_path if model.use_neural_knn else None,
+            "lmbda": model.lmbda if model.use_neural_knn else None,
+            "knn_temp": model.knn_temp if model.use_neural_knn else None,
+            "dataset": qa.dataset_name or task.hub[0],
+            **score(task, predictions.lines),
+            "counts": {
+                "rows": len(rows) + dropped,
+                "scored": len(rows),
+                "dropped": dropped,
+                "from_an_earlier_run": answered_before,
+            },
+            "settings": predictions.settings,
+        }
+        from utils.evaluation import write_results
+
+        print(summary(write_results(qa.output_dir, results, started)))
+    finally:
+        predictions.close()
+
+
+def read_rows(qa: QAArguments, task: Task) -> tuple[list[Row], int, dict[str, Any]]:
+    """The chosen rows that the task keeps, the number of those it drops, and the settings that say which they are."""
+    from downstream.data import Questions, read_prompt_file
+
+    prompt_text = read_prompt_file(qa.prompt_file, qa.task, task.prompt_file)
+    hub_name, hub_config, hub_split = task.hub
+    name = qa.dataset_name or hub_name
+    if Path(name).is_file():
+        note_unused(("dataset_config_name", "eval_subset"), f"here: {name} is a file")
+    config = qa.dataset_config_name or (hub_config if name == hub_name else None)
+    split = qa.eval_subset or hub_split
+    questions = Questions(name, task.columns, config=config, split=split)
+    if qa.start >= len(questions):
+        raise InputError(f"--start {qa.start}: {name} has {len(questions)} rows, expected a smaller number")
+    rows, dropped = [], 0
+    for number, content in questions.select(qa.start, qa.max_eval_samples):
+        if task.keep(content):
+            rows.append(Row(number, content, task.prompts(content, prompt_text)))
+        else:
+            dropped += 1
+    if not rows:
+        raise InputError(f"--dataset_name {name}: none of the chosen rows can be scored by --task {qa.task}")
+    settings = {
+        "task": qa.task,
+        "dataset": name,
+        "dataset_content": questions.identity,
+        "prompt_text": checksum(prompt_text) if prompt_text else None,
+        "start": qa.start,
+        "max_eval_samples": qa.max_eval_samples,
+    }
+    return rows, dropped, settings
+
+
+def checksum(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_prefix(predictions: Any, rows: Sequence[Row]) -> None:
+    """Lines of an earlier run have to be the first of these rows, in order."""
+    found = [line.get("row") for line in predictions.lines]
+    if found != [row.number for row in rows[: len(found)]]:
+        raise InputError(f"{predictions.path}: its rows are not those asked for; add --overwrite to answer them again")
+
+
+def answer(task: Task, rows: Sequence[Row], qa: QAArguments, model: ModelArguments, predictions: Any) -> None:
+    """Answer the rows that have no line yet and append their lines, `--per_device_eval_batch_size` rows at a time."""
+    from tqdm import tqdm
+
+    from downstream.model import open_model
+    from downstream.scoring import Evaluator, answer_rows
+
+    evaluator = Evaluator(*open_model(model), qa.per_device_eval_batch_size)
+    name = predictions.settings["dataset"]
+    encoded = []
+    for row in rows:
+        try:
+            encoded.append([evaluator.sequences(prompt, task.max_new_tokens) for prompt in row.prompts])
+        except ValueError as error:
+            raise InputError(f"{name}: row {row.number}: {error}; leave it out with --start") from None
+    # Every row counts here, also the answered ones: a continued run computes exactly what an undisturbed one does.
+    evaluator.share_start([sequence.ids[: sequence.begin] for row in encoded for group in row for sequence in group])
+    predictions.begin()
+    with tqdm(total=len(rows), initial=len(predictions.lines), desc=qa.task, unit="row", disable=None) as bar:
+        for first in range(len(predictions.lines), len(rows), qa.per_device_eval_batch_size):
+            chunk = slice(first, first + qa.per_device_eval_batch_size)
+            outputs = answer_rows(
+                evaluator,
+                [(row.prompts, sequences) for row, sequences in zip(rows[chunk], encoded[chunk], strict=True)],
+                task.max_new_tokens,
+                task.stop,
+            )
+            predictions.append([line(task, row, output) for row, output in zip(rows[chunk], outputs, strict=True)])
+            bar.update(len(outputs))
+
+
+def line(task: Task, row: Row, outputs: Sequence[Any]) -> dict[str, Any]:
+    """The line of `predictions.jsonl` for a row. Raises InputError where the model gave no numbers."""
+    for likelihood in (each for output in outputs if not isinstance(output, str) for each in output):
+        if likelihood.total != likelihood.total:
+            raise InputError(
+                f"row {row.number}: the model's log-probability is not a number; try --torch_dtype float32 or bfloat16"
+            )
+    measured = task.measure(row.content, outputs)
+    return {"row": row.number, "question": row.content["question"], **measured.shown, "scores": measured.scores}
+
+
+def score(task: Task, lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean of each metric over the rows (from 0 to 1), and its standard error."""
+    import numpy as np
+
+    values = {name: np.array([line["scores"][name] for line in lines], dtype=np.float64) for name in task.metrics}
+    return {
+        "metrics": {name: float(each.mean()) for name, each in values.items()},
+        "standard_errors": {
+            name: float(each.std(ddof=1) / len(each) ** 0.5) if len(each) > 1 else 0.0 for name, each in values.items()
+        },
+    }
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """The scores in one line, in percent."""
+    which = "base" if results["memory"] is None else f"base + memory (lambda {results['lmbda']:g})"
+    scores = ", ".join(f"{name} {100 * value:.2f}%" for name, value in results["metrics"].items())
+    return f"{results['task']}, {which}: {scores} ({results['counts']['scored']} rows, {results['seconds']:.1f} s)"
+
+
+if __name__ == "__main__":
+    command(main)()

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Question answering with base + MLP memory: bash downstream/eval_qa.sh
+#
+# Relative paths count from the repository's root. Every setting is an environment variable:
+#   MODEL            base model: folder or hub name               (default: mistralai/Mistral-7B-v0.3)
+#   KNN_PATH         MLP memory: folder or hub name               (default: Rubin-Wei/MLPMemory-Mistral-wikipedia)
+#   USE_NEURAL_KNN   1: base + memory; 0: the base alone          (default: 1)
+#   LAMBDA KNN_TEMP  weight and temperature of the memory         (default: 0.50 and 1)
+#   TASK             nq hotpotqa triviaqa webqa truthfulqa halueval halueval_plain halueval_judge   (default: nq)
+#   DATASET          questions: file, folder or hub name          (default: the task's dataset on the hub)
+#   DATASET_CONFIG SUBSET                                         (default: the task's)
+#   PROMPT_FILE      the benchmark's prompt text, where TASK needs one
+#   START MAX_EVAL_SAMPLES                                        (default: all rows)
+#   BATCH_SIZE_EVAL  sequences in one forward pass                (default: 8)
+#   TORCH_DTYPE DEVICE_MAP                                        (default: float16 on a GPU; one device)
+#   OUTPUT_DIR       predictions.jsonl and results.json           (default: results/qa/TASK, results/qa/TASK-base)
+# shellcheck source=scripts/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../scripts/common.sh"
+find_python
+
+TASK="${TASK:-nq}"
+options=()
+if [ "${USE_NEURAL_KNN:-1}" = 1 ]; then
+    options+=(--use_neural_knn --knn_generator_path "${KNN_PATH:-Rubin-Wei/MLPMemory-Mistral-wikipedia}")
+    options+=(--lmbda "${LAMBDA:-0.50}" --knn_temp "${KNN_TEMP:-1}")
+    OUTPUT_DIR="${OUTPUT_DIR:-results/qa/$TASK}"
+fi
+[ -z "${DATASET:-}" ] || options+=(--dataset_name "$DATASET")
+[ -z "${DATASET_CONFIG:-}" ] || options+=(--dataset_config_name "$DATASET_CONFIG")
+[ -z "${SUBSET:-}" ] || options+=(--eval_subset "$SUBSET")
+[ -z "${PROMPT_FILE:-}" ] || options+=(--prompt_file "$PROMPT_FILE")
+[ -z "${START:-}" ] || options+=(--start "$START")
+[ -z "${MAX_EVAL_SAMPLES:-}" ] || options+=(--max_eval_samples "$MAX_EVAL_SAMPLES")
+[ -z "${TORCH_DTYPE:-}" ] || options+=(--torch_dtype "$TORCH_DTYPE")
+[ -z "${DEVICE_MAP:-}" ] || options+=(--device_map "$DEVICE_MAP")
+
+run "evaluate $TASK" "$PYTHON" -m downstream.eval_qa \
+    --model_name_or_path "${MODEL:-mistralai/Mistral-7B-v0.3}" \
+    --task "$TASK" \
+    --do_eval \
+    --per_device_eval_batch_size "${BATCH_SIZE_EVAL:-8}" \
+    --output_dir "${OUTPUT_DIR:-results/qa/$TASK-base}" \
+    ${options[@]+"${options[@]}"} "$@"

@@ -1,0 +1,102 @@
+"""One JSON line for each answered row, written so that an interrupted run loses no finished line.
+
+Knows nothing of tasks or models. `settings.json` beside the lines says what made them; lines of other settings are
+never continued.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from utils.errors import InputError
+from utils.files import FolderLock, ensure_folder, read_json, remove_temporary, write_json
+
+
+class Predictions:
+    """`predictions.jsonl` in a folder, continued after its last complete line.
+
+    Args:
+        folder: created if need be, and locked for the life of this object (`close`).
+        settings: what the lines depend on, JSON values; compared with those of an earlier run.
+        overwrite: disregard what the folder holds of an earlier run, and delete it at `begin`.
+
+    Raises:
+        InputError: the folder cannot be written or is in use, or holds lines made with other settings.
+    """
+
+    def __init__(self, folder: str | os.PathLike, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.folder = ensure_folder(folder)
+        self.path = self.folder / "predictions.jsonl"
+        self.settings_path = self.folder / "settings.json"
+        self.settings = dict(settings)
+        self.lock = FolderLock(self.folder).acquire()
+        try:
+            remove_temporary(self.folder)
+            self.overwrite = overwrite
+            self.lines = [] if overwrite else self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.settings_path.exists():
+            if self.path.exists():
+                raise InputError(
+                    f"{self.path}: there is no {self.settings_path.name} beside it to say what made it; "
+                    "choose another --output_dir or add --overwrite"
+                )
+            return []
+        made_with = read_json(self.settings_path)
+        changed = changes(made_with if isinstance(made_with, dict) else {}, self.settings)
+        if changed:
+            raise InputError(
+                f"{self.folder}: holds predictions made with other settings ({changed}); "
+                "choose another --output_dir or add --overwrite"
+            )
+        if not self.path.exists():
+            return []
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            # Not splitlines: JSON text may hold other line separators than the newline.
+            lines = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+            lines = None
+        if lines is None or not all(isinstance(line, dict) and isinstance(line.get("scores"), dict) for line in lines):
+            raise InputError(f"{self.path}: holds a line that is damaged; add --overwrite to answer all rows again")
+        if len(whole) < len(data):
+            os.truncate(self.path, len(whole))
+        return lines
+
+    def begin(self) -> None:
+        """Record the settings, before the first line is written; with `overwrite` what was there goes only now."""
+        if self.overwrite:
+            for path in (self.folder / "results.json", self.settings_path, self.path):
+                path.unlink(missing_ok=True)
+        if not self.settings_path.exists():
+            write_json(self.settings_path, self.settings)
+
+    def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write `lines` durably: after this call a power cut does not lose them."""
+        text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines.extend(map(dict, lines))
+
+    def close(self) -> None:
+        self.lock.release()
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two settings, in words; empty if nothing does."""
+    differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return ", ".join(f"{name} {shown(before.get(name))} there, {shown(now.get(name))} now" for name in differing)
+
+
+def shown(value: Any) -> str:
+    return "not set" if value is None else str(value)

@@ -1,0 +1,143 @@
+"""The quickstart's last page: one table, one plot, results.json, from the results of the stages before.
+
+    python -m downstream.report --work DIR --output_dir DIR
+
+Reads what the stages wrote, measures nothing itself.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.arguments import flag, parse
+from utils.errors import InputError, command
+
+
+@dataclass
+class ReportArguments:
+    """Where the stages' results are, and where the report goes."""
+
+    work: str | None = flag(None, "folder with a results folder of each stage")
+    output_dir: str = flag("results/quickstart", "folder of results.json, report.md and report.png")
+    seconds: float = flag(0.0, "seconds that the whole run took so far")
+
+
+def main() -> None:
+    (arguments,) = parse(ReportArguments, description=__doc__.split("\n")[0])
+    if arguments.work is None:
+        raise InputError("--work: is required")
+    from utils.evaluation import versions
+    from utils.files import atomic_file, ensure_folder, read_json, write_json
+
+    work, output = Path(arguments.work), ensure_folder(arguments.output_dir)
+    knn_validation = read_json(work / "knnlm_validation" / "results.json")
+    knn = read_json(work / "knnlm_test" / "results.json")
+    joint_validation = read_json(work / "joint_validation" / "results.json")
+    joint = read_json(work / "joint_test" / "results.json")
+    recall = read_json(work / "recall" / "results.json")
+    training = read_json(work / "memory" / "training.json")
+    summary = read_json(work / "windows" / "dstore_summary.json")
+    results = {
+        "base_ppl": joint["base_perplexity"],
+        "knnlm_ppl": knn["perplexity"],
+        "memory_ppl": joint["perplexity"],
+        "lambda": joint["lmbda"],
+        "knn_temp": joint["knn_temp"],
+        "knnlm_lambda": knn["lmbda"],
+        "knnlm_temp": knn["knn_temp"],
+        "validation": {
+            "base_ppl": joint_validation["base_perplexity"],
+            "knnlm_ppl": knn_validation["perplexity"],
+            "memory_ppl": joint_validation["perplexity"],
+        },
+        "test_tokens": joint["tokens"],
+        "train_tokens": summary["train"]["dstore_size"],
+        "recall_base": recall["recall_base"],
+        "recall_memory": recall["recall_memory"],
+        "recall_cases": recall["cases"],
+        "recall_standard_error": recall["standard_error_difference"],
+        "recall_rule": recall["rule"],
+        "examples": recall["examples"],
+        "training": {**training["settings"], "seconds": training["training_seconds"]},
+        "seconds": round(arguments.seconds, 1),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    text = table(results)
+    print(text)
+    with atomic_file(output / "report.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    plot(training["log"], joint_validation, knn_validation["grid"], output / "report.png")
+    write_json(output / "results.json", results)
+    print(f"\n{output / 'results.json'}, {output / 'report.md'}, {output / 'report.png'}")
+
+
+def machine() -> str:
+    """What the figures were measured on, without names of hosts."""
+    import torch
+
+    model = "CPU"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{os.cpu_count()} cores of {model}{gpu}"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    base = results["base_ppl"]
+
+    def row(name: str, value: float, settings: str) -> str:
+        return f"| {name} | {value:.2f} | {100 * (value / base - 1):+.1f}% | {settings} |"
+
+    knn = f"lambda {results['knnlm_lambda']:g}, temperature {results['knnlm_temp']:g}"
+    memory = f"lambda {results['lambda']:g}, temperature {results['knn_temp']:g}"
+    return "\n".join(
+        [
+            "",
+            f"Perplexity on {results['test_tokens']} tokens of test articles that nothing was trained on; lambda and "
+            "temperature were chosen on the validation articles.",
+            "",
+            "| model | perplexity | against the base | chosen |",
+            "| --- | --- | --- | --- |",
+            row("base", base, ""),
+            row("kNN-LM", results["knnlm_ppl"], knn),
+            row("base + MLP memory", results["memory_ppl"], memory),
+            "",
+            recall_line(results),
+            f"Rule: {results['recall_rule']}.",
+            "",
+            f"Trained on {results['train_tokens']} tokens; {results['seconds']:.0f} s in all on {results['machine']}.",
+        ]
+    )
+
+
+def recall_line(results: dict[str, Any]) -> str:
+    """What was remembered, in a sentence."""
+    if not results["recall_cases"]:
+        return "No trained article fits the rule for facts to complete."
+    gain = (results["recall_memory"] - results["recall_base"]) / max(results["recall_standard_error"], 1e-9)
+    return (
+        f"Facts of the trained articles completed ({results['recall_cases']} cases): base "
+        f"{results['recall_base']:.1%}, base + memory {results['recall_memory']:.1%} ({gain:.1f} standard errors apart)."
+    )
+
+
+def plot(log: list[dict], joint: dict[str, Any], knn_grid: list[dict], path: Path) -> None:
+    """Training curve, and validation perplexity against lambda for the memory and the kNN-LM."""
+    from utils.plots import draw_lambda, draw_training, figure_of, save_figure
+
+    figure, axes = figure_of(2)
+    draw_training(axes[0], log)
+    grids = {"base + memory": joint["grid"], "kNN-LM": knn_grid}
+    draw_lambda(axes[1], grids, joint["base_perplexity"], joint["lmbda"])
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    command(main)()

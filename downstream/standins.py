@@ -1,0 +1,95 @@
+"""Stand-ins for the models of the paper's table: a small tokenizer, and GPT-2 configs of three sizes to train.
+
+    python -m downstream.standins --texts web.txt wiki.txt --output_dir DIR     DIR/small, DIR/large, DIR/xl
+
+Each folder holds a config and the tokenizer, which is all that `train_base --from_scratch` reads. They keep the order
+of the real ones in width and depth. Trains no model itself: `scripts/standins.sh` does that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.arguments import flag, parse
+from utils.errors import InputError, command
+
+END = "<|endoftext|>"
+# (width, layers, attention heads)
+SIZES = {"small": (64, 2, 2), "large": (96, 3, 3), "xl": (128, 4, 4)}
+
+
+@dataclass
+class StandInArguments:
+    """Which text the tokenizer is made from, and how large it is."""
+
+    texts: list[str] = field(default_factory=list, metadata={"help": "text files, UTF-8"})
+    output_dir: str = flag("results/standins/configs", "folder of the configs")
+    vocabulary: int = flag(4000, "tokens of the tokenizer")
+    positions: int = flag(128, "longest window of the models")
+
+
+def main() -> None:
+    (arguments,) = parse(StandInArguments, description=__doc__.split("\n")[0])
+    if not arguments.texts:
+        raise InputError("--texts: expected one or more text files")
+    if arguments.vocabulary < 300:
+        raise InputError(f"--vocabulary {arguments.vocabulary}: expected 300 or more (256 bytes, and merges)")
+    for path in arguments.texts:
+        if not Path(path).is_file():
+            raise InputError(f"--texts {path}: no such file")
+    make_standins(arguments.texts, Path(arguments.output_dir), arguments.vocabulary, arguments.positions)
+
+
+def make_standins(texts: list[str], output: Path, vocabulary: int, positions: int) -> None:
+    """Write a folder with config and tokenizer for each of `SIZES`."""
+    from transformers import GPT2Config
+
+    from utils.files import atomic_folder
+    from utils.loading import say
+
+    tokenizer = byte_pair_tokenizer(texts, vocabulary, positions)
+    for name, (width, layers, heads) in SIZES.items():
+        config = GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=positions,
+            n_embd=width,
+            n_layer=layers,
+            n_head=heads,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            # GPT-2's 0.02 at its width of 768: narrower models with it take many epochs to begin learning.
+            initializer_range=0.02 * (768 / width) ** 0.5,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        with atomic_folder(output / name) as folder:
+            config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    say(f"stand-ins: {', '.join(SIZES)} in {output}, a tokenizer of {len(tokenizer)} tokens")
+
+
+def byte_pair_tokenizer(texts: list[str], vocabulary: int, positions: int):
+    """A byte-level BPE tokenizer like GPT-2's, trained on the files `texts`."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(path) for path in texts], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, unk_token=END, model_max_length=positions
+    )
+
+
+if __name__ == "__main__":
+    command(main)()

@@ -1,0 +1,130 @@
+"""The kNN-LM (Khandelwal et al., 2020): what MLP Memory imitates, as a baseline.
+
+`LabelNeighbours` scores labels for perplexity; `KNNLM` puts the mixture on a model's logits with two hooks and
+takes it off again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knn_utils.aggregate import label_probability
+from knn_utils.arrow_files import Datastore, load_values
+from knn_utils.search import KNNSearcher
+from utils.errors import InputError, check_fraction, check_positive
+
+
+class Neighbours:
+    """An index and the values of its rows.
+
+    Args:
+        index_file: FAISS index.
+        val_file: values of the indexed rows (a datastore, .npy, or the original's .pkl name).
+        k: neighbours; at most the number of indexed rows.
+        probe: inverted lists searched.
+        refine_factor: re-rank k times this many candidates by exact distance; `val_file` must be the datastore.
+        layer_position: the block whose MLP input is searched; must be the datastore's.
+    """
+
+    def __init__(
+        self,
+        index_file: str | Path,
+        val_file: str | Path,
+        *,
+        k: int,
+        probe: int,
+        knn_gpu: bool = False,
+        refine_factor: int = 0,
+        layer_position: int | None = None,
+    ) -> None:
+        from knn_utils.stored_scores import check_layer
+
+        self.values = load_values(val_file)
+        datastore = None
+        if Path(val_file).suffix not in (".npy", ".pkl") and Path(val_file).exists():
+            datastore = Datastore.open(val_file)
+            check_layer(datastore, val_file, layer_position)
+        if refine_factor and datastore is None:
+            raise InputError(
+                f"--refine_factor: needs the datastore's keys, but --val_file {val_file} holds values only"
+            )
+        self.searcher = KNNSearcher(
+            index_file, probe=probe, gpu=knn_gpu, refine_factor=refine_factor, datastore=datastore
+        )
+        self.k = k
+        if k > len(self.values):
+            raise InputError(f"--k {k}: the indexed datastore holds only {len(self.values)} rows; give a smaller --k")
+
+    def search(self, hidden: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """(squared distances, row numbers), each (rows, k), of `hidden` (rows, dim)."""
+        queries = hidden.detach().to(torch.float16).cpu().numpy()
+        return self.searcher.search(queries, self.k)
+
+
+class LabelNeighbours(Neighbours):
+    """kNN probabilities of given labels, for several temperatures from one search."""
+
+    def probability(self, hidden: Tensor, labels: Tensor, knn_temp: Sequence[float]) -> Tensor:
+        """(rows, temperatures) float64 kNN probability of `labels` (rows,) at `hidden` (rows, dim)."""
+        distances, ids = self.search(hidden)
+        found = label_probability(distances, ids, self.values, labels.cpu().numpy(), list(knn_temp))
+        return torch.from_numpy(np.asarray(found, dtype=np.float64))
+
+
+class KNNLM(Neighbours):
+    """A kNN-LM as a wrapper: two hooks, one that captures the query, one that mixes the kNN into the logits.
+
+        with KNNLM(index, values, k=1024, probe=32, lmbda=0.25, knn_temp=10.0).on(model):
+            model.generate(...)
+
+    While it is on, the model's logits are log-probabilities of the mixture; afterwards nothing is left of it.
+    """
+
+    def __init__(self, *args: Any, lmbda: float, knn_temp: float, layer_position: int = -1, **options: Any) -> None:
+        super().__init__(*args, layer_position=layer_position, **options)
+        self.lmbda, self.knn_temp = check_fraction("--lmbda", lmbda), check_positive("--knn_temp", knn_temp)
+        self.layer_position = layer_position
+        self._capture: Any = None
+        self._hook: Any = None
+
+    def on(self, model: Any) -> KNNLM:
+        """Put the wrapper on `model`. Raises InputError when it is on one already."""
+        from models.capture import HiddenCapture
+
+        if self._hook is not None:
+            raise InputError("the kNN-LM is on a model already; take it off first")
+        self._capture = HiddenCapture(model, self.layer_position)
+        self._hook = model.get_output_embeddings().register_forward_hook(self._mix)
+        return self
+
+    def off(self) -> None:
+        """Take the wrapper off."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._capture.remove()
+        self._hook = self._capture = None
+
+    def __enter__(self) -> KNNLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.off()
+
+    def _mix(self, _module: Any, _inputs: Any, logits: Tensor) -> Tensor:
+        query = self._capture.hidden[:, -logits.shape[1] :]  # (batch, positions, hidden)
+        rows = logits.shape[:-1].numel()
+        distances, ids = self.search(query.reshape(rows, -1))
+        weights = torch.from_numpy(distances).double().neg_().div_(self.knn_temp)  # (rows, k)
+        found = torch.from_numpy(ids)
+        weights = torch.softmax(weights.masked_fill(found < 0, -torch.inf), dim=-1).nan_to_num_(0.0)
+        tokens = torch.from_numpy(self.values[ids.clip(min=0)].astype(np.int64))
+        knn = torch.zeros(rows, logits.shape[-1], dtype=torch.float64).scatter_add_(1, tokens, weights)
+        base = torch.log_softmax(logits.double(), dim=-1)
+        mixed = (1 - self.lmbda) * base.exp() + self.lmbda * knn.view(logits.shape).to(logits.device)
+        return mixed.log().to(logits.dtype)

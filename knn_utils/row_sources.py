@@ -1,0 +1,215 @@
+"""Where a trainer's rows come from: a stored datastore (offline), or the frozen base in the loop (online).
+
+The kNN targets come from disk either way. Both check, before training, that targets, windows and datastore
+belong together.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from knn_utils.arrow_files import Datastore, KNNTargets, TargetRows
+from knn_utils.saveEmbedMulti import count_rows
+from utils.errors import InputError
+from utils.evaluation import predicted_positions
+from utils.loading import model_fingerprint
+from utils.training import Rows
+
+CHECKED_ROWS = 1 << 22
+
+
+def window_values(windows: Any, start: int, stop: int) -> np.ndarray:
+    """The datastore values that windows [start, stop) stand for, in order, int32."""
+    labels = np.asarray(windows[start:stop]["labels"])[:, 1:]  # (windows, time - 1)
+    return labels[labels != -100].astype(np.int32)
+
+
+def check_values(windows: Any, row_counts: np.ndarray, path: object, read: Any) -> None:
+    """Compare the windows' values with what `read(start, stop)` gives for the same rows.
+
+    Raises InputError naming the first row that differs.
+    """
+    ends = np.cumsum(row_counts)
+    for first in range(0, len(row_counts), 2048):
+        last = min(first + 2048, len(row_counts))
+        start, stop = int(ends[first] - row_counts[first]), int(ends[last - 1])
+        mine, theirs = window_values(windows, first, last), read(start, stop)
+        if len(mine) != len(theirs):
+            raise InputError(f"windows {first} to {last - 1}: labels do not agree with their dstore_range")
+        if not np.array_equal(mine, theirs):
+            differ = np.flatnonzero(mine != theirs)
+            raise InputError(
+                f"{path}: row {start + int(differ[0])} has label {int(theirs[differ[0]])}, but the windows have "
+                f"{int(mine[differ[0]])} ({len(differ)} of rows {start} to {stop - 1} differ); "
+                "they were made from other windows"
+            )
+
+
+def check_rows(path: object, rows: int, expected: int, of: str) -> None:
+    """Refuse a file with another row count than the windows'."""
+    if rows != expected:
+        low, high = sorted((rows, expected))
+        raise InputError(
+            f"{path}: holds {rows} rows, but {of} {expected} (rows {low} to {high - 1} are in one of them only); "
+            "make it from these windows"
+        )
+
+
+class _Targets:
+    """The part that both sources share: kNN targets of windows, by row ranges."""
+
+    def __init__(self, windows: Any, targets_path: str | Path, vocabulary: int, layer_position: int) -> None:
+        self.windows = windows
+        self.targets = KNNTargets.open(targets_path)
+        self.targets_path = targets_path
+        self.vocabulary = vocabulary
+        self.counts = count_rows(windows)
+        self.ends = np.cumsum(self.counts)
+        check_rows(targets_path, self.targets.rows, int(self.counts.sum()), "the windows' dstore_range goes to")
+        check_values(windows, self.counts, targets_path, self.targets.labels)
+        made_with = self.targets.settings.get("layer_position")
+        if made_with is not None and made_with != layer_position:
+            raise InputError(
+                f"--knn_save_path {targets_path}: was made from hidden states of block {made_with}, but --layer_position "
+                f"is {layer_position}; give --layer_position {made_with}"
+            )
+
+    def window_rows(self) -> np.ndarray:
+        return self.counts
+
+    def range_of(self, window: int) -> tuple[int, int]:
+        return int(self.ends[window] - self.counts[window]), int(self.ends[window])
+
+    def read_targets(self, windows: np.ndarray) -> TargetRows:
+        """Targets of `windows`, laid end to end. Raises InputError for token ids beyond the vocabulary."""
+        pieces = [self.targets.read(*self.range_of(window)) for window in windows]
+        joined = {
+            name: np.concatenate([getattr(piece, name) for piece in pieces])
+            for name in ("id_cnt", "token_id", "prob", "label")
+        }
+        if len(joined["token_id"]) and not (
+            joined["token_id"].min() >= 0 and joined["token_id"].max() < self.vocabulary
+        ):
+            raise InputError(
+                f"--knn_save_path {self.targets_path}: holds token id {joined['token_id'].max()}, but the memory's "
+                f"vocabulary has {self.vocabulary} tokens; teacher and student need the same tokenizer"
+            )
+        return TargetRows(distance=None, **joined)
+
+    def where(self, windows: np.ndarray) -> str:
+        names = ", ".join(str(window) for window in windows[:4]) + (", …" if len(windows) > 4 else "")
+        return f"windows {names} ({self.origin()} and {self.targets_path})"
+
+    def origin(self) -> str:
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """What the rows are; a run can only be continued on the same."""
+        return {"targets": self.targets.settings}
+
+
+def make_rows(hidden: torch.Tensor, targets: TargetRows) -> Rows:
+    """Rows from hidden states (n, dim) and their targets, sharing memory with the arrays."""
+    return Rows(
+        hidden,
+        torch.from_numpy(targets.label),
+        torch.from_numpy(targets.id_cnt),
+        torch.from_numpy(targets.token_id),
+        torch.from_numpy(targets.prob),
+    )
+
+
+class OfflineRows(_Targets):
+    """Rows whose hidden states are read from the student's own datastore."""
+
+    def __init__(
+        self,
+        windows: Any,
+        targets_path: str | Path,
+        dstore_path: str | Path,
+        *,
+        vocabulary: int,
+        dim: int,
+        layer_position: int,
+    ) -> None:
+        super().__init__(windows, targets_path, vocabulary, layer_position)
+        from knn_utils.stored_scores import check_layer
+
+        self.datastore = Datastore.open(dstore_path)
+        self.dstore_path = dstore_path
+        check_layer(self.datastore, dstore_path, layer_position)
+        check_rows(dstore_path, self.datastore.rows, int(self.counts.sum()), "the windows' dstore_range goes to")
+        if self.datastore.dim != dim:
+            raise InputError(
+                f"--knn_dstore_path {dstore_path}: keys are {self.datastore.dim} wide, but the memory takes {dim}; "
+                "save the datastore with the student's own base model"
+            )
+        check_values(windows, self.counts, dstore_path, self.datastore.vals)
+
+    def read(self, windows: np.ndarray) -> Any:
+        keys = [self.datastore.keys(*self.range_of(window)) for window in windows]
+        return np.concatenate(keys), self.read_targets(windows)
+
+    def rows(self, read: Any) -> Rows:
+        keys, targets = read
+        return make_rows(torch.from_numpy(keys), targets)
+
+    def origin(self) -> str:
+        return str(self.dstore_path)
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"model": self.datastore.settings.get("model", str(self.dstore_path))}
+
+
+class OnlineRows(_Targets):
+    """Rows whose hidden states the frozen base computes when they are needed.
+
+    Args:
+        round_to_half: round the states to float16, as a datastore does.
+    """
+
+    def __init__(
+        self,
+        windows: Any,
+        targets_path: str | Path,
+        base: Any,
+        *,
+        vocabulary: int,
+        layer_position: int,
+        batch_size: int,
+        round_to_half: bool = False,
+        source_name: str = "the base model",
+    ) -> None:
+        super().__init__(windows, targets_path, vocabulary, layer_position)
+        self.base, self.layer_position = base, layer_position
+        self.batch_size, self.round_to_half = batch_size, round_to_half
+        self.source_name = source_name
+        self.device = base.get_input_embeddings().weight.device
+
+    def read(self, windows: np.ndarray) -> Any:
+        rows = self.windows[np.asarray(windows)]
+        return (np.asarray(rows["input_ids"]), np.asarray(rows["labels"])), self.read_targets(windows)
+
+    def rows(self, read: Any) -> Rows:
+        from models.capture import hidden_states
+
+        (input_ids, labels), targets = read
+        mask, _ = predicted_positions(torch.from_numpy(labels))
+        pieces = []
+        with torch.no_grad():
+            for start in range(0, len(input_ids), self.batch_size):
+                ids = torch.from_numpy(input_ids[start : start + self.batch_size]).to(self.device, torch.int64)
+                hidden = hidden_states(self.base, ids, layer_position=self.layer_position)
+                pieces.append(hidden[mask[start : start + self.batch_size].to(self.device)])  # (rows, hidden)
+        hidden = torch.cat(pieces)
+        return make_rows(hidden.half() if self.round_to_half else hidden, targets)
+
+    def origin(self) -> str:
+        return self.source_name
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"model": model_fingerprint(self.base)}

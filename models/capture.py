@@ -1,0 +1,186 @@
+"""The one place that knows where a decoder keeps its blocks and their `.mlp`, and how to read what goes into one.
+
+The captured hidden state x is the INPUT of the `.mlp` module of one decoder block (after that block's pre-MLP norm):
+the key of the datastore and the input of the memory (paper section 3). Blocks are found by structure, not by a
+table of family names. Knows nothing of memories, files or datasets.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import nn
+
+
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks of `model`: its one `nn.ModuleList` whose members all have an `.mlp` module.
+
+    Raises ValueError when there is none (a family whose blocks keep their MLP elsewhere) or more than one
+    (a model with several decoders, or a multi-modal wrapper).
+    """
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 0
+        and all(isinstance(getattr(block, "mlp", None), nn.Module) for block in module)
+    ]
+    if len(found) == 1:
+        return found[0]
+    name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+    if not found:
+        raise ValueError(
+            f"model family '{name}': its decoder blocks have no .mlp module, so there is no hidden state to capture "
+            "and no memory stack for it; use a family whose blocks have one (gpt2, llama, mistral, qwen2, …)"
+        )
+    raise ValueError(
+        f"model family '{name}': {len(found)} lists of blocks have an .mlp module; only plain decoders with one are supported"
+    )
+
+
+def captured_module(model: nn.Module, layer_position: int = -1) -> nn.Module:
+    """The `.mlp` of decoder block `layer_position` (negative: counted from the last block).
+
+    Raises ValueError when the position is outside the model, or the model has no such blocks.
+    """
+    return captured_block(model, layer_position).mlp
+
+
+def captured_block(model: nn.Module, layer_position: int = -1) -> nn.Module:
+    """Decoder block `layer_position` of `model`; raises as `captured_module` does."""
+    blocks = decoder_blocks(model)
+    if not -len(blocks) <= layer_position < len(blocks):
+        raise ValueError(
+            f"layer_position {layer_position}: the model has {len(blocks)} blocks; "
+            f"expected a number from {-len(blocks)} to {len(blocks) - 1}"
+        )
+    return blocks[layer_position]
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm between the last decoder block and the head: the last norm that stands beside the blocks.
+
+    Raises ValueError when there is none.
+    """
+    blocks = decoder_blocks(model)
+    body = next(module for module in model.modules() if any(child is blocks for child in module.children()))
+    norms = [child for child in body.children() if is_norm(child)]
+    if not norms:
+        raise ValueError(
+            f"{type(body).__name__}: no norm stands beside its decoder blocks, so there is no memory stack"
+        )
+    return norms[-1]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether `module` is a normalisation layer: families name theirs LayerNorm or RMSNorm with a prefix."""
+    return "norm" in type(module).__name__.lower()
+
+
+class HiddenCapture:
+    """A pre-forward hook that keeps the input of one block's `.mlp` in `.hidden` (batch, time, hidden).
+
+    Use it as a context manager, or call `.remove()`. Only forward passes of the thread that made it are captured, so
+    a base model shared between threads (one generating alone, one with its memory) does not mix them up.
+    """
+
+    def __init__(self, model: nn.Module, layer_position: int = -1) -> None:
+        self._attach(captured_module(model, layer_position))
+
+    @classmethod
+    def on(cls, module: nn.Module) -> HiddenCapture:
+        """A capture on a module that `captured_module` found before: no search of the model at each decoding step."""
+        capture = cls.__new__(cls)
+        capture._attach(module)
+        return capture
+
+    def _attach(self, module: nn.Module) -> None:
+        self.hidden: torch.Tensor | None = None
+        self._thread = threading.get_ident()
+        self._handle = module.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if threading.get_ident() == self._thread:
+            self.hidden = args[0] if args else next(iter(kwargs.values()))
+
+    def take(self) -> torch.Tensor:
+        """The captured hidden states, handed over (the capture forgets them). Raises RuntimeError if none were seen."""
+        hidden, self.hidden = self.hidden, None
+        if hidden is None:
+            raise RuntimeError("the captured module did not run in this forward pass")
+        return hidden
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+    def __enter__(self) -> HiddenCapture:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+class _CapturedError(Exception):
+    """Ends a forward pass once the captured input is known. Never leaves this module."""
+
+
+class _StoppingCapture(HiddenCapture):
+    """Captures, then stops the pass before the `.mlp` runs: nothing after the captured input is computed."""
+
+    def _keep(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        super()._keep(module, args, kwargs)
+        if self.hidden is not None:
+            raise _CapturedError
+
+
+@torch.no_grad()
+def hidden_states(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    layer_position: int = -1,
+) -> torch.Tensor:
+    """Captured hidden states (batch, time, hidden) of `input_ids` (batch, time), in the model's dtype, without gradient.
+
+    The values are exactly those of a full forward pass, but the pass ends at the captured input: no MLP of that block,
+    no later block, no head, no logits, no cache. Raises ValueError as `captured_module` does.
+    """
+    with _StoppingCapture(model, layer_position) as capture:
+        try:
+            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        except _CapturedError:
+            return capture.take()
+    raise RuntimeError("the captured module did not run in this forward pass")
+
+
+def hidden_and_logits(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    layer_position: int = -1,
+    positions: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward pass: captured hidden states and the base's logits, both at the selected positions only.
+
+    `positions` is a boolean mask (batch, time) with n true entries; the result is (n, hidden) and (n, vocabulary), in
+    row order. Without it: (batch, time, hidden) and (batch, time, vocabulary). The head runs on the selected positions
+    alone; what a family does to its logits afterwards (soft-capping, scaling) is applied as usual.
+    """
+    with HiddenCapture(model, layer_position) as capture:
+        if positions is None:
+            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            return capture.take(), logits
+        head = model.get_output_embeddings()
+
+        def select(module: nn.Module, args: tuple) -> tuple:
+            hidden = args[0]  # (batch, time, hidden)
+            return (hidden[positions.to(hidden.device)].unsqueeze(0),)  # (1, n, hidden)
+
+        handle = head.register_forward_pre_hook(select)
+        try:
+            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[0]
+        finally:
+            handle.remove()
+        hidden = capture.take()
+        return hidden[positions.to(hidden.device)], logits  # (n, hidden), (n, vocabulary)

@@ -1,0 +1,359 @@
+"""The joint model: a frozen or trained base, a memory that reads its captured hidden states, and their mixture.
+
+p(y|x) = (1 - lambda) · p_base(y|x) + lambda · p_memory(y|x), paper section 3.4. The memory is computed position by
+position, so the cache is the base's alone and beams reorder nothing of ours. Knows nothing of files but its own
+folder (`models.joint_files`), and nothing of datasets.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
+
+from models.capture import HiddenCapture, captured_module, hidden_states
+from models.generation_checks import check_prompts, check_settings
+from models.joint_config import MLPMemoryConfig, check_lambda, check_temperature
+
+__all__ = ["MLPMemory", "MLPMemoryConfig", "joint_log_probs"]
+
+logger = logging.get_logger(__name__)
+
+# What `generate` makes when neither max_new_tokens nor max_length is given.
+DEFAULT_NEW_TOKENS = 20
+
+
+def joint_log_probs(
+    base_logits: torch.Tensor, memory_logits: torch.Tensor, lmbda: float, knn_temp: float
+) -> torch.Tensor:
+    """log((1-lambda)·softmax(base) + lambda·softmax(memory/knn_temp)), (…, vocabulary) float32.
+
+    Both logits have the same shape; the memory's may be on another device and of another dtype. lambda is in [0, 1],
+    knn_temp above 0.
+    """
+    if lmbda == 0.0:
+        return torch.log_softmax(base_logits, dim=-1, dtype=torch.float32)
+    memory = _log_softmax(memory_logits.to(base_logits.device), knn_temp)
+    if lmbda == 1.0:
+        return memory
+    return _mix(torch.log_softmax(base_logits, dim=-1, dtype=torch.float32), memory, lmbda)
+
+
+def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log softmax(logits / temperature) in float32."""
+    if temperature != 1.0:
+        logits = logits.float() / temperature
+    return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+
+
+def _mix(base: torch.Tensor, memory: torch.Tensor, lmbda: float) -> torch.Tensor:
+    """log((1-lambda)·exp(base) + lambda·exp(memory)) for lambda in (0, 1); without gradient both are used up."""
+    if base.requires_grad or memory.requires_grad:
+        return torch.logaddexp(base + math.log1p(-lmbda), memory + math.log(lmbda))
+    return torch.logaddexp(base.add_(math.log1p(-lmbda)), memory.add_(math.log(lmbda)), out=base)
+
+
+class MLPMemory(PreTrainedModel, GenerationMixin):
+    """Base model and MLP memory as one causal language model whose `.logits` are joint log-probabilities."""
+
+    config_class = MLPMemoryConfig
+    base_model_prefix = "base_lm"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        base_lm: PreTrainedModel,
+        knn_generator: nn.Module,
+        lmbda: float = 0.25,
+        knn_temp: float = 1.0,
+        layer_position: int = -1,
+        is_train: bool = False,
+    ) -> None:
+        """Join a base and a memory; neither is copied, moved or cast.
+
+        `lmbda`: weight of the memory, 0 to 1. `knn_temp`: softmax temperature of the memory's logits, above 0.
+        `layer_position`: the decoder block whose `.mlp` input is captured. `is_train` freezes the base and makes
+        `forward` return the memory's logits alone. Raises ValueError when the memory does not fit the base.
+        """
+        captured = captured_module(base_lm, layer_position)
+        check_fit(base_lm.config, knn_generator)
+        # A copy: a composite config hands its attention settings down to the configs inside it.
+        config = MLPMemoryConfig(
+            text_config=copy.deepcopy(base_lm.config), lmbda=lmbda, knn_temp=knn_temp, layer_position=layer_position
+        )
+        super().__init__(config)
+        self.config._attn_implementation_internal = base_lm.config._attn_implementation
+        self.base_lm = base_lm
+        self.knn_generator = knn_generator
+        self.is_train = is_train
+        self._captured = (captured,)  # in a tuple: it is the base's module, not one more of ours
+        self.all_tied_weights_keys = {
+            f"base_lm.{name}": f"base_lm.{other}"
+            for name, other in (getattr(base_lm, "all_tied_weights_keys", None) or {}).items()
+        }
+        if getattr(base_lm, "generation_config", None) is not None:
+            self.generation_config = copy.deepcopy(base_lm.generation_config)
+        if is_train:
+            base_lm.requires_grad_(False)
+        self.train(is_train)
+
+    @property
+    def lmbda(self) -> float:
+        """Weight of the memory in the mixture; may be set at any time (ValueError outside [0, 1])."""
+        return self.config.lmbda
+
+    @lmbda.setter
+    def lmbda(self, value: float) -> None:
+        self.config.lmbda = check_lambda(value)
+
+    @property
+    def knn_temp(self) -> float:
+        """Temperature of the memory's softmax; may be set at any time (ValueError unless positive)."""
+        return self.config.knn_temp
+
+    @knn_temp.setter
+    def knn_temp(self, value: float) -> None:
+        self.config.knn_temp = check_temperature(value)
+
+    @property
+    def layer_position(self) -> int:
+        """The decoder block whose `.mlp` input the memory reads; may be set (ValueError outside the model)."""
+        return self.config.layer_position
+
+    @layer_position.setter
+    def layer_position(self, value: int) -> None:
+        self._captured = (captured_module(self.base_lm, value),)
+        self.config.layer_position = value
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | os.PathLike | PreTrainedModel,
+        memory: str | os.PathLike | nn.Module | None = None,
+        lmbda: float | None = None,
+        knn_temp: float | None = None,
+        layer_position: int | None = None,
+        *,
+        config: MLPMemoryConfig | None = None,
+        device: torch.device | str | None = None,
+        memory_dtype: torch.dtype | None = None,
+        memory_device: torch.device | str | None = None,
+        **base_arguments: Any,
+    ) -> MLPMemory:
+        """Join a base and a memory, each a folder, a hub name or a loaded model; in eval mode.
+
+        With `memory` left out, `base` is a folder that `save_pretrained` wrote. `lmbda`, `knn_temp` and
+        `layer_position` default to what such a folder says, else 0.25, 1 and -1. `device` moves the base;
+        the memory goes where the captured block is, in the base's dtype, unless `memory_device` or `memory_dtype` say
+        otherwise. Further arguments (`dtype`, `device_map`, `quantization_config`, `trust_remote_code`, …) are the
+        base's. A base with a padded vocabulary is resized to its tokenizer where the memory was made for that.
+
+        Raises ValueError when the memory does not fit the base, or a setting is out of range.
+        """
+        from models.joint_files import open_joint
+
+        return open_joint(
+            cls,
+            base,
+            memory,
+            {"lmbda": lmbda, "knn_temp": knn_temp, "layer_position": layer_position},
+            config=config,
+            device=device,
+            memory_dtype=memory_dtype,
+            memory_device=memory_device,
+            base_arguments=base_arguments,
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        *,
+        include_base: bool = False,
+        base_reference: str | None = None,
+        tokenizer: Any = None,
+        results: dict[str, Any] | list[dict[str, Any]] | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
+        """Write a folder that `from_pretrained`, `AutoModelForCausalLM` and `pipeline` open again.
+
+        It holds the memory, the settings and a model card, and says which base it belongs to: `base_reference`, else
+        the name or folder the base was loaded from; `include_base` puts the base itself inside. The tokenizer given,
+        else the base's, is written along. `results`: measured rows (`results.json` of an evaluation) for the card.
+        Raises ValueError when there is no base to refer to.
+        """
+        from models.joint_files import save_joint
+
+        if is_main_process:
+            save_joint(
+                self,
+                save_directory,
+                include_base=include_base,
+                base_reference=base_reference,
+                tokenizer=tokenizer,
+                results=results,
+                max_shard_size=max_shard_size,
+            )
+
+    def train(self, mode: bool = True) -> MLPMemory:
+        super().train(mode)
+        if self.is_train:
+            self.base_lm.eval()  # a frozen base has no dropout
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_lm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base_lm.get_output_embeddings()
+
+    def memory_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The memory's logits (…, vocabulary) of captured hidden states (…, hidden), in its own dtype and place."""
+        weight = self.knn_generator.lm_head.weight
+        return self.knn_generator(hidden.to(device=weight.device, dtype=weight.dtype)).logits
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Joint log-probabilities `.logits` (batch, time, vocabulary) float32, and `.loss` with `labels`.
+
+        `labels` (batch, time) are the token ids, -100 where none; `.loss` is the mean negative log-likelihood of the
+        shifted labels. `logits_to_keep`: compute base and memory logits for the last so many positions only (0: all;
+        a tensor: these positions), as in every transformers decoder; it does not go together with `labels`.
+        """
+        if self.is_train:
+            return self._memory_only(input_ids, attention_mask, labels)
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels need the logits of all positions: leave logits_to_keep at 0")
+        return_dict = kwargs.pop("return_dict", None)
+        with HiddenCapture.on(*self._captured) as capture:
+            base = self.base_lm(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                return_dict=True,
+                **kwargs,
+            )
+            hidden = capture.take()  # (batch, time, hidden)
+        rest = {name: base.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
+        logits = torch.log_softmax(base.logits, dim=-1, dtype=torch.float32)  # (batch, kept, vocabulary)
+        del base  # its logits go before the memory's come
+        if self.lmbda > 0.0:
+            memory = self.memory_logits(_kept(hidden, logits_to_keep)).to(logits.device)
+            memory = _log_softmax(memory, self.knn_temp)  # (batch, kept, vocabulary)
+            logits = memory if self.lmbda == 1.0 else _mix(logits, memory, self.lmbda)
+        loss = None if labels is None else shifted_nll(logits, labels)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
+        return output.to_tuple() if return_dict is False else output
+
+    def _memory_only(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None
+    ) -> CausalLMOutputWithPast:
+        """Training: the memory's logits (n, vocabulary) at the n positions whose next label is not -100, in order."""
+        if labels is None:
+            raise ValueError("is_train=True returns logits at the labelled positions: pass labels")
+        hidden = hidden_states(self.base_lm, input_ids, attention_mask, self.layer_position)
+        labelled = (labels[:, 1:] != -100).to(hidden.device)
+        return CausalLMOutputWithPast(logits=self.memory_logits(hidden[:, :-1][labelled]))
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        """The base's own: its position ids, masks and caches are all there is to prepare."""
+        return self.base_lm.prepare_inputs_for_generation(input_ids, **kwargs)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`GenerationMixin.generate`, all of it, on the joint distribution.
+
+        Raises ValueError, in one line, for an empty prompt, one longer than the base's context, or a sampling setting
+        out of range. Generation ends where the context does: a limit beyond it is lowered, and that is said once.
+        """
+        settings = (generation_config or self.generation_config).to_dict()
+        settings.update({name: value for name, value in kwargs.items() if name in settings})
+        check_settings(settings)
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if prompt is not None and kwargs.get("inputs_embeds") is None:
+            context = self.config.max_position_embeddings
+            length = check_prompts(prompt, kwargs.get("attention_mask"), context)
+            if context is not None:
+                self._keep_within(context, length, prompt.shape[1], settings, kwargs)
+        return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    def _keep_within(
+        self, context: int, length: int, padded: int, settings: dict[str, Any], kwargs: dict[str, Any]
+    ) -> None:
+        """Lower the number of new tokens in `kwargs` to what the context holds (the last one is never fed back)."""
+        asked, limit = settings.get("max_new_tokens"), settings.get("max_length")
+        if asked is None:
+            asked = limit - padded if limit is not None else DEFAULT_NEW_TOKENS
+        room = context - length + 1
+        if asked > room:
+            logger.warning_once(
+                f"{asked} new tokens after a prompt of {length} leave the context of {context}: lowered to {room}"
+            )
+            kwargs.pop("max_length", None)
+            kwargs["max_new_tokens"] = room
+
+
+def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions of `hidden` (batch, time, hidden) whose logits are asked for."""
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    return hidden[:, logits_to_keep.to(hidden.device)]
+
+
+def shifted_nll(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of labels[:, 1:] under log_probs[:, :-1] (batch, time, vocabulary), -100 ignored."""
+    targets = labels[:, 1:].to(log_probs.device)  # (batch, time - 1)
+    counted = targets != -100
+    chosen = log_probs[:, :-1].gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return -(chosen * counted).sum() / counted.sum()
+
+
+def check_fit(base_config: PretrainedConfig, memory: nn.Module) -> None:
+    """Raises ValueError when a memory cannot belong to a base: family, hidden size or vocabulary differ."""
+    base = base_config.get_text_config()
+    if memory.config.model_type != base.model_type:
+        raise ValueError(
+            f"the memory is for the {memory.config.model_type} family, the base is {base.model_type}; "
+            "use the memory that was trained for this base"
+        )
+    if memory.input_dim != base.hidden_size:
+        raise ValueError(
+            f"the memory reads hidden states of size {memory.input_dim}, the base's hidden size is {base.hidden_size}; "
+            "use the memory that was trained for this base"
+        )
+    vocabulary = memory.lm_head.weight.shape[0]
+    if vocabulary != base.vocab_size:
+        raise ValueError(
+            f"the memory's vocabulary has {vocabulary} tokens, the base's {base.vocab_size}; use the memory that was "
+            "trained for this base, with the base's embeddings resized to its tokenizer"
+        )

@@ -1,0 +1,295 @@
+"""Where a memory's training begins: the base's head and final norm, or nearly the base model itself.
+
+The third start, random numbers, is what a stack's constructor gives. Knows base and memory as modules; nothing of
+files or training.
+
+The start from the base. Let h be the residual stream before the captured block's MLP, x = norm(h) the captured state,
+with norm(h) = w ⊙ h/rms(h) (for a LayerNorm: w ⊙ (h - mean(h))/std(h) + b). The base goes on to
+head(norm_f(h + MLP(x))). The memory sees x only, but x - b is w ⊙ h up to a factor, so its first block computes
+
+    x + [w/r ⊙ MLP(x) - b]  =  w/r ⊙ (h + MLP(x)),     r the typical rms(h),
+
+where the bracket is the base's MLP with its output projection scaled by w/r and its bias lowered by b. The later blocks
+begin as the identity (their output projection is zero). The final norm then divides w out again: its weight is
+g/w · c, g the weight of norm_f and c the typical rms(w ⊙ y)/rms(y) of y = h + MLP(x). The head is the base's.
+A LayerNorm takes its mean off: before the MLP that is already in x; the MLP's output is centred in its projection; what
+the memory's final norm takes off instead, the mean of w ⊙ y, is put back into its bias at its typical value.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from models.capture import HiddenCapture, captured_block, captured_module, final_norm, is_norm
+
+# A norm weight below this share of the typical one carries no signal that could be divided out again.
+SMALLEST_WEIGHT = 1e-3
+
+
+@dataclass
+class BaseScale:
+    """Typical sizes around the captured block, medians over the positions of a small sample.
+
+    `hidden_rms`: of the residual stream h (its standard deviation where the norm centres it); `input_rms`: of x;
+    `final_ratio`: rms(w ⊙ y)/rms(y), and `final_mean`: mean(w ⊙ y)/std(w ⊙ y), of the block's output y;
+    `output_gain` (hidden,): how much of the MLP's output reaches the residual stream, 1 unless the family scales or
+    normalises it on the way. None: derived from the weights.
+    """
+
+    hidden_rms: float
+    input_rms: float | None = None
+    input_mean: float | None = None
+    final_ratio: float | None = None
+    final_mean: float = 0.0
+    output_gain: torch.Tensor | None = None
+
+
+@dataclass
+class _Affine:
+    """What a norm does to its normalised input: `weight` ⊙ · + `bias`, both (hidden,) float32 on the CPU;
+    `centred`: it takes the mean off."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    centred: bool
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """RMS over the last dimension, of the centred values where this norm centres: (…, hidden) → (…)."""
+        if self.centred:
+            values = values - values.mean(-1, keepdim=True)
+        return values.square().mean(-1).sqrt()
+
+
+@torch.no_grad()
+def init_lm_head(memory: nn.Module, base: nn.Module) -> None:
+    """Give `memory` the base's head and final norm, in place. Raises ValueError when their shapes differ.
+
+    Where the family multiplies its logits by a constant after the head, the memory's head takes the constant in.
+    """
+    head, norm = base.get_output_embeddings().weight, final_norm(base)
+    _check_same_shape("head", memory.lm_head.weight, head)
+    memory.lm_head.weight.copy_(head)
+    if (factor := _logit_factor(base)) != 1.0:
+        memory.lm_head.weight.mul_(factor)
+    for name, value in memory.final_norm.named_parameters():
+        source = dict(norm.named_parameters()).get(name)
+        if source is None:
+            raise ValueError(f"the base's final norm has no {name}; its family is not the memory's")
+        _check_same_shape("final norm", value, source)
+        value.copy_(source)
+
+
+@torch.no_grad()
+def init_from_base(memory: nn.Module, base: nn.Module, hidden_rms: float | BaseScale, layer_position: int = -1) -> None:
+    """Set `memory` to be nearly the base model itself, in place (the module's docstring says how).
+
+    `hidden_rms`: typical RMS of the residual stream that enters the captured block's norm, or, closer to the base, the
+    whole `BaseScale` that `measure_scale` takes from a small sample. Raises ValueError when the shapes differ (another
+    family, hidden size or intermediate size) or the family's MLP has no output projection.
+    """
+    scale = hidden_rms if isinstance(hidden_rms, BaseScale) else BaseScale(hidden_rms)
+    if not scale.hidden_rms > 0:
+        raise ValueError(f"hidden_rms {scale.hidden_rms:g}: expected a number above 0")
+    if memory.embedding_transform is not None:
+        raise ValueError("a memory with an embedding_transform does not start from the base: the widths differ")
+    init_lm_head(memory, base)
+    mlp = captured_module(base, layer_position)
+    norm = _norm_before_mlp(base, layer_position)
+    before = _affine(norm) if norm is not None else _identity(memory.lm_head.in_features)
+    after = _affine(final_norm(base))
+    size = scale.hidden_rms if norm is not None else 1.0  # without a norm x is h itself
+    weight = _away_from_zero(before.weight)
+
+    first, *others = memory.blocks
+    for (name, value), source in zip(first.mlp.named_parameters(), mlp.parameters(), strict=True):
+        _check_same_shape(f"MLP's {name}", value, source)
+        value.copy_(source)
+    gain = torch.ones_like(weight) if scale.output_gain is None else scale.output_gain
+    _shape_output(_output_projection(first.mlp), gain * weight / size, -before.bias, after.centred)
+    for block in others:
+        projection = _output_projection(block.mlp)
+        projection.weight.zero_()
+        if projection.bias is not None:
+            projection.bias.zero_()
+
+    # The first norm hands x through: it multiplies by what it has divided by.
+    entrance = block_norm(first)
+    typical = (before.weight.square().mean() + before.bias.var()).sqrt().item()
+    input_rms = typical if scale.input_rms is None else scale.input_rms
+    input_mean = before.bias.mean().item() if scale.input_mean is None else scale.input_mean
+    _set_affine(entrance, torch.full_like(weight, input_rms), torch.full_like(weight, input_mean))
+    ratio = before.weight.square().mean().sqrt().item() if scale.final_ratio is None else scale.final_ratio
+    back = after.weight / weight * ratio
+    _set_affine(memory.final_norm, back, after.bias + back * scale.final_mean)
+
+
+@torch.no_grad()
+def measure_scale(
+    base: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    layer_position: int = -1,
+) -> BaseScale:
+    """Typical sizes around the captured block over `input_ids` (batch, time): a few hundred tokens of real text do."""
+    seen = _observe(base, input_ids, attention_mask, layer_position)
+    rows = slice(None) if attention_mask is None else attention_mask.bool().to(seen.hidden.device)
+    hidden, captured, output, block_output = (
+        each[rows].flatten(0, -2).float().cpu()
+        for each in (seen.hidden, seen.captured, seen.mlp_output, seen.block_output)
+    )  # each (tokens, hidden)
+    before = _affine(seen.norm) if seen.norm is not None else _identity(hidden.shape[-1])
+    after = _affine(final_norm(base))
+    weighted = _away_from_zero(before.weight) * block_output
+    if after.centred:
+        weighted = _away_from_zero(before.weight) * (block_output - block_output.mean(-1, keepdim=True))
+    added = block_output - hidden
+    return BaseScale(
+        hidden_rms=before.spread(hidden).median().item(),
+        input_rms=after.spread(captured).median().item(),
+        input_mean=captured.mean(-1).median().item(),
+        final_ratio=(after.spread(weighted) / after.spread(block_output)).median().item(),
+        final_mean=(weighted.mean(-1) / after.spread(weighted)).median().item() if after.centred else 0.0,
+        output_gain=(added * output).sum(0) / output.square().sum(0).clamp(min=1e-12),
+    )
+
+
+@dataclass
+class _Observation:
+    """One pass through a block: the norm before its MLP (None: there is none) and the tensors around the MLP."""
+
+    norm: nn.Module | None
+    hidden: torch.Tensor
+    captured: torch.Tensor
+    mlp_output: torch.Tensor
+    block_output: torch.Tensor
+
+
+def _observe(
+    base: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, layer_position: int
+) -> _Observation:
+    """Run `base` and look at the captured block. The norm before the MLP is the one whose output the MLP receives."""
+    block = captured_block(base, layer_position)
+    passed: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+        passed[module] = (args[0] if args else None, output[0] if isinstance(output, tuple) else output)
+
+    norms = [child for child in block.children() if is_norm(child)]
+    handles = [module.register_forward_hook(keep) for module in (*norms, block.mlp, block)]
+    try:
+        with HiddenCapture(base, layer_position) as capture:
+            base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
+            captured = capture.take()
+    finally:
+        for handle in handles:
+            handle.remove()
+    norm = next((each for each in norms if each in passed and passed[each][1] is captured), None)
+    hidden = passed[norm][0] if norm is not None else captured
+    return _Observation(norm, hidden, captured, passed[block.mlp][1], passed[block][1])
+
+
+def _logit_factor(base: nn.Module) -> float:
+    """The constant between the head's output and the logits; 1 where there is none, or no constant (soft-capping)."""
+    raw: list[torch.Tensor] = []
+    handle = base.get_output_embeddings().register_forward_hook(lambda module, args, output: raw.append(output))
+    try:
+        logits = base(input_ids=_some_tokens(base), use_cache=False).logits.float()
+    finally:
+        handle.remove()
+    before = raw[0].float()
+    factor = ((logits * before).sum() / before.square().sum()).item()
+    return factor if abs(factor - 1) > 1e-3 and torch.allclose(logits, before * factor, rtol=1e-2, atol=1e-4) else 1.0
+
+
+def _some_tokens(base: nn.Module) -> torch.Tensor:
+    """A few token ids (1, 8) to look at the model with; not one alone, as a padding token's embedding is zero."""
+    embeddings = base.get_input_embeddings().weight
+    return torch.arange(8, device=embeddings.device).remainder(embeddings.shape[0]).unsqueeze(0)
+
+
+def _norm_before_mlp(base: nn.Module, layer_position: int) -> nn.Module | None:
+    """The norm whose output the captured MLP receives; None where the family normalises elsewhere."""
+    return _observe(base, _some_tokens(base), None, layer_position).norm
+
+
+def block_norm(block: nn.Module) -> nn.Module:
+    """The norm of a memory's block."""
+    return next(child for child in block.children() if is_norm(child))
+
+
+def _identity(width: int) -> _Affine:
+    return _Affine(torch.ones(width), torch.zeros(width), False)
+
+
+def _affine(norm: nn.Module) -> _Affine:
+    """Read a norm's weight and bias by what it does to known vectors: families store weight or 1 + weight."""
+    parameter = next(norm.parameters(), None)
+    probe = copy.deepcopy(norm).float().cpu()
+    width = parameter.shape[0] if parameter is not None else norm.normalized_shape[0]
+    signs = torch.ones(width)  # mean square 1 …
+    signs[1::2] = -1  # … and, for an even width, mean 0
+    up, down, level = probe(signs), probe(-signs), probe(torch.ones_like(signs))
+    bias = (up + down) / 2
+    return _Affine((up - down) / 2 * signs, bias, bool(torch.allclose(level, bias, atol=1e-3)))
+
+
+def _set_affine(norm: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Make a norm multiply by `weight` and add `bias`, as far as it has parameters for it."""
+    stored = getattr(norm, "weight", None)
+    if stored is None:
+        return
+    offset = (_affine(norm).weight - stored.float().cpu()).round()  # 1 where the family stores weight - 1
+    stored.copy_(weight - offset)
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.copy_(bias)
+
+
+def _away_from_zero(weight: torch.Tensor) -> torch.Tensor:
+    floor = SMALLEST_WEIGHT * weight.square().mean().sqrt()
+    return torch.where(weight.abs() < floor, torch.where(weight < 0, -floor, floor), weight)
+
+
+def _output_projection(mlp: nn.Module) -> nn.Module:
+    """The linear layer that an MLP applies last. Raises ValueError when it has none."""
+    called: list[nn.Module] = []
+    layers = [module for module in mlp.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    handles = [layer.register_forward_hook(lambda module, args, output: called.append(module)) for layer in layers]
+    try:
+        if layers:
+            first = layers[0].weight
+            width = layers[0].in_features if isinstance(layers[0], nn.Linear) else first.shape[0]
+            mlp(torch.zeros(1, 1, width, dtype=first.dtype, device=first.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not called:
+        raise ValueError(f"{type(mlp).__name__} has no linear output projection; start from the head or at random")
+    return called[-1]
+
+
+def _shape_output(projection: nn.Module, scale: torch.Tensor, shift: torch.Tensor, centred: bool) -> None:
+    """Centre a projection's output if asked, scale it by `scale` (hidden,) and, where it has a bias, add `shift`."""
+    transposed = isinstance(projection, Conv1D)  # Conv1D keeps (inner, hidden), Linear (hidden, inner)
+    weight = projection.weight.t() if transposed else projection.weight  # (hidden, inner)
+    values = weight.float()
+    if centred:
+        values = values - values.mean(0, keepdim=True)
+    scale = scale.to(values.device)
+    weight.copy_(values * scale.unsqueeze(-1))
+    if projection.bias is not None:
+        bias = projection.bias.float()
+        bias = bias - bias.mean() if centred else bias
+        projection.bias.copy_(bias * scale + shift.to(values.device))
+
+
+def _check_same_shape(what: str, memory: torch.Tensor, base: torch.Tensor) -> None:
+    if memory.shape != base.shape:
+        raise ValueError(
+            f"the memory's {what} has shape {tuple(memory.shape)}, the base's {tuple(base.shape)}; "
+            "make the memory from the base's own config, or start at random"
+        )

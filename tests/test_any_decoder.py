@@ -1,0 +1,154 @@
+"""Any decoder whose blocks have `.mlp`: a memory from its config alone, saved, loaded, joined, trained and generating."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, some_ids, tiny_base, tiny_memory
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from models import MLPMemory, load_memory, memory_class, memory_config
+from models.capture import HiddenCapture, captured_module, final_norm, hidden_states
+from models.starts import init_from_base, init_lm_head, measure_scale
+
+FAMILIES = [
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "phi3",
+    "smollm3",
+    "gpt_neox",
+    "gpt_bigcode",
+    "granite",
+    "starcoder2",
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def base(request):
+    return tiny_base(request.param)
+
+
+@pytest.fixture(scope="module")
+def memory(base):
+    return tiny_memory(base)
+
+
+def test_the_stack_is_made_of_the_familys_own_mlp_and_norm(base, memory):
+    own_mlp, own_norm = captured_module(base), final_norm(base)
+    for block in memory.blocks:
+        assert type(block.mlp) is type(own_mlp)
+        assert type(block.input_layernorm) is type(own_norm)
+    assert type(memory.final_norm) is type(own_norm)
+    assert len(memory.blocks) == 3
+    assert memory.lm_head.weight.shape == (VOCABULARY, 32)
+    assert not any(parameter.is_meta for parameter in memory.parameters())
+
+
+def test_weights_begin_as_the_family_initialises_them(base):
+    torch.manual_seed(0)
+    config = memory_config(base.config, 2)
+    memory = memory_class(config)(config)
+    fresh = AutoModelForCausalLM.from_config(base.config)
+    for name, value in memory.final_norm.named_parameters():
+        assert torch.equal(value, dict(final_norm(fresh).named_parameters())[name])
+    for parameter in memory.parameters():
+        assert torch.isfinite(parameter).all()
+        assert parameter.abs().max() < 2
+    assert 0 < memory.lm_head.weight.std() < 0.1
+
+
+def test_the_class_follows_from_the_config_alone_and_is_one_per_family(base):
+    config = AutoConfig.for_model(base.config.model_type, **{})
+    assert memory_class(memory_config(base.config, 4)) is memory_class(base.config) is memory_class(config)
+
+
+def test_a_saved_memory_loads_again(base, memory, tmp_path):
+    memory.save_pretrained(tmp_path)
+    loaded = load_memory(tmp_path)
+    assert type(loaded) is type(memory)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in memory.state_dict().items())
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == base.config.model_type
+    assert config["architectures"] == [type(memory).__name__]
+    with torch.no_grad():
+        states = hidden_states(base, some_ids())
+        assert torch.equal(loaded(states).logits, memory(states).logits)
+
+
+def test_captured_states_are_those_of_a_full_forward(base):
+    ids = some_ids()
+    with HiddenCapture(base) as capture, torch.no_grad():
+        base(ids)
+    assert torch.equal(hidden_states(base, ids), capture.hidden)
+
+
+def test_the_joint_model_mixes_trains_and_generates(base, memory):
+    joint = MLPMemory(base, memory, lmbda=0.4)
+    ids = some_ids()
+    output = joint(ids, labels=ids)
+    torch.testing.assert_close(output.logits.exp().sum(-1), torch.ones(2, 12))
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in memory.parameters())
+    joint.zero_grad()
+    tokens = joint.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with torch.no_grad():
+        assert torch.equal(tokens[:, 12:], joint(tokens).logits.argmax(-1)[:, 11:-1])
+
+
+def test_a_left_padded_batch_gives_what_single_prompts_give(base, memory):
+    joint = MLPMemory(base, memory, lmbda=0.4)
+    ids = some_ids(2, 8)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    together = joint.generate(ids, attention_mask=mask, **settings)[:, 8:]
+    assert torch.equal(together[0], joint.generate(ids[:1], **settings)[0, 8:])
+    assert torch.equal(together[1], joint.generate(ids[1:, 3:], **settings)[0, 5:])
+
+
+def test_a_joint_folder_opens_again(base, memory, tmp_path):
+    joint = MLPMemory(base, memory, lmbda=0.4)
+    joint.save_pretrained(tmp_path, include_base=True)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(some_ids()).logits, joint(some_ids()).logits, rtol=1e-4, atol=1e-4)
+
+
+def divergence(base_logits, memory_logits):
+    return nn.functional.kl_div(
+        memory_logits.log_softmax(-1).flatten(0, 1), base_logits.log_softmax(-1).flatten(0, 1), log_target=True,
+        reduction="batchmean",
+    ).item()  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_start_from_the_base_is_nearer_to_it_than_one_from_its_head(base):
+    ids = some_ids(8, 32)
+    with HiddenCapture(base) as capture:
+        logits = base(ids).logits
+    memory = tiny_memory(base)
+    init_lm_head(memory, base)
+    from_head = divergence(logits, memory(capture.hidden).logits)
+    init_from_base(memory, base, measure_scale(base, ids))
+    assert divergence(logits, memory(capture.hidden).logits) < 0.7 * from_head
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [("opt", r"its decoder blocks have no \.mlp"), ("mixtral", "no plain function of one hidden state")],
+)
+def test_a_family_without_a_plain_mlp_is_refused_in_one_line(family, expected):
+    config = AutoConfig.for_model(family, num_hidden_layers=1)
+    with pytest.raises(ValueError, match=rf"'{family}'.*{expected}") as caught:
+        memory_class(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_is_no_language_models_is_refused():
+    with pytest.raises(ValueError, match="'vit': is no plain causal language model"):
+        memory_class(AutoConfig.for_model("vit"))

@@ -1,0 +1,100 @@
+"""The benchmarks run through on a tiny model and give every row; nothing here looks at a time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+from conftest import make_base, make_text, refused, run
+
+STAGE_ROWS = {
+    "whole_chain": 2,
+    "embedding": 3,
+    "knn_targets": 3,
+    "target_batches": 3,
+    "training_step": 3,
+    "training_memory": 2,
+    "joint_evaluation": 2,
+    "first_token": 1,
+    "decoding": 2,
+    "start": 2,
+}
+# Each of these starts many processes.
+SLOW = ("whole_chain", "knn_targets", "training_memory", "start")
+SMALL = {
+    "rows": 511,
+    "block_size": 64,
+    "stride": 32,
+    "memory_layers": 2,
+    "k": 16,
+    "repeats": 1,
+    "ncentroids": 4,
+    "probe": 2,
+    "code_size": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmarks")
+    return {"model": make_base("llama", folder / "base"), "text": make_text(folder / "text.txt")}
+
+
+@pytest.fixture(scope="module")
+def setting(inputs, tmp_path_factory):
+    from benchmarks.run import BenchmarkArguments
+    from benchmarks.setting import make_setting
+
+    values = SMALL | {name: str(path) for name, path in inputs.items()}
+    return make_setting(BenchmarkArguments(**values), tmp_path_factory.mktemp("out"))
+
+
+def flags(inputs, output, **changes):
+    values = SMALL | inputs | {"output_dir": output} | changes
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGE_ROWS if stage not in SLOW])
+def test_a_stage_gives_its_rows(stage, setting):
+    rows = importlib.import_module(f"benchmarks.{stage}").measure(setting)
+    assert [row.stage for row in rows] == [stage] * STAGE_ROWS[stage]
+    assert all(row.reached is not None and row.detail for row in rows)
+
+
+def test_windows_hold_exactly_the_asked_number_of_rows(setting):
+    assert setting.rows == 511
+    assert setting.windows("train")[-1]["dstore_range"][1] == 511
+    assert setting.windows("test")[-1]["dstore_range"][1] == setting.test_rows
+
+
+def test_one_command_prints_a_table_and_writes_results_chart_and_page_though_a_stage_fails(inputs, tmp_path):
+    # 7 does not divide the width of the keys, so no index can be built.
+    line = refused("-m", "benchmarks.run", "first_token", "knn_targets", *flags(inputs, tmp_path, code_size=7))
+    assert "knn_targets" in line
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["stage"] for row in results["rows"]] == ["first_token"]
+    assert "code_size" in results["failed"]["knn_targets"]
+    assert (tmp_path / "targets.png").stat().st_size > 0
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table: begin -->\nold\n<!-- table: end -->\nafter\n")
+    run("-m", "benchmarks.run", "--page", page, "--output_dir", tmp_path)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert results["rows"][0]["name"] in text and "| knn_targets | did not run" in text
+
+
+@pytest.mark.slow
+def test_the_stages_that_start_many_processes_give_their_rows(inputs, tmp_path):
+    done = run("-m", "benchmarks.run", *SLOW, *flags(inputs, tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["failed"] == {}
+    for stage in SLOW:
+        assert len([row for row in results["rows"] if row["stage"] == stage]) == STAGE_ROWS[stage]
+    assert all(row["name"] in done.stdout for row in results["rows"])
+
+
+def test_unknown_stages_numbers_and_pages_without_marks_are_refused(inputs, tmp_path):
+    assert "speed" in refused("-m", "benchmarks.run", "speed")
+    assert "--k 0" in refused("-m", "benchmarks.run", *flags(inputs, tmp_path, k=0))
+    assert str(tmp_path / "page.md") in refused("-m", "benchmarks.run", "--page", tmp_path / "page.md")

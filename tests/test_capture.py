@@ -1,0 +1,136 @@
+"""Hidden-state capture: the input of one block's `.mlp`, equal to a full forward's, with nothing computed after it."""
+
+import threading
+
+import pytest
+import torch
+from tiny_models import CONTEXT, VOCABULARY, some_ids, tiny_base
+from torch import nn
+
+from models.capture import (
+    HiddenCapture,
+    captured_module,
+    decoder_blocks,
+    final_norm,
+    hidden_and_logits,
+    hidden_states,
+)
+
+FAMILIES = ["gpt2", "llama", "mistral", "gemma2", "gpt_neox"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def base(request):
+    return tiny_base(request.param)
+
+
+def captured_by_a_full_forward(base, layer_position, **inputs):
+    with HiddenCapture(base, layer_position) as capture, torch.no_grad():
+        base(**inputs)
+    return capture.hidden
+
+
+@pytest.mark.parametrize("layer_position", [-1, 0, 1, -2])
+def test_states_equal_those_of_a_full_forward_bit_by_bit(base, layer_position):
+    ids = some_ids()
+    expected = captured_by_a_full_forward(base, layer_position, input_ids=ids)
+    assert torch.equal(hidden_states(base, ids, layer_position=layer_position), expected)
+
+
+def test_states_equal_those_of_a_full_forward_with_padding_on_either_side(base):
+    ids = some_ids()
+    for padded in (slice(0, 4), slice(8, 12)):
+        mask = torch.ones_like(ids)
+        mask[1, padded] = 0
+        expected = captured_by_a_full_forward(base, -1, input_ids=ids, attention_mask=mask)
+        assert torch.equal(hidden_states(base, ids, mask)[mask.bool()], expected[mask.bool()])
+
+
+def test_states_of_a_cached_continuation_are_captured_for_the_new_tokens_only(base):
+    ids = some_ids()
+    whole = hidden_states(base, ids)
+    with torch.no_grad():
+        cache = base(ids[:, :8], use_cache=True).past_key_values
+    rest = captured_by_a_full_forward(base, -1, input_ids=ids[:, 8:], past_key_values=cache)
+    torch.testing.assert_close(rest, whole[:, 8:], rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_after_the_captured_input_runs(base):
+    ran = []
+    later = [captured_module(base, 0), decoder_blocks(base)[1], final_norm(base), base.get_output_embeddings()]
+    handles = [module.register_forward_hook(lambda module, args, output: ran.append(module)) for module in later]
+    hidden_states(base, some_ids(), layer_position=0)
+    for handle in handles:
+        handle.remove()
+    assert ran == []
+
+
+def test_no_hook_stays_behind(base):
+    hidden_states(base, some_ids())
+    hidden_and_logits(base, some_ids(), positions=torch.ones(2, 12, dtype=torch.bool))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in base.modules())
+
+
+def test_no_hook_stays_behind_after_an_error(base):
+    with pytest.raises(IndexError):
+        hidden_states(base, torch.full((1, 4), VOCABULARY + 5))
+    assert not any(module._forward_pre_hooks for module in base.modules())
+
+
+@torch.no_grad()
+def test_logits_at_selected_positions_are_the_full_logits_there(base):
+    ids = some_ids()
+    positions = torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.4
+    hidden, logits = hidden_and_logits(base, ids, positions=positions)
+    everything, all_logits = hidden_and_logits(base, ids)
+    torch.testing.assert_close(hidden, everything[positions], rtol=0, atol=0)
+    torch.testing.assert_close(logits, all_logits[positions], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(all_logits, base(ids).logits, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_the_head_sees_the_selected_positions_only(base):
+    seen = []
+    handle = base.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    positions = torch.zeros(2, 12, dtype=torch.bool)
+    positions[0, 3] = positions[1, 7] = True
+    hidden_and_logits(base, some_ids(), positions=positions)
+    handle.remove()
+    assert seen == [(1, 2, VOCABULARY)]
+
+
+@pytest.mark.parametrize("layer_position", [2, -3, 99])
+def test_a_layer_position_outside_the_model_is_refused_with_the_range(base, layer_position):
+    with pytest.raises(ValueError, match=rf"layer_position {layer_position}: .* from -2 to 1"):
+        captured_module(base, layer_position)
+
+
+def test_a_model_without_mlp_blocks_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"opt.*\.mlp") as caught:
+        decoder_blocks(tiny_base("opt", ffn_dim=48, word_embed_proj_dim=32))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_with_two_decoders_is_refused():
+    two = nn.ModuleList([tiny_base("llama"), tiny_base("gpt2")])
+    with pytest.raises(ValueError, match="2 lists of blocks"):
+        decoder_blocks(two)
+
+
+def test_a_pass_of_another_thread_is_not_captured():
+    base = tiny_base("llama")
+    ids = some_ids()
+    with HiddenCapture(base) as capture:
+        other = threading.Thread(target=lambda: base(ids))
+        other.start()
+        other.join()
+        assert capture.hidden is None
+        base(ids[:1])
+        assert capture.take().shape[:2] == (1, 12)
+
+
+def test_states_keep_the_models_dtype_and_carry_no_gradient():
+    base = tiny_base("llama").to(torch.bfloat16)
+    hidden = hidden_states(base, some_ids(1, CONTEXT))
+    assert hidden.dtype == torch.bfloat16
+    assert not hidden.requires_grad

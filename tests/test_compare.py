@@ -1,0 +1,381 @@
+"""The comparison with the alternatives, on a tiny quickstart folder: same tokens, same rule, nothing measured twice."""
+
+from __future__ import annotations
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import command, make_base, refused, refused_here
+
+pytest.importorskip("peft", reason="the extra `compare` is not installed")
+pytest.importorskip("bm25s", reason="the extra `compare` is not installed")
+
+WORDS = [
+    "river",
+    "village",
+    "painter",
+    "album",
+    "bridge",
+    "castle",
+    "valley",
+    "island",
+    "station",
+    "museum",
+    "garden",
+    "engine",
+]
+SIZES = {
+    "max_cases": 20,
+    "max_eval_tokens": 320,
+    "speed_prompts": 2,
+    "new_tokens": 3,
+    "rag_chunk": 16,
+    "rag_query": 24,
+    "choose_windows": 2,
+    "passage_tokens": 40,
+}
+
+
+def save_tokenizer(folder) -> None:
+    """One token for each byte, and an end of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: number for number, token in enumerate(["<end>", *alphabet])}, merges=[])
+    )
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+
+
+def article(number: int) -> str:
+    chosen = random.Random(number).choices(WORDS, k=8)
+    name = f"{chosen[0].title()} {number}"
+    return f"{name}\n\n{name} is a {chosen[1]} {chosen[2]} of {1900 + number}.\nIts {' '.join(chosen[3:])} are known.\n"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """What `scripts/quickstart.sh` leaves, of a tiny model and 60 articles."""
+    folder = tmp_path_factory.mktemp("quickstart") / "work"
+    model = make_base("llama", folder / "embedded" / "model", vocabulary=257)
+    save_tokenizer(model)
+    (folder / "embedded" / "web.txt").write_text("\n".join(f"Buy {a} and {b} now!" for a in WORDS for b in WORDS))
+    text = folder / "embedded" / "wiki.txt"
+    text.write_text("@@".join(article(number) for number in range(60)))
+    windows, dstore = folder / "windows", folder / "dstore"
+    command(
+        "utils.preprocess_dataset",
+        *("--dataset_name", text, "--tokenizer_path", model, "--output_dir", windows, "--document_separator", "@@"),
+        *("--block_size", 64, "--stride", 64, "--validation_fraction", 0.2, "--test_fraction", 0.2),
+    )
+    for split in ("train", "validation", "test"):
+        command(
+            "train_base",
+            *("--model_name_or_path", model, "--dataset_name", windows, "--do_eval", "--eval_subset", split),
+            *("--save_knnlm_dstore", "--dstore_dir", dstore, "--output_dir", folder / "embed", "--report_to", "none"),
+            *(() if split == "train" else ("--save_logprob",)),
+        )
+    paths = {split: dstore / f"dstore_llama_{split}_32.arrow" for split in ("train", "validation", "test")}
+    index = dstore / "train.index"
+    command(
+        "knn_utils.build_index", "--dstore_path", paths["train"], "--index_path", index, "--index_factory", "IVF4,Flat"
+    )
+    search = ("--index_file", index, "--k", 16, "--probe", 4)
+    targets = folder / "targets"
+    command(
+        "knn_utils.saveKNNMulti",
+        *("--dstore_path", paths["train"], "--index_path", index, "--output_path", targets, "--ignore_first", "True"),
+        *("--k", 16, "--probe", 4, "--knn_temp", 4, "--batch_size", 256),
+    )
+    command(
+        "train_mlpmem_offline",
+        *("--model_name_or_path", model, "--dataset_name", windows, "--knn_save_path", targets),
+        *("--knn_dstore_path", paths["train"], "--validation_split_name", "none", "--output_dir", folder / "memory"),
+        *("--init_from_base", "--memory_layers", 1, "--num_train_epochs", 1, "--seed", 3, "--num_warmup_steps", 2),
+        *("--per_device_train_batch_size", 4, "--learning_rate", 1e-2, "--mixed_precision", "no"),
+    )
+    for split, grid in (("validation", (0.2, 0.5)), ("test", None)):
+        chosen = {
+            name: ("--lmbda", *grid) if grid else ("--choose_on", folder / f"{name}_validation" / "results.json")
+            for name in ("knnlm", "joint")
+        }
+        command(
+            "train_base",
+            *("--do_eval", "--knn", "--dataset_name", windows, "--eval_subset", split, "--dstore_path", paths[split]),
+            *("--val_file", paths["train"], *search, "--output_dir", folder / f"knnlm_{split}"),
+            *("--report_to", "none", *chosen["knnlm"]),
+        )
+        command(
+            "evaluate_joint",
+            *("--do_test", "--model_name_or_path", model, "--knn_generator_path", folder / "memory" / "epoch_1"),
+            *("--dataset_name", windows, "--dataset_split_name", split, "--output_dir", folder / f"joint_{split}"),
+            *("--report_to", "none", *chosen["joint"]),
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A tiny random sentence encoder."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=257, max_position_embeddings=256, **sizes)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(work, encoder, tmp_path_factory):
+    """(flags, output folder) of a whole comparison that has run."""
+    output = tmp_path_factory.mktemp("compare")
+    flags = flags_of(work, output, encoder=encoder, lora_learning_rate=1e-2)
+    command("benchmarks.compare", *flags)
+    return flags, output
+
+
+def flags_of(work, output, **changes):
+    values = {"work": work, "output_dir": output, **SIZES, **changes}
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+def results_of(output):
+    return json.loads((output / "results.json").read_text())["methods"]
+
+
+def bench_of(work, **flags):
+    from benchmarks.compare import CompareArguments
+    from benchmarks.compare_methods import Bench, Work
+
+    return Bench(Work.open(work, None), CompareArguments(**{**SIZES, **flags}), work / "unused")
+
+
+def test_each_method_has_every_figure_on_the_same_tokens_and_cases(compared):
+    _, output = compared
+    methods = results_of(output)
+    assert list(methods) == ["base", "knnlm", "rag_bm25", "rag_dense", "lora", "memory"]
+    for record in methods.values():
+        for part in ("held_out", "web"):
+            assert record[part]["tokens"] == methods["base"][part]["tokens"] > 100
+            assert record[part]["perplexity"] > 1 and 0 <= record[part]["accuracy"] <= 1
+        assert record["facts"]["cases"] == len(record["facts"]["right"]) == 20
+        assert record["speed"]["first_token_seconds"] > 0 and record["speed"]["tokens_per_second"] > 0
+        assert (record["bytes"] == 0) == (record["name"] == "base")
+    assert len({round(record["held_out"]["perplexity"], 6) for record in methods.values()}) == 6
+
+
+def test_mixtures_have_the_perplexity_that_the_stages_reported(work, compared):
+    _, output = compared
+    flags = flags_of(work, output / "whole", max_eval_tokens=10**6)
+    command("benchmarks.compare", *flags, "--methods", "base", "knnlm", "memory")
+    methods = results_of(output / "whole")
+    knnlm, joint = (json.loads((work / f"{name}_test" / "results.json").read_text()) for name in ("knnlm", "joint"))
+    assert methods["base"]["held_out"]["tokens"] == joint["tokens"]
+    # The stages keep hidden states in float16.
+    assert methods["base"]["held_out"]["perplexity"] == pytest.approx(joint["base_perplexity"], rel=1e-4)
+    assert methods["memory"]["held_out"]["perplexity"] == pytest.approx(joint["perplexity"], rel=1e-3)
+    assert methods["knnlm"]["held_out"]["perplexity"] == pytest.approx(knnlm["perplexity"], rel=1e-3)
+
+
+def test_facts_are_right_where_the_recall_command_says_so(work):
+    from benchmarks.compare import Texts
+    from benchmarks.compare_scores import score_facts
+    from downstream.recall import RecallArguments, recall
+
+    bench = bench_of(work)
+    cases = Texts(bench).cases
+    bench.work.joint["lmbda"] = 0.7
+    base, memory = bench.build("base", {}, None), bench.build("memory", {}, None)
+    with memory.generating() as joint:
+        expected = recall(
+            bench.base, joint.knn_generator, bench.tokenizer, cases, RecallArguments(lmbda=0.7, knn_temp=joint.knn_temp)
+        )
+    for name, method in (("base", base), ("memory", memory)):
+        assert [flag == "1" for flag in score_facts(method, cases, bench.tokenizer)["right"]] == expected[name]
+
+
+def test_the_neighbours_mixture_is_the_one_that_generates(work):
+    from benchmarks.compare_scores import score_rows
+
+    bench = bench_of(work)
+    method = bench.build("knnlm", {}, None)
+    ids = torch.tensor([bench.tokenizer(article(3))["input_ids"][:40]])
+    positions = torch.ones_like(ids, dtype=torch.bool)
+    wanted = torch.roll(ids, -1, 1)[0]
+    found, hits = score_rows(method, ids, positions, wanted)
+    with torch.inference_mode(), method.generating() as model:
+        expected = model(ids).logits[0]
+    torch.testing.assert_close(found, expected.gather(-1, wanted[:, None])[:, 0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(hits, expected.argmax(-1) == wanted)
+
+
+def test_a_second_run_measures_nothing_and_a_cut_off_one_only_what_is_missing(compared, capsys):
+    flags, output = compared
+    before = {path.name: path.read_bytes() for path in (output / "methods").iterdir()}
+    path = output / "methods" / "memory.json"
+    record = json.loads(path.read_text())
+    del record["web"]
+    path.write_text(json.dumps(record))
+    capsys.readouterr()
+    command("benchmarks.compare", *flags)
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.endswith("measured before")]) == 5
+    assert len([line for line in lines if line.startswith("MLP memory: web")]) == 1
+    assert not any("MLP memory: facts" in line for line in lines)
+    after = {path.name: json.loads(path.read_bytes()) for path in (output / "methods").iterdir()}
+    assert after["memory.json"]["web"] == json.loads(before["memory.json"])["web"]
+    assert all(after[name] == json.loads(text) for name, text in before.items() if name != "memory.json")
+
+
+def test_a_part_goes_on_after_the_rows_that_are_done(work):
+    from benchmarks.compare import Texts
+    from benchmarks.compare_scores import Kept, score_facts, score_windows
+
+    bench = bench_of(work)
+    texts, method = Texts(bench), bench.build("base", {}, None)
+    saved = []
+    kept = Kept(save=lambda: saved.append(json.dumps(kept.rows)))
+    whole = score_windows(method, texts.held_out, bench.tokenizer, 16, 24, kept)
+    assert len(saved) == len(texts.held_out) > 2
+    for rows in saved:
+        assert score_windows(method, texts.held_out, bench.tokenizer, 16, 24, Kept(json.loads(rows))) == whole
+    saved.clear()
+    kept = Kept(save=lambda: saved.append(json.dumps(kept.rows)))
+    facts = score_facts(method, texts.cases, bench.tokenizer, kept)
+    assert len(saved) == 2
+    assert score_facts(method, texts.cases, bench.tokenizer, Kept(json.loads(saved[0]))) == facts
+
+
+def test_other_sizes_are_measured_anew_and_not_mixed_with_the_old(compared, work, capsys, tmp_path):
+    command("benchmarks.compare", *flags_of(work, tmp_path), "--methods", "base", "memory")
+    capsys.readouterr()
+    command("benchmarks.compare", *flags_of(work, tmp_path, max_cases=7), "--methods", "base")
+    assert "measured again" in capsys.readouterr().out
+    methods = results_of(tmp_path)
+    assert list(methods) == ["base"] and methods["base"]["facts"]["cases"] == 7
+
+
+def test_retrieval_sees_only_what_is_before_a_chunk_and_scores_each_token_once(work):
+    from benchmarks.compare_scores import Method, score_windows
+    from utils.loading import load_windows
+
+    bench = bench_of(work)
+    windows = load_windows(bench.work.windows, "test").select(range(2))
+    asked = []
+
+    def nothing(text: str) -> list[int]:
+        asked.append(text)
+        return []
+
+    whole = score_windows(Method(bench.base), windows, bench.tokenizer, 16, 24)
+    found = score_windows(Method(bench.base, passages=nothing), windows, bench.tokenizer, 16, 24)
+    # With nothing before it, a window in chunks is the window.
+    assert found["tokens"] == whole["tokens"] and found["accuracy"] == whole["accuracy"]
+    assert found["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-5)
+    ids = windows[0]["input_ids"]
+    assert asked[:3] == [bench.tokenizer.decode(ids[max(end - 24, 0) : end]) for end in (16, 32, 48)]
+    some = score_windows(Method(bench.base, passages=lambda _: [5, 6, 7] * 10), windows, bench.tokenizer, 16, 24)
+    assert some["tokens"] == whole["tokens"] and some["perplexity"] != whole["perplexity"]
+
+
+def test_passages_and_text_stay_within_the_context():
+    from benchmarks.compare_scores import put_before
+
+    ids = torch.arange(10, 20)
+    together, moved = put_before([1, 2, 3], ids, None)
+    assert together.tolist() == [1, 2, 3, *range(10, 20)] and moved == 3
+    together, moved = put_before([1, 2, 3], ids, 8)
+    assert together.tolist() == [1, 2, 3, *range(15, 20)] and together[9 + moved] == 19
+
+
+def test_both_searches_find_the_article_that_a_text_is_from(encoder, tmp_path):
+    from benchmarks.compare_rag import bm25_search, dense_search, passages
+
+    articles = [article(number) for number in range(30)]
+    sparse, sparse_bytes = bm25_search(articles, tmp_path / "bm25")
+    dense, dense_bytes = dense_search(articles, encoder, tmp_path / "dense")
+    name = articles[17].split("\n")[0]
+    assert sparse(f"{name} is a", 2)[0] == 17
+    assert sparse("qqq zzz", 2) == []
+    assert dense(articles[17], 3)[0] == 17
+    assert sparse_bytes > 0 and dense_bytes > sum(path.stat().st_size for path in encoder.glob("*.safetensors"))
+
+    def tokenizer(text, **_):
+        return {"input_ids": list(text.encode())}
+
+    before = bytes(passages(sparse, articles, tokenizer, 2, 30)(f"{name} is a")).decode()
+    assert before.endswith(articles[17][:30] + "\n\n") and before.count("\n\n") >= 2
+
+
+def test_the_adapter_with_the_lowest_validation_loss_is_kept_and_changes_the_base(compared):
+    _, output = compared
+    settings = results_of(output)["lora"]["settings"]
+    losses = dict(settings["validation"])
+    assert losses[settings["kept"]["step"]] == min(losses.values()) and len(losses) >= 2
+    assert len(list(output.glob("work/lora-*/adapter_model.safetensors"))) == 1
+
+
+def test_differences_from_the_base_are_paired():
+    from benchmarks.compare_report import add_differences
+
+    def record(nats, right):
+        part = {"log_likelihood": [[-value, 10] for value in nats]}
+        return {"held_out": part, "web": json.loads(json.dumps(part)), "facts": {"right": right}}
+
+    methods = {"base": record([20, 40], "0101"), "other": record([10, 20], "0111")}
+    add_differences(methods)
+    assert methods["other"]["held_out"]["nats_below_base"] == {"mean": 1.5, "standard_error": 0.5}
+    assert methods["other"]["facts"]["above_base"] == {"mean": 0.25, "standard_error": 0.25}
+
+
+def test_the_table_goes_into_a_page_with_the_plot_beside_it(compared, tmp_path):
+    _, output = compared
+    page = tmp_path / "compare.md"
+    page.write_text("before\n<!-- table: begin -->\nold\n<!-- table: end -->\nafter\n")
+    command("benchmarks.compare", "--page", page, "--output_dir", output)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert all(f"| {record['title']} |" in text for record in results_of(output).values())
+    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bad_input_is_one_line(work, tmp_path):
+    assert "quickstart" in refused("-m", "benchmarks.compare", "--work", tmp_path / "none")
+    assert "magic" in refused_here("benchmarks.compare", "--methods", "magic")
+    assert "--max_cases 0" in refused_here("benchmarks.compare", "--max_cases", 0)
+    assert "--rag_passages" in refused_here("benchmarks.compare", "--rag_passages", 0)
+    line = refused_here("benchmarks.compare", *flags_of(work, tmp_path / "a", web_text=tmp_path / "no.txt"))
+    assert "no.txt" in line
+    short = tmp_path / "short.txt"
+    short.write_text("a few words")
+    flags = flags_of(work, tmp_path / "a", web_text=short)
+    assert "short.txt" in refused_here("benchmarks.compare", *flags, "--methods", "base")
+    flags = flags_of(work, tmp_path / "b", encoder=tmp_path)
+    assert "--encoder" in refused_here("benchmarks.compare", *flags, "--methods", "rag_dense")
+    page = tmp_path / "page.md"
+    page.write_text("no marks")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "results.json").write_text('{"description": {}}')
+    assert "page.md" in refused_here("benchmarks.compare", "--page", page, "--output_dir", tmp_path / "c")
+
+
+def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch, tmp_path):
+    import sys
+
+    from benchmarks.compare_lora import adapter
+    from benchmarks.compare_rag import bm25_search
+    from utils.errors import InputError
+
+    for name in ("peft", "bm25s"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match="pip install"):
+        bm25_search(["text"], tmp_path)
+    with pytest.raises(InputError, match="pip install"):
+        adapter(None, tmp_path, tmp_path, SimpleNamespace(), {}, False)

@@ -1,0 +1,664 @@
+"""The demos' parts: inspection, streams in turn, columns, the command line, passages, the page's HTML. No browser."""
+
+import fcntl
+import json
+import math
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, GOLDEN, ROOT, command, refused, refused_here, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qa_models import byte_tokenizer, save_models
+from safetensors.torch import load_file
+from tiny_models import letter_tokenizer, tiny_base, tiny_joint, tiny_memory
+
+from demo import page
+from demo.columns import Columns, printable, text_width, wrap
+from demo.inspection import SOURCES, inspect_tokens
+from demo.opening import PairArguments, choose_pair
+from demo.passages import Passages
+from demo.streams import BASE, JOINT, RunningText, Sampling, encode_prompt, side_by_side, text_after
+from demo.viewer import Viewer
+from models import MLPMemory
+from utils.errors import InputError
+
+PROMPT = [5, 9, 13, 40]
+
+
+@pytest.fixture(scope="module")
+def joint() -> MLPMemory:
+    return tiny_joint("llama", lmbda=0.6, knn_temp=2.0)
+
+
+# ------------------------------------------------------------------------------------------------------- inspection
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("lmbda", "knn_temp", "name"), [(0.25, 1.0, "l025_t1"), (0.6, 2.0, "l06_t2")])
+def test_inspected_probabilities_are_the_golden_ones(family, lmbda, knn_temp, name):
+    golden = load_file(GOLDEN / family / "expected.safetensors")
+    model = MLPMemory.from_pretrained(GOLDEN / family / "base", GOLDEN / family / "memory", lmbda, knn_temp)
+    for row, ids in enumerate(golden["input_ids"].tolist()):
+        tokens, hidden = inspect_tokens(model, ids, 1, top=5)
+        expected = {
+            "base": golden["base_logits"][row].log_softmax(-1),
+            "memory": (golden["memory_logits"][row] / knn_temp).log_softmax(-1),
+            "mixture": golden[f"joint_logprobs_{name}"][row],
+        }
+        assert [token.token_id for token in tokens] == ids[1:]
+        assert torch.allclose(hidden, golden["mlp_input"][row, :-1], atol=1e-4)
+        for token in tokens:
+            for source in SOURCES:
+                before = expected[source][token.position - 1]  # (V,)
+                assert getattr(token, source) == pytest.approx(before[token.token_id].item(), abs=1e-4)
+                probabilities, _ = before.exp().topk(5)
+                assert [each[1] for each in token.top[source]] == pytest.approx(probabilities.tolist(), abs=1e-5)
+                for candidate, probability in token.top[source]:
+                    assert probability == pytest.approx(before[candidate].exp().item(), abs=1e-5)
+
+
+def test_inspection_from_a_later_token_is_the_tail_of_the_whole_in_blocks_of_any_size(joint, monkeypatch):
+    ids = [5, 9, 13, 40, 7, 22, 31, 8]
+    whole, hidden = inspect_tokens(joint, ids, 1)
+    tail, later = inspect_tokens(joint, ids, 5)
+    assert [token.position for token in tail] == [5, 6, 7]
+    assert [token.mixture for token in tail] == pytest.approx([token.mixture for token in whole[4:]], abs=1e-5)
+    assert torch.allclose(later, hidden[4:], atol=1e-5)
+    monkeypatch.setattr("demo.inspection.ROWS_AT_A_TIME", 2)
+    blocks, _ = inspect_tokens(joint, ids, 1)
+    assert [(token.position, token.token_id) for token in blocks] == [
+        (token.position, token.token_id) for token in whole
+    ]
+    assert [token.base for token in blocks] == pytest.approx([token.base for token in whole], abs=1e-5)
+
+
+def test_a_mixture_lowers_no_token_below_its_bound_and_with_lambda_0_moves_none():
+    model = tiny_joint("gpt2", lmbda=0.3)
+    tokens, _ = inspect_tokens(model, list(range(2, 40)), 1)
+    assert min(token.moved for token in tokens) >= math.log(0.7) - 1e-5
+    assert any(token.moved > 0.01 for token in tokens) and any(token.moved < -0.01 for token in tokens)
+    model.lmbda = 0.0
+    assert {token.moved for token in inspect_tokens(model, [5, 6, 7], 1)[0]} == {0.0}
+
+
+def test_inspection_refuses_a_text_beyond_the_context_and_a_first_token_without_any_before_it(joint):
+    with pytest.raises(InputError, match="context is 64"):
+        inspect_tokens(joint, [5] * 66, 1)
+    assert len(inspect_tokens(joint, [5] * 65, 1)[0]) == 64
+    with pytest.raises(InputError, match="expected 1 or more"):
+        inspect_tokens(joint, [5, 6], 0)
+    assert inspect_tokens(joint, [5, 6], 2)[0] == []
+
+
+# ---------------------------------------------------------------------------------------------------------- streams
+
+
+def both(model, sampling, prompt=PROMPT, **options) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {BASE: [], JOINT: []}
+    for side, some in side_by_side(model, torch.tensor([prompt]), sampling, 0, **options):
+        tokens[side] += some
+    return tokens
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_both_continuations_are_what_generate_gives(joint, beams):
+    made = both(joint, Sampling(12, num_beams=beams))
+    ids = torch.tensor([PROMPT])
+    settings = {"max_new_tokens": 12, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+    for side, model in ((BASE, joint.base_lm), (JOINT, joint)):
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        assert made[side] == expected[0, len(PROMPT) :].tolist()
+
+
+def test_tokens_come_in_turn_or_one_side_after_the_other_and_are_the_same(joint):
+    sampling = Sampling(8, temperature=1.0, seed=3)
+    in_turn = [side for side, _ in side_by_side(joint, torch.tensor([PROMPT]), sampling, 0)]
+    after = [side for side, _ in side_by_side(joint, torch.tensor([PROMPT]), sampling, 0, in_turn=False)]
+    assert in_turn[:4] == [BASE, JOINT, BASE, JOINT]
+    assert after == sorted(after, key=[BASE, JOINT].index)
+    assert both(joint, sampling) == both(joint, sampling, in_turn=False)
+
+
+def test_a_seed_fixes_both_texts_and_leaves_the_callers_randomness_alone(joint):
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    first = both(joint, Sampling(10, temperature=1.5, top_p=0.95, seed=7))
+    assert torch.equal(torch.rand(2), expected)
+    assert both(joint, Sampling(10, temperature=1.5, top_p=0.95, seed=7)) == first
+    assert both(joint, Sampling(10, temperature=1.5, top_p=0.95, seed=8)) != first
+
+
+def test_with_lambda_0_both_sides_sample_the_same_text():
+    model = tiny_joint("mistral", lmbda=0.0)
+    made = both(model, Sampling(12, temperature=1.2))
+    assert made[BASE] == made[JOINT] != []
+
+
+def test_a_stopped_pair_of_continuations_leaves_no_thread(joint):
+    before = threading.active_count()
+    pieces = side_by_side(joint, torch.tensor([PROMPT]), Sampling(40), 0)
+    next(pieces)
+    assert threading.active_count() == before + 2
+    pieces.close()
+    assert threading.active_count() == before
+
+
+def test_what_generate_raises_reaches_the_reader(joint):
+    with pytest.raises(IndexError):
+        both(joint, Sampling(4), prompt=[10_000])
+
+
+def test_a_prompt_is_refused_when_empty_or_too_long_and_the_tokens_asked_for_fit_the_context(joint):
+    tokenizer = letter_tokenizer()
+    for empty in ("", "  \n"):
+        with pytest.raises(InputError, match="is empty"):
+            encode_prompt(joint, tokenizer, empty, Sampling())
+    with pytest.raises(InputError, match="65 tokens, longer than the base's context of 64"):
+        encode_prompt(joint, tokenizer, "a" * 65, Sampling())
+    sampling = Sampling(40)
+    ids, remark = encode_prompt(joint, tokenizer, "a" * 60, sampling)
+    assert ids.shape == (1, 60) and sampling.max_new_tokens == 5 and "room for 5" in remark
+    assert encode_prompt(joint, tokenizer, "a" * 20, Sampling(40))[1] is None
+    assert len(both(joint, sampling, prompt=ids[0].tolist())[BASE]) <= 5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+        {"num_beams": 0},
+        {"max_new_tokens": 0},
+        {"seed": -1},
+        {"seed": 1 << 64},
+    ],
+)
+def test_a_sampling_setting_out_of_range_is_named(wrong):
+    with pytest.raises(InputError, match=f"^--{next(iter(wrong))} .*expected"):
+        Sampling(**wrong).check()
+
+
+def test_a_character_made_of_several_tokens_is_shown_when_it_is_whole():
+    tokenizer = byte_tokenizer()
+    prompt, ids = tokenizer("x").input_ids, tokenizer("é€").input_ids
+    assert len(ids) == 5
+    running, seen = RunningText(tokenizer, prompt), []
+    for token in ids:
+        running.add([token])
+        seen.append(running.text())
+    assert seen == ["", "é", "é", "é", "é€"]
+    running.add(ids[:1])
+    assert running.text(ended=True).startswith("é€") and len(running.text(ended=True)) > 2
+
+
+def test_text_after_keeps_the_blank_in_front_of_a_word():
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("Where is the moon?").input_ids
+    pieces = [text_after(tokenizer, ids[:number], [ids[number]]) for number in range(1, len(ids))]
+    assert tokenizer.decode(ids[:1]) + "".join(pieces) == "Where is the moon?"
+    assert text_after(tokenizer, ids, [tokenizer.eos_token_id]) == ""
+    assert text_after(tokenizer, ids, [tokenizer.eos_token_id], special=True) == "<eos>"
+
+
+# ---------------------------------------------------------------------------------------------------------- columns
+
+texts = st.text(alphabet=st.sampled_from("ab cd 漢é\u0301\n"), max_size=60)
+
+
+@given(texts, st.integers(4, 12))
+@settings(max_examples=200, deadline=None)
+def test_lines_fit_lose_nothing_but_blanks_and_stay_as_the_text_grows(text, width):
+    lines = wrap(text, width)
+    assert all(text_width(line) <= width for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace("\n", "").replace(" ", "")
+    for cut in range(len(text)):
+        before = wrap(text[:cut], width)
+        assert lines[: len(before) - 1] == before[:-1]
+
+
+def test_nothing_in_a_text_moves_the_terminals_cursor():
+    assert printable("a\x1b[2Jb\r\nc\td\x07\x9b") == "a·[2Jb\nc    d··"
+
+
+class Screen(StringIO):
+    """A terminal as far as `Columns` uses one: line ends, cursor up, clear below. Rows above the screen are fixed."""
+
+    encoding = "utf-8"
+
+    def __init__(self, height: int) -> None:
+        super().__init__()
+        self.height, self.rows, self.at = height, [""], 0
+
+    def write(self, text: str) -> int:
+        for up, line, end in re.findall(r"\x1b\[(\d+)A\x1b\[J|([^\x1b\n]+)|(\n)", text):
+            if up:
+                self.at -= int(up)
+                assert self.at >= max(0, len(self.rows) - self.height), "went above the screen"
+                del self.rows[self.at :]
+                self.rows.append("")
+            elif line:
+                self.rows[self.at] += line
+            elif end:
+                self.at += 1
+                self.rows.append("")
+        return len(text)
+
+
+@given(texts, texts, st.integers(4, 12), st.randoms(use_true_random=False))
+@settings(max_examples=150, deadline=None)
+def test_two_growing_texts_end_up_side_by_side_whole_on_a_screen_of_any_height(left, right, height, random):
+    screen = Screen(height)
+    columns = Columns(screen, ("L", "R"), width=27, height=height)
+    a = b = 0
+    while a < len(left) or b < len(right):
+        a, b = (a + 1, b) if b >= len(right) or (a < len(left) and random.random() < 0.5) else (a, b + 1)
+        columns.update((left[:a], right[:b]), (False, False))
+    columns.update((left, right), (True, True))
+    title, rule, *rows = [row.split("│") for row in screen.rows[:-1]]
+    assert title[0].strip() == "L" and title[1].strip() == "R" and set(rule[0].strip()) == {"─"}
+    shown = ([row[0].rstrip() for row in rows], [row[1].strip() for row in rows])
+    for text, lines in zip((left, right), shown, strict=True):
+        expected = [line.rstrip() for line in wrap(text, 11)]
+        assert [line.strip() for line in lines[: len(expected)]] == [line.strip() for line in expected]
+        assert not any(lines[len(expected) :])
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[Path, Path]:
+    return save_models(tmp_path_factory.mktemp("saved"), context=64)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory, saved) -> Path:
+    """A folder as the quickstart leaves it, with epochs 2 and 10 and an epoch 11 that was never finished."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    work = folder / "work"
+    (work / "embedded").mkdir(parents=True)
+    (work / "embedded" / "model").symlink_to(saved[0])
+    (work / "memory").mkdir()
+    for epoch in (2, 10):
+        (work / "memory" / f"epoch_{epoch}").symlink_to(saved[1])
+    (work / "memory" / "epoch_11").mkdir()
+    results = {"lambda": 0.55, "knn_temp": 1.2, "examples": [{"prompt": "Where is the moon?"}]}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def flags(saved: tuple[Path, Path], *more: object) -> list[object]:
+    return [
+        *("--model_name_or_path", saved[0], "--knn_generator_path", saved[1], "--torch_dtype", "float32"),
+        *("--prompt", "Who wrote it?", "--max_new_tokens", 6, *more),
+    ]
+
+
+def test_without_a_quickstart_the_command_says_in_a_line_how_to_get_one(tmp_path):
+    for module in ("demo.generation_example", "demo.app"):
+        line = refused("-m", module, "--quickstart", tmp_path)
+        assert "bash scripts/quickstart.sh" in line and str(tmp_path) in line
+
+
+def test_without_flags_the_last_memory_of_the_quickstart_is_shown_at_its_best_mixture(quickstart, capsys):
+    command("demo.generation_example", "--quickstart", quickstart, "--max_new_tokens", 4)
+    out = capsys.readouterr().out
+    assert "Where is the moon?" in out and "lambda 0.55, temperature 1.2" in out
+    pair = choose_pair(PairArguments(quickstart=str(quickstart)))
+    assert pair.memory.endswith("epoch_10") and pair.base.endswith("embedded/model") and pair.dstore_path is None
+
+
+def test_flags_stand_in_for_what_the_quickstart_says(quickstart, tmp_path):
+    pair = choose_pair(PairArguments(quickstart=str(quickstart), lmbda=0.1, prompt="Why?", model_name_or_path="other"))
+    assert (pair.lmbda, pair.knn_temp, pair.prompt, pair.base) == (0.1, 1.2, "Why?", "other")
+
+
+def test_the_mistral_preset_is_the_seeds_example():
+    pair = choose_pair(PairArguments(preset="mistral"))
+    assert (pair.base, pair.memory) == ("mistralai/Mistral-7B-v0.3", "Rubin-Wei/MLPMemory-Mistral-wikipedia")
+    assert (pair.lmbda, pair.knn_temp) == (0.75, 1.0)
+    assert pair.prompt.endswith("who sings i can't take my eyes off of you?? The answer is:")
+
+
+def test_piped_output_is_two_labelled_blocks_with_what_generate_gives(saved):
+    done = run("-m", "demo.generation_example", *flags(saved), PYTHONIOENCODING="ascii")
+    assert "\x1b" not in done.stdout
+    assert done.stderr.count("no padding token") == 1
+    model = MLPMemory.from_pretrained(*saved, 0.25)
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("Who wrote it?", return_tensors="pt").input_ids
+    for label, each in (("base", model.base_lm), ("base + memory", model)):
+        made = each.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=1)[0, ids.shape[1] :].tolist()
+        text = printable(text_after(tokenizer, ids[0].tolist(), made)).encode("ascii", "replace").decode()
+        block = done.stdout.split(f"[{label}: ")[1].split("]\n", 1)[1]
+        assert block.startswith(text + "\n\n")
+
+
+def test_a_reader_that_leaves_early_is_no_failure(saved):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "demo.generation_example", *map(str, flags(saved, "--max_new_tokens", 40))],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait() == 0
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("columns", [100, 40])
+def test_a_terminal_that_is_wide_enough_shows_two_columns(saved, columns):
+    mine, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "demo.generation_example", *map(str, flags(saved))],
+        cwd=ROOT,
+        env={**os.environ, "TERM": "xterm"},
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+    )
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            block = os.read(mine, 4096)
+        except OSError:  # the terminal is closed
+            break
+        if not block:
+            break
+        seen += block
+    os.close(mine)
+    assert process.wait() == 0, process.stderr.read()
+    process.stderr.close()
+    text = seen.decode()
+    if columns == 100:
+        assert re.search(r"^base: .*│ base \+ memory: ", text, re.MULTILINE) and "\x1b[J" in text
+    else:
+        assert "[base: " in text and "[base + memory: " in text and "\x1b[J" not in text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (("--lmbda", 1.5), "--lmbda 1.5: expected a number from 0 to 1"),
+        (("--knn_temp", 0), "--knn_temp 0: expected a number above 0"),
+        (("--prompt", " "), "--prompt: is empty"),
+        (("--prompt", "moon " * 100), "longer than the base's context of 64"),
+        (("--temperature", "-0.5"), "--temperature -0.5: expected"),
+        (("--top_p", 2), "--top_p 2.0: expected"),
+        (("--num_beams", 0), "--num_beams 0: expected"),
+        (("--preset", "large"), "--preset large: expected quickstart or mistral"),
+        (("--layer_position", 7), "expected a number from -2 to 1"),
+        (("--model_name_or_path", ROOT / "tests"), "holds no tokenizer"),
+        (("--knn_generator_path", ROOT / "tests"), "--knn_generator_path"),
+        (("--torch_dtype", "int8"), "--torch_dtype int8: expected"),
+    ],
+)
+def test_bad_input_is_told_in_a_line(saved, wrong, told):
+    assert told in refused_here("demo.generation_example", *flags(saved, *wrong))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        ("mistral", {}, "the memory is for the mistral family, the base is llama"),
+        ("llama", {"hidden_size": 16, "head_dim": 4}, "size 16, the base's hidden size is 32"),
+        ("llama", {"vocab_size": 50}, "vocabulary has 50 tokens"),
+    ],
+)
+def test_a_memory_for_another_base_is_refused(saved, tmp_path, family, changes, told):
+    sizes = {"vocab_size": len(byte_tokenizer())} | changes
+    tiny_memory(tiny_base(family, **sizes)).save_pretrained(tmp_path)
+    pair = ("--model_name_or_path", saved[0], "--knn_generator_path", tmp_path)
+    assert told in refused_here("demo.generation_example", *pair)
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[demo]'")
+    assert told in refused_here("demo.app", *pair, "--port", 0)
+
+
+# --------------------------------------------------------------------------------------------------------- passages
+
+
+@pytest.fixture(scope="module")
+def opened(llama_world):
+    from utils.loading import load_base, load_tokenizer
+
+    tokenizer = load_tokenizer(llama_world.base, required=True)
+    base = load_base(llama_world.base, tokenizer=tokenizer)
+    return MLPMemory(base, tiny_memory(base), 0.4).eval(), tokenizer
+
+
+def passages_of(world, tokenizer, *, dstore=None, index=None, windows=None, **changes) -> Passages:
+    options = {"dim": 32, "layer_position": -1} | changes
+    places = (dstore or world.dstore("train"), index or world.index, windows or world.windows)
+    return Passages(*map(str, places), tokenizer, **options)
+
+
+def test_the_nearest_passage_of_a_training_position_is_that_position(llama_world, opened):
+    from utils.loading import load_windows
+
+    joint, tokenizer = opened
+    passages = passages_of(llama_world, tokenizer)
+    window = load_windows(str(llama_world.windows), "train")[3]
+    ids = window["input_ids"].tolist()
+    tokens, hidden = inspect_tokens(joint, ids, 40)
+    for token, (nearest, *others) in zip(tokens, passages.nearest(hidden, 3), strict=True):
+        assert nearest.distance < 1e-3 and all(other.distance >= nearest.distance for other in others)
+        start = int(window["dstore_range"][0])
+        assert nearest.token_id == token.token_id
+        labelled = np.flatnonzero(window["labels"][1:] != -100)
+        assert nearest.row == start + int(np.searchsorted(labelled, token.position - 1))
+        assert nearest.before == tokenizer.decode(ids[token.position - 24 : token.position])
+        assert nearest.next.strip() == tokenizer.decode([token.token_id]).strip()
+
+
+def test_passages_refuse_what_does_not_belong_together(llama_world, opened, tmp_path):
+    _, tokenizer = opened
+    with pytest.raises(InputError, match="--index_path: is needed"):
+        Passages("dstore", None, "windows", tokenizer, dim=32, layer_position=-1)
+    with pytest.raises(InputError, match="32 wide, the base's hidden states 64"):
+        passages_of(llama_world, tokenizer, dim=64)
+    with pytest.raises(InputError, match="hidden states of block -1, not 0"):
+        passages_of(llama_world, tokenizer, layer_position=0)
+    with pytest.raises(InputError, match="datastore rows"):
+        passages_of(llama_world, tokenizer, split="test")
+    with pytest.raises(InputError, match=r"indexes \d+ rows"):
+        passages_of(llama_world, tokenizer, dstore=llama_world.dstore("test"))
+    with pytest.raises(InputError, match="no such"):
+        passages_of(llama_world, tokenizer, windows=tmp_path / "none")
+
+
+# ------------------------------------------------------------------------------------------------------ page's HTML
+
+
+class Tags(HTMLParser):
+    """Start tags with their attributes, and the text, of well-formed HTML."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text, open_tags = "", []
+        self._open = open_tags
+        self.feed(html)
+        assert not open_tags, f"not closed: {open_tags}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag != "br":
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def of(self, kind: str) -> list[dict]:
+        return [attributes for _, attributes in self.tags if kind in attributes.get("class", "").split()]
+
+
+def last_view(viewer, prompt="Who wrote it?", lmbda=0.4, knn_temp=1.0, sampling=None):
+    *before, last = viewer.run(prompt, lmbda, knn_temp, sampling or Sampling(8))
+    return before, last
+
+
+@pytest.fixture(scope="module")
+def viewer(saved):
+    return Viewer(MLPMemory.from_pretrained(*saved, 0.25), byte_tokenizer())
+
+
+def test_a_run_shows_the_texts_growing_and_then_each_token_with_its_details(viewer):
+    before, last = last_view(viewer)
+    assert len(before) >= 8 and all(view.inspector == "" for view in before)
+    lengths = [len(Tags(view.joint).text) for view in before]
+    assert lengths == sorted(lengths)
+    inspector = Tags(last.inspector)
+    tokens, details = inspector.of("mlpm-token"), inspector.of("mlpm-detail")
+    assert [token["data-detail"] for token in tokens] == [detail["id"] for detail in details]
+    assert sum("hidden" not in detail for detail in details) == len(inspector.of("mlpm-active")) == 1
+    assert len(inspector.of("mlpm-list")) == 3 * len(details)
+    assert not inspector.of("mlpm-passages")
+    assert "tokens in" in Tags(last.status).text
+
+
+def test_with_lambda_0_no_token_is_coloured(viewer):
+    _, last = last_view(viewer, lmbda=0.0)
+    assert {token["style"] for token in Tags(last.inspector).of("mlpm-token")} == {"--mlpm-s:0.000"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"prompt": " \n"}, "prompt: is empty"),
+        ({"prompt": "moon " * 100}, "longer than the base's context of 64"),
+        ({"lmbda": 1.2}, "lambda 1.2: expected a number from 0 to 1"),
+        ({"knn_temp": 0.0}, "memory temperature 0: expected a number above 0"),
+        ({"sampling": Sampling(8, top_p=3.0)}, "top_p 3.0: expected"),
+    ],
+)
+def test_bad_input_is_told_on_the_page_and_the_next_run_works(viewer, wrong, told):
+    before, last = last_view(viewer, **wrong)
+    assert before == [] and told in Tags(last.status).text and Tags(last.status).tags[0][1]["role"] == "alert"
+    assert last_view(viewer)[1].inspector
+
+
+def test_a_stopped_run_shows_and_inspects_what_was_made(viewer):
+    views = viewer.run("Who wrote it?", 0.4, 1.0, Sampling(50), owner="me")
+    next(views)
+    viewer.stop("someone else")
+    next(views)
+    viewer.stop("me")
+    *_, last = views
+    assert "stopped" in Tags(last.status).text
+    assert 2 <= len(Tags(last.inspector).of("mlpm-token")) <= 8
+
+
+def test_a_prompt_that_nearly_fills_the_context_is_continued_as_far_as_it_goes(viewer):
+    prompt = "é" * 30  # two tokens each
+    _, last = last_view(viewer, prompt=prompt, sampling=Sampling(50))
+    assert "leaves room for 5 new ones" in Tags(last.status).text
+
+
+def test_what_comes_from_a_model_or_a_corpus_is_never_markup(viewer):
+    evil = '<script>alert(1)</script>"&'
+    token = inspect_tokens(viewer.joint, [5, 6], 1)[0][0]
+    shown = page.ShownToken(
+        evil,
+        token,
+        {name: [(evil, 0.5, True)] for name in SOURCES},
+        [page.ShownPassage(evil, evil, evil, True, 1.5)],
+    )
+    html = [
+        page.inspector({"base": (evil, [shown]), "joint": (evil, [shown])}, 0.5),
+        page.running_text("base", evil, evil, evil, running=True),
+        page.status(evil, problem=True),
+        page.header([evil]),
+    ]
+    for each in html:
+        parsed = Tags(each)
+        assert "script" not in {tag for tag, _ in parsed.tags}
+        assert "alert(1)" in parsed.text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("the river", "the river"),
+        (" the river ", " the river "),
+        ("Title\n\nThe river is", "… The river is"),
+        ("Q: why?\nA:\n", "… A:\n"),
+        ("word " * 60, "… " + "word " * 31),
+        ("é" * 200, "… " + "é" * 160),
+    ],
+)
+def test_a_prompt_is_shown_by_the_end_of_its_last_line(prompt, shown):
+    assert page.prompt_end(prompt) == shown
+
+
+@given(st.floats(-30, 30), st.floats(0, 1))
+def test_the_colour_of_a_move_has_its_sign_and_is_full_at_the_ends_of_the_legend(moved, lmbda):
+    value = page.strength(moved, lmbda)
+    assert -1 <= value <= 1 and (value >= 0) == (moved >= 0)
+    assert page.strength(math.log(10), lmbda) == pytest.approx(1)
+    assert page.strength(-30, lmbda) == -1
+    ends = [Tags(page.legend(lmbda)).text.count(end) for end in ("×10 and more", "lowered")]
+    assert ends == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("nats", "text"),
+    [(0.0, "×1"), (math.log(2.5), "×2.5"), (math.log(0.75), "×0.75"), (math.log(250), "×250"), (800, "×1000 and more")],
+)
+def test_a_factor_has_two_or_three_digits(nats, text):
+    assert page.factor(nats) == text
+
+
+# ------------------------------------------------------------------------------------------- the page's own command
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded(tmp_path):
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[demo]'")
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        told = refused_here(
+            "demo.app", "--model_name_or_path", tmp_path, "--knn_generator_path", tmp_path, "--port", port
+        )
+    assert told == f"--port {port}: is in use; choose another, or 0 for any free one"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (("--port", 70000), "--port 70000: expected a number from 0 to 65535"),
+        (("--host", "192.0.2.1"), "--host 192.0.2.1: is no address of this machine"),
+        (("--candidates", 0), "--candidates 0: expected 1 or more"),
+        (("--passages", -1), "--passages -1: expected 0 or more"),
+        (("--port", 0, "--dstore_path", "x"), "--index_path: is needed"),
+    ],
+)
+def test_bad_input_of_the_page_is_told_in_a_line(saved, wrong, told):
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[demo]'")
+    assert told in refused_here("demo.app", "--model_name_or_path", saved[0], "--knn_generator_path", saved[1], *wrong)

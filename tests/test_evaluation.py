@@ -1,0 +1,208 @@
+"""Perplexities: base, base + memory over a grid in one pass, kNN-LM, from the base or from stored scores."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, GOLDEN, command, refused, refused_here
+from safetensors.torch import load_file
+
+from utils.evaluation import label_log_probabilities, mixture_log_likelihood, predicted_positions
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def memory(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("memory")
+    more = ("--knn_dstore_path", world.dstore("train"), "--validation_split_name", "none", "--learning_rate", 1e-2)
+    command("train_mlpmem_offline", *world.trainer(output, *more))
+    return output / "epoch_1"
+
+
+def joint_flags(world, memory, output, *more):
+    return (
+        *("--do_test", "--model_name_or_path", world.base, "--knn_generator_path", memory),
+        *("--dataset_name", world.windows, "--output_dir", output, "--report_to", "none", *more),
+    )
+
+
+def test_every_combination_equals_the_joint_model_scored_by_itself(world, memory, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from models import MLPMemory, load_memory
+    from utils.loading import load_windows
+
+    command("evaluate_joint", *joint_flags(world, memory, tmp_path, "--lmbda", 0, 0.3, 1, "--knn_temp", 0.5, 1, 2))
+    found = results(tmp_path)
+    assert len(found["grid"]) == 9
+    windows = load_windows(world.windows, "test")
+    ids, labels = torch.tensor(windows["input_ids"][:]), torch.tensor(windows["labels"][:])
+    base, stack = AutoModelForCausalLM.from_pretrained(world.base).eval(), load_memory(memory).eval()
+    for row in found["grid"]:
+        joint = MLPMemory(base, stack, row["lmbda"], row["knn_temp"])
+        with torch.no_grad():
+            loss = joint(input_ids=ids, labels=labels).loss.item()
+        assert row["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert found["perplexity"] == min(row["perplexity"] for row in found["grid"])
+    assert {"tokens", "lmbda", "knn_temp", "model", "memory", "dataset", "split", "seconds", "versions"} <= found.keys()
+    assert found["tokens"] == int((labels[:, 1:] != -100).sum())
+
+
+def test_stored_scores_stand_for_a_run_of_the_base(world, memory, tmp_path):
+    command("evaluate_joint", *joint_flags(world, memory, tmp_path / "live"))
+    command("evaluate_joint", *joint_flags(world, memory, tmp_path / "stored", "--dstore_path", world.dstore("test")))
+    live, stored = results(tmp_path / "live"), results(tmp_path / "stored")
+    assert stored["perplexity"] == pytest.approx(live["perplexity"], rel=1e-3)
+    assert stored["base_perplexity"] == pytest.approx(live["base_perplexity"], rel=1e-5)
+
+
+def test_choice_on_validation_is_used_on_test(world, memory, tmp_path):
+    grid = ("--lmbda", 0.1, 0.4, "--knn_temp", 1, 2)
+    command("evaluate_joint", *joint_flags(world, memory, tmp_path / "v", "--dataset_split_name", "validation", *grid))
+    command("evaluate_joint", *joint_flags(world, memory, tmp_path / "t", "--choose_on", tmp_path / "v/results.json"))
+    chosen, used = results(tmp_path / "v"), results(tmp_path / "t")
+    assert (used["lmbda"], used["knn_temp"]) == (chosen["lmbda"], chosen["knn_temp"])
+    assert len(used["grid"]) == 1
+
+
+def test_base_perplexity_does_not_depend_on_the_batch_size(world, tmp_path):
+    found = []
+    for size in (1, 7):
+        command(
+            "train_base",
+            *("--model_name_or_path", world.base, "--dataset_name", world.windows, "--do_eval"),
+            *("--eval_subset", "test", "--per_device_eval_batch_size", size, "--output_dir", tmp_path / str(size)),
+        )
+        found.append(results(tmp_path / str(size)))
+    assert found[0]["perplexity"] == pytest.approx(found[1]["perplexity"], rel=1e-5)
+    assert found[0]["tokens"] == found[1]["tokens"]
+
+
+def knn_flags(world, output, *more):
+    return (
+        *("--model_name_or_path", world.base, "--dataset_name", world.windows, "--do_eval", "--knn"),
+        *("--eval_subset", "test", "--val_file", world.dstore("train"), "--index_file", world.index),
+        *("--k", 16, "--output_dir", output, *more),
+    )
+
+
+def test_knn_lm_equals_the_formula_worked_out_in_full(world, tmp_path):
+    from knn_utils.arrow_files import Datastore
+
+    command("train_base", *knn_flags(world, tmp_path, "--lmbda", 0.2, 0.6, "--knn_temp", 1, 5))
+    train, test = (Datastore.open(world.dstore(split)) for split in ("train", "test"))
+    keys, values = np.array(train.keys(0, train.rows), np.float64), train.vals(0, train.rows)
+    queries, labels = np.array(test.keys(0, test.rows), np.float64), test.vals(0, test.rows)
+    squared = ((queries[:, None] - keys[None]) ** 2).sum(-1)
+    nearest = np.argsort(squared, axis=1)[:, :16]
+    for row in results(tmp_path)["grid"]:
+        weights = np.exp(-(np.take_along_axis(squared, nearest, 1)) / row["knn_temp"])
+        weights /= weights.sum(1, keepdims=True)
+        knn = (weights * (values[nearest] == labels[:, None])).sum(1)
+        mixed = (1 - row["lmbda"]) * np.exp(test.logprob(0, test.rows).astype(np.float64)) + row["lmbda"] * knn
+        assert row["perplexity"] == pytest.approx(np.exp(-np.log(mixed).mean()), rel=2e-3)
+
+
+def test_knn_lm_wrapper_leaves_no_trace(llama_world):
+    from transformers import AutoModelForCausalLM
+
+    from knn_utils.knn_lm import KNNLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama_world.base).eval()
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        with KNNLM(llama_world.index, llama_world.dstore("train"), k=16, probe=4, lmbda=0.5, knn_temp=2.0) as knn:
+            knn.on(model)
+            mixed = model(ids).logits
+        after = model(ids).logits
+    assert torch.allclose(mixed.exp().sum(-1), torch.ones(1, 38), atol=1e-4)
+    assert not torch.allclose(mixed, torch.log_softmax(before, -1), atol=1e-3)
+    assert torch.equal(before, after)
+    with pytest.raises(KeyError), knn.on(model):
+        assert any(module._forward_hooks for module in model.modules())
+        raise KeyError
+    weights = {name: id(value) for name, value in model.state_dict(keep_vars=True).items()}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert "forward" not in vars(model) and weights == {name: id(value) for name, value in model.named_parameters()}
+    prompt = ids[:, :8]
+    with knn.on(model):
+        mixed = model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=True)
+        whole = model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert torch.equal(mixed, whole)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_label_log_probabilities_agree_with_golden_logits(family):
+    expected = load_file(GOLDEN / family / "expected.safetensors")
+    head = torch.eye(97)
+    mask, labels = predicted_positions(expected["labels"])
+    base = label_log_probabilities(expected["base_logits"][mask], head, labels)[:, 0]
+    memory = label_log_probabilities(expected["memory_logits"][mask], head, labels, [1.0, 2.0])
+    golden = json.loads((GOLDEN / "expected.json").read_text())[family]
+    sums = mixture_log_likelihood(base, memory, [0.25, 0.6])
+    assert -sums[0, 0].item() / len(labels) == pytest.approx(golden["loss_l025_t1"], abs=1e-4)
+    assert -sums[1, 1].item() / len(labels) == pytest.approx(golden["loss_l06_t2"], abs=1e-4)
+
+
+class TestRefused:
+    def test_lambda_and_temperature_out_of_range(self, llama_world, tmp_path):
+        for flag, value in (("--lmbda", 1.2), ("--lmbda", -0.1), ("--knn_temp", 0), ("--knn_temp", "nan")):
+            text = refused_here("evaluate_joint", *joint_flags(llama_world, "x", tmp_path, flag, value))
+            assert text.startswith(flag)
+
+    def test_a_folder_that_is_no_model(self, llama_world, tmp_path):
+        flags = ("--dataset_name", llama_world.windows, "--do_eval", "--output_dir", tmp_path)
+        line = refused("-m", "train_base", "--model_name_or_path", tmp_path, *flags)
+        assert str(tmp_path) in line and "config.json" in line
+
+    def test_a_family_without_a_stack(self, llama_world, tmp_path):
+        from transformers import AutoConfig
+
+        AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=276).save_pretrained(tmp_path)
+        text = refused_here(
+            "train_mlpmem_offline",
+            *("--model_name_or_path", tmp_path, "--tokenizer_name", llama_world.base),
+            *("--dataset_name", llama_world.windows, "--knn_save_path", llama_world.targets),
+            *("--knn_dstore_path", llama_world.dstore("train"), "--output_dir", tmp_path / "out"),
+        )
+        assert "mamba" in text
+
+    def test_token_ids_beyond_the_vocabulary(self, llama_world, tmp_path):
+        from conftest import make_base
+
+        small = make_base("llama", tmp_path / "small", vocabulary=50)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (small / name).unlink()
+        text = refused_here(
+            "train_base",
+            *("--model_name_or_path", small, "--dataset_name", llama_world.windows, "--do_eval"),
+            *("--output_dir", tmp_path / "out"),
+        )
+        assert "token id" in text and "50" in text
+
+    def test_a_split_that_is_not_there(self, llama_world, tmp_path):
+        text = refused_here("evaluate_joint", *joint_flags(llama_world, "x", tmp_path, "--dataset_split_name", "exam"))
+        assert "exam" in text and "validation" in text
+
+    def test_more_neighbours_than_rows(self, llama_world, tmp_path):
+        assert "--k 100000" in refused_here("train_base", *knn_flags(llama_world, tmp_path, "--k", 100000))
+
+
+def test_a_padded_vocabulary_is_cut_to_the_tokenizer_and_that_is_said(llama_world, tmp_path, capsys):
+    from conftest import make_base
+
+    padded = make_base("llama", tmp_path / "padded", vocabulary=300)
+    command(
+        "train_base",
+        *("--model_name_or_path", padded, "--dataset_name", llama_world.windows, "--do_eval"),
+        *("--eval_subset", "test", "--output_dir", tmp_path / "out"),
+    )
+    assert "300 cut to the tokenizer's 276" in capsys.readouterr().out

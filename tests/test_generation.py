@@ -1,0 +1,357 @@
+"""`MLPMemory.generate`: every way of generating on the joint distribution, and what it refuses."""
+
+import threading
+
+import pytest
+import torch
+from tiny_models import CONTEXT, VOCABULARY, letter_tokenizer, some_ids, tiny_base, tiny_joint, tiny_memory
+from transformers import StaticCache, TextIteratorStreamer
+from transformers.utils import logging
+
+from models import MLPMemory
+from models.capture import HiddenCapture
+
+PROMPTS = [[5, 9, 13], [4, 8, 15, 16, 23, 42], [7]]
+EOS = 1
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama", "mistral"])
+def joint(request):
+    return tiny_joint(request.param, lmbda=0.6, knn_temp=2.0)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_joint("llama", lmbda=0.6)
+
+
+def left_padded(prompts):
+    """Ids and mask (batch, time), prompts at the right end."""
+    time = max(map(len, prompts))
+    ids, mask = torch.zeros(len(prompts), time, dtype=torch.long), torch.zeros(len(prompts), time, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, time - len(prompt) :] = torch.tensor(prompt)
+        mask[row, time - len(prompt) :] = 1
+    return ids, mask
+
+
+def until_eos(tokens):
+    tokens = tokens.tolist()
+    return tokens[: tokens.index(EOS)] if EOS in tokens else tokens
+
+
+WAYS = {
+    "greedy": {},
+    "greedy, dynamic cache": {"cache_implementation": "dynamic"},
+    "greedy, static cache": {"cache_implementation": "static"},
+    "greedy, no cache": {"use_cache": False},
+    "beams": {"num_beams": 3},
+    "beams, static cache": {"num_beams": 3, "cache_implementation": "static"},
+    "beams, several returned": {"num_beams": 4, "num_return_sequences": 3},
+    "repetition penalty": {"repetition_penalty": 1.5},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_left_padded_batch_gives_row_by_row_what_single_prompts_give(joint, way):
+    ids, mask = left_padded(PROMPTS)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": EOS, **WAYS[way]}
+    together = joint.generate(ids, attention_mask=mask, **settings)
+    each = settings.get("num_return_sequences", 1)
+    for row, prompt in enumerate(PROMPTS):
+        alone = joint.generate(torch.tensor([prompt]), **settings)
+        for copy in range(each):
+            from_batch = until_eos(together[row * each + copy, ids.shape[1] :])
+            assert from_batch == until_eos(alone[copy, len(prompt) :])
+
+
+def test_greedy_tokens_follow_the_joint_distribution_of_full_forwards(joint):
+    tokens = joint.generate(some_ids(1, 6), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with torch.no_grad():
+        best = joint(tokens).logits.argmax(-1)
+    assert tokens.shape == (1, 14)
+    assert torch.equal(tokens[:, 6:], best[:, 5:-1])
+
+
+def test_beams_reorder_so_that_scores_are_those_of_full_forwards(joint):
+    ids = some_ids(2, 6)
+    output = joint.generate(
+        ids,
+        num_beams=5,
+        num_return_sequences=2,
+        max_new_tokens=8,
+        length_penalty=0.0,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    with torch.no_grad():
+        log_probs = joint(output.sequences).logits[:, 5:-1]
+    summed = log_probs.gather(-1, output.sequences[:, 6:, None]).sum((1, 2))
+    torch.testing.assert_close(summed, output.sequences_scores, rtol=1e-4, atol=1e-4)
+
+
+def test_a_static_cache_of_the_callers_own_gives_the_same_tokens(llama):
+    ids = some_ids(2, 6)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cache = StaticCache(config=llama.base_lm.config, max_cache_len=32)
+    assert torch.equal(llama.generate(ids, past_key_values=cache, **settings), llama.generate(ids, **settings))
+
+
+def chi_square_deviation(tokens: torch.Tensor, expected: torch.Tensor) -> float:
+    """How far drawn tokens (n,) are from expected probabilities (vocabulary,), in standard deviations."""
+    drawn = len(tokens)
+    counts = torch.bincount(tokens, minlength=VOCABULARY).double()
+    # Rare tokens are pooled: the chi-square test wants at least 5 expected in each cell.
+    often = expected * drawn >= 5
+    observed = torch.cat([counts[often], counts[~often].sum()[None]])
+    wanted = torch.cat([expected[often], expected[~often].sum()[None]]).double() * drawn
+    assert observed[wanted == 0].sum() == 0
+    kept = wanted > 0
+    statistic = ((observed[kept] - wanted[kept]).square() / wanted[kept]).sum().item()
+    freedom = int(kept.sum()) - 1
+    # Wilson-Hilferty: the cube root of chi-square/freedom is nearly normal.
+    return ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
+
+
+def with_settings(log_probs: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """The probabilities (vocabulary,) that are left of log-probabilities at a temperature, cut to the top-p tokens."""
+    probabilities = (log_probs / temperature).softmax(-1)
+    falling, order = probabilities.sort(descending=True)
+    falling[falling.cumsum(-1) - falling >= top_p] = 0.0
+    return torch.zeros_like(probabilities).scatter(-1, order, falling / falling.sum())
+
+
+LIMIT = 3.1  # standard deviations: p = 0.001
+
+
+@pytest.mark.parametrize(
+    ("lmbda", "temperature", "top_p"),
+    [(0.0, 1.0, 1.0), (0.4, 1.0, 1.0), (1.0, 1.0, 1.0), (0.4, 1.7, 1.0), (0.4, 1.7, 0.8)],
+)
+def test_sampling_follows_the_joint_distribution(llama, lmbda, temperature, top_p):
+    llama.lmbda = lmbda
+    prompt = some_ids(1, 5)
+    with torch.no_grad():
+        expected = with_settings(llama(prompt).logits[0, -1], temperature, top_p)
+    torch.manual_seed(0)
+    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 1, "num_return_sequences": 20_000, "pad_token_id": 0}
+    tokens = llama.generate(prompt, temperature=temperature, top_p=top_p, **settings)
+    llama.lmbda = 0.6
+    assert chi_square_deviation(tokens[:, -1], expected) < LIMIT
+
+
+def test_each_row_of_a_padded_batch_samples_from_its_own_distribution(llama):
+    ids, mask = left_padded(PROMPTS)
+    torch.manual_seed(0)
+    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 1, "num_return_sequences": 5_000, "pad_token_id": 0}
+    tokens = llama.generate(ids, attention_mask=mask, **settings)[:, -1].view(len(PROMPTS), 5_000)
+    with torch.no_grad():
+        expected = [llama(torch.tensor([prompt])).logits[0, -1].exp() for prompt in PROMPTS]
+    for row, drawn in enumerate(tokens):
+        assert chi_square_deviation(drawn, expected[row]) < LIMIT
+        assert chi_square_deviation(drawn, expected[row - 1]) > LIMIT
+
+
+@pytest.mark.parametrize("ways", [{}, {"cache_implementation": "static"}, {"num_beams": 3}])
+def test_any_number_of_sampled_texts_comes_back_for_each_prompt(llama, ways):
+    ids, mask = left_padded(PROMPTS)
+    settings = {"do_sample": True, "max_new_tokens": 4, "num_return_sequences": 3, "pad_token_id": 0, **ways}
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        made.append(llama.generate(ids, attention_mask=mask, eos_token_id=None, **settings))
+    assert made[0].shape == (3 * len(PROMPTS), ids.shape[1] + 4)
+    assert torch.equal(made[0][:, : ids.shape[1]], ids.repeat_interleave(3, dim=0))
+    assert torch.equal(*made)
+
+
+def test_tokens_guessed_ahead_change_nothing(llama):
+    prompt = torch.tensor([[5, 9, 13, 5, 9, 13, 5, 9]])
+    settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = llama.generate(prompt, **settings)
+    assert torch.equal(llama.generate(prompt, prompt_lookup_num_tokens=3, **settings), expected)
+    assert torch.equal(llama.generate(prompt, assistant_model=llama.base_lm, **settings), expected)
+
+
+def test_sampling_settings_narrow_the_choice(llama):
+    prompt = some_ids(1, 5)
+    torch.manual_seed(0)
+    settings = {"do_sample": True, "max_new_tokens": 1, "num_return_sequences": 50, "pad_token_id": 0}
+    with torch.no_grad():
+        order = llama(prompt).logits[0, -1].argsort(descending=True)
+    assert set(llama.generate(prompt, top_k=3, **settings)[:, -1].tolist()) <= set(order[:3].tolist())
+    assert set(llama.generate(prompt, top_k=0, top_p=1e-6, **settings)[:, -1].tolist()) == {order[0].item()}
+    assert set(llama.generate(prompt, top_k=0, temperature=1e-4, **settings)[:, -1].tolist()) == {order[0].item()}
+
+
+def test_streaming_yields_the_text_of_the_tokens(llama):
+    tokenizer = letter_tokenizer()
+    prompt = some_ids(1, 5)
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = tokenizer.decode(llama.generate(prompt, **settings)[0, 5:])
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+    worker = threading.Thread(target=llama.generate, args=(prompt,), kwargs={"streamer": streamer, **settings})
+    worker.start()
+    pieces = list(streamer)
+    worker.join()
+    assert "".join(pieces) == expected
+    assert len(pieces) > 2
+
+
+def test_base_and_joint_may_generate_at_the_same_time(llama):
+    prompt = some_ids(1, 5)
+    settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    alone = [model.generate(prompt, **settings) for model in (llama, llama.base_lm)]
+    results = {}
+
+    def work(name, model):
+        results[name] = model.generate(prompt, **settings)
+
+    workers = [threading.Thread(target=work, args=each) for each in enumerate((llama, llama.base_lm))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(results[number], tokens) for number, tokens in enumerate(alone))
+
+
+def test_stop_strings_end_the_text(llama):
+    tokenizer = letter_tokenizer()
+    prompt = some_ids(1, 5)
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    tokens = llama.generate(prompt, **settings)[0, 5:]
+    stop = tokenizer.decode(tokens[2:4])
+    stopped = llama.generate(prompt, stop_strings=[stop], tokenizer=tokenizer, **settings)[0, 5:]
+    assert torch.equal(stopped, tokens[:4])
+
+
+def test_generation_ends_with_the_end_of_sequence_and_not_a_token_later(llama):
+    prompt = some_ids(1, 5)
+    free = llama.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 5:].tolist()
+    end = free[3]
+    tokens = llama.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=end, pad_token_id=0)[0, 5:].tolist()
+    assert tokens == free[: free.index(end) + 1]
+
+
+def test_exactly_as_many_tokens_as_asked_for_are_made(joint):
+    for count in (1, 2, 7):
+        made = joint.generate(some_ids(2, 6), max_new_tokens=count, eos_token_id=None, pad_token_id=0, do_sample=False)
+        assert made.shape == (2, 6 + count)
+
+
+def test_reading_a_prompt_computes_logits_at_its_last_position_only(joint):
+    shapes = []
+    heads = [joint.base_lm.get_output_embeddings(), joint.knn_generator.lm_head]
+    handles = [head.register_forward_hook(lambda module, args, output: shapes.append(output.shape)) for head in heads]
+    joint.generate(some_ids(2, 9), max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for handle in handles:
+        handle.remove()
+    assert shapes == [(2, 1, VOCABULARY)] * 4
+
+
+def test_generation_leaves_no_hook_on_the_base(joint):
+    joint.generate(some_ids(1, 4), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert not any(module._forward_pre_hooks for module in joint.modules())
+
+
+def test_base_and_memory_may_differ_in_dtype():
+    base = tiny_base("llama")
+    memory = tiny_memory(base)
+    base.to(torch.bfloat16)
+    joint = MLPMemory(base, memory)
+    assert joint.generate(some_ids(2, 5), max_new_tokens=4, eos_token_id=None, pad_token_id=0).shape == (2, 9)
+    with torch.no_grad():
+        logits = joint(some_ids(2, 5)).logits
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.exp().sum(-1), torch.ones(2, 5))
+
+
+def test_the_memory_reads_its_own_dtype():
+    base = tiny_base("llama")
+    joint = MLPMemory(base, tiny_memory(base).to(torch.bfloat16))
+    with HiddenCapture(base) as capture, torch.no_grad():
+        joint(some_ids(1, 5))
+    assert joint.memory_logits(capture.hidden).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_base_and_memory_may_sit_on_different_devices():
+    base = tiny_base("llama")
+    memory = tiny_memory(base)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = MLPMemory(base, memory).generate(some_ids(2, 5), **settings)
+    joint = MLPMemory(base.to("cuda"), memory)
+    assert torch.equal(joint.generate(some_ids(2, 5).to("cuda"), **settings).cpu(), expected)
+
+
+# What is refused
+
+
+def refusal(joint, *arguments, **settings):
+    with pytest.raises(ValueError) as caught:
+        joint.generate(*arguments, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_empty_prompt_is_refused(llama):
+    assert "prompt 0: empty" in refusal(llama, torch.zeros(1, 0, dtype=torch.long))
+
+
+def test_a_prompt_longer_than_the_context_is_refused(llama):
+    assert "65 tokens, longer than the context of 64" in refusal(llama, some_ids(1, CONTEXT + 1))
+
+
+def test_a_batch_with_empty_and_long_prompts_names_both_kinds(llama):
+    ids = some_ids(4, CONTEXT + 1)
+    mask = torch.ones_like(ids)
+    mask[1] = 0
+    mask[3, :10] = 0
+    text = refusal(llama, ids, attention_mask=mask)
+    assert "prompt 1: empty" in text
+    assert "prompt 0, 2: 65 tokens, longer than the context of 64" in text
+
+
+def test_padding_does_not_count_against_the_context(llama):
+    ids = some_ids(1, CONTEXT + 10)
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    tokens = llama.generate(
+        ids, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert tokens.shape == (1, CONTEXT + 13)
+
+
+@pytest.mark.parametrize("limit", [{"max_new_tokens": 50}, {"max_length": 200}, {}])
+def test_generation_ends_where_the_context_does(joint, limit):
+    logging.set_verbosity_error()
+    tokens = joint.generate(some_ids(1, 60), do_sample=False, eos_token_id=None, pad_token_id=0, **limit)
+    # 60 tokens and the 4 that fit are read; the fifth is predicted from the last of them.
+    assert tokens.shape == (1, CONTEXT + 1)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"top_k": 2.5},
+        {"num_beams": 0},
+        {"num_return_sequences": 0},
+        {"max_new_tokens": 0},
+        {"repetition_penalty": 0.0},
+        {"temperature": "hot"},
+    ],
+)
+def test_a_setting_out_of_range_is_named_with_what_is_expected(llama, setting):
+    name, value = next(iter(setting.items()))
+    text = refusal(llama, some_ids(1, 4), do_sample=True, **setting)
+    assert text.startswith(f"{name} {value}: expected")

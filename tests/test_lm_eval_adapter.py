@@ -1,0 +1,197 @@
+"""Facts about the evaluation harness's adapter, on local tasks: no hub is asked. Skipped where lm-eval is missing."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command, refused_here, run
+from qa_models import plain_greedy, plain_log_probs, save_models
+
+pytest.importorskip("lm_eval", reason="the package lm-eval is not installed")
+
+OWN = ROOT / "downstream" / "general_tasks"
+MC_TASK = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Q: {{{{question}}}}\\nA:"
+doc_to_target: label
+doc_to_choice: choices
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+TEXT_TASK = """
+task: local_text
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "Q: {{{{question}}}}\\nA:"
+doc_to_target: text
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 6, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+ROWS = [
+    {"question": "who wrote it?", "choices": ["James", "the first", "no one of all"]},
+    {"question": "where is the moon, is it here?", "choices": ["there", "here, of course", "Yes"]},
+    {"question": "is it?", "choices": ["No", "Yes", "the answer"]},
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("harness")
+    save_models(folder)
+    return folder
+
+
+def open_models(world, lmbda):
+    """(model, tokenizer) as the adapter should see them."""
+    from downstream.model import ModelArguments, open_model
+
+    memory = {"use_neural_knn": True, "knn_generator_path": str(world / "memory"), "lmbda": lmbda} if lmbda else {}
+    return open_model(ModelArguments(model_name_or_path=str(world / "base"), **memory))
+
+
+def write_tasks(folder: Path, rows) -> Path:
+    folder.mkdir()
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "choice.yaml").write_text(MC_TASK.format(data=data))
+    (folder / "text.yaml").write_text(TEXT_TASK.format(data=data))
+    return folder
+
+
+def flags(world, output, lmbda=0.0):
+    memory = ("--use_neural_knn", "--knn_generator_path", world / "memory", "--lmbda", lmbda) if lmbda else ()
+    return ("--model_name_or_path", world / "base", "--output_dir", output, *memory)
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.6])
+def test_a_local_task_is_scored_as_single_texts_are(world, tmp_path, lmbda):
+    model, tokenizer = open_models(world, lmbda)
+    rows = []
+    for number, row in enumerate(ROWS):
+        prompt = f"Q: {row['question']}\nA:"
+        scores = [plain_log_probs(model, tokenizer, prompt, f" {choice}").sum() for choice in row["choices"]]
+        best = max(range(3), key=scores.__getitem__)
+        # Two rows are labelled with the model's choice, the last with another.
+        label = best if number < 2 else (best + 1) % 3
+        rows.append({**row, "label": label, "text": plain_greedy(model, tokenizer, prompt, 6).split("\n")[0]})
+    rows[2]["text"] = "something else"
+    tasks = write_tasks(tmp_path / "tasks", rows)
+    command(
+        "downstream.lm_eval_mlpmem",
+        *flags(world, tmp_path / "out", lmbda),
+        *("--tasks", "local_choice,local_text", "--include_path", tasks, "--per_device_eval_batch_size", 2),
+    )
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["tasks"]["local_choice"]["acc,none"] == pytest.approx(2 / 3)
+    assert results["tasks"]["local_text"]["exact_match,none"] == pytest.approx(2 / 3)
+    assert (results["memory"] is None) == (lmbda == 0.0)
+
+
+def test_one_command_scores_base_and_joint(world, tmp_path):
+    model, tokenizer = open_models(world, 0.0)
+    texts = [plain_greedy(model, tokenizer, f"Q: {row['question']}\nA:", 6).split("\n")[0] for row in ROWS]
+    rows = [{**row, "label": 0, "text": text} for row, text in zip(ROWS, texts, strict=True)]
+    chosen = ("--tasks", "local_choice,local_text", "--include_path", write_tasks(tmp_path / "tasks", rows))
+    done = run("-m", "downstream.lm_eval_mlpmem", *flags(world, tmp_path / "both", 0.9), *chosen, "--with_base")
+    heads = [line for line in done.stdout.splitlines() if line.startswith("base")]
+    assert heads == ["base", "base + memory (lambda 0.9)"]
+    both = json.loads((tmp_path / "both" / "results.json").read_text())
+    for name, lmbda, scores in (("base", 0.0, both["base"]["tasks"]), ("joint", 0.9, both["tasks"])):
+        command("downstream.lm_eval_mlpmem", *flags(world, tmp_path / name, lmbda), *chosen)
+        alone = json.loads((tmp_path / name / "results.json").read_text())["tasks"]
+        for task, metric in (("local_choice", "acc,none"), ("local_text", "exact_match,none")):
+            assert scores[task][metric] == alone[task][metric]
+    assert both["base"]["tasks"]["local_text"]["exact_match,none"] == 1.0
+    assert both["tasks"]["local_text"]["exact_match,none"] < 1.0
+
+
+def test_the_adapter_is_known_to_the_harness_by_name(world, tmp_path):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    import downstream.lm_eval_model  # noqa: F401
+
+    tasks = write_tasks(tmp_path / "tasks", [{**row, "label": 0, "text": "x"} for row in ROWS])
+    found = lm_eval.simple_evaluate(
+        model="mlpmem",
+        model_args={"pretrained": str(world / "base"), "memory": str(world / "memory"), "lmbda": 0.5},
+        tasks=["local_choice"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    assert 0 <= found["results"]["local_choice"]["acc,none"] <= 1
+
+
+# The columns of each benchmark's dataset, for a row or two of each label.
+OWN_ROWS = {
+    "mr": [{"text": "a fine film", "label": 1}, {"text": "dull", "label": 0}],
+    "cr": [{"text": "it works", "label": 1}, {"text": "it broke", "label": 0}],
+    "rotten_tomatoes": [{"text": "a fine film", "label": 1}, {"text": "dull", "label": 0}],
+    "hyperpartisan": [{"text": "they lie!", "label": "true"}, {"text": "it rained", "label": "false"}],
+    "ag_news": [{"text": "shares fell", "label": 2}, {"text": "they won", "label": 1}],
+    "yahoo_answers": [{"question_title": "why?", "question_content": "is it so", "topic": 9}],
+}
+
+
+def test_every_general_task_runs_on_rows_of_its_datasets_columns(world, tmp_path):
+    assert {path.stem for path in OWN.glob("*.yaml")} == {*OWN_ROWS, "mlpmem_general"}
+    for name, rows in OWN_ROWS.items():
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / f"{name}.yaml").write_text(
+            f"include: {OWN / name}.yaml\ntask: local_{name}\ndataset_path: json\n"
+            f"dataset_kwargs: {{data_files: {{train: {data}, validation: {data}, test: {data}}}}}\n"
+        )
+    names = [f"local_{name}" for name in OWN_ROWS]
+    command("downstream.lm_eval_mlpmem", *flags(world, tmp_path / "out"), "--include_path", tmp_path, "--tasks", *names)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results["tasks"]) == set(names)
+    assert all(0 <= results["tasks"][name]["acc,none"] <= 1 for name in names)
+
+
+def test_the_group_holds_the_nine_tasks_of_the_paper():
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    manager = TaskManager(include_path=str(OWN))
+    members = load_yaml(OWN / "mlpmem_general.yaml")["task"]
+    assert len(members) == 9
+    assert all(manager.match_tasks([name]) == [name] for name in members)
+
+
+def test_labels_of_hyperpartisan_news_are_read_in_every_spelling():
+    from jinja2 import Template
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    target = Template(load_yaml(OWN / "hyperpartisan.yaml")["doc_to_target"])
+    assert [target.render(label=label) for label in (True, 1, "true", "hyperpartisan")] == ["1"] * 4
+    assert [target.render(label=label) for label in (False, 0, "false", "mainstream")] == ["0"] * 4
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("--tasks", "no_such_task"), ["no_such_task", "mlpmem_general"]),
+        (("--tasks", "mlpmem_mr", "--limit", 0), ["--limit 0"]),
+        (("--tasks", "mlpmem_mr", "--include_path", "nowhere"), ["--include_path nowhere"]),
+        (("--tasks", "mlpmem_mr", "--use_neural_knn"), ["--knn_generator_path"]),
+        (("--tasks", "mlpmem_mr", "--with_base"), ["--with_base", "--use_neural_knn"]),
+        (("--tasks", "mlpmem_mr"), ["mlpmem_mr", "dataset cannot be loaded"]),
+    ],
+)
+def test_bad_input_is_told_in_one_line(world, tmp_path, more, expected):
+    line = refused_here("downstream.lm_eval_mlpmem", *flags(world, tmp_path / "out"), *more)
+    assert all(part in line for part in expected), line
+
+
+def test_without_the_harness_the_command_says_how_to_get_it(world, tmp_path):
+    (tmp_path / "lm_eval.py").write_text("raise ImportError")
+    done = run(
+        *("-m", "downstream.lm_eval_mlpmem", *flags(world, tmp_path / "out")), check=False, PYTHONPATH=str(tmp_path)
+    )
+    assert done.returncode == 2 and "pip install lm-eval" in done.stderr and "Traceback" not in done.stderr

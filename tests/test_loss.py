@@ -1,0 +1,449 @@
+"""The distillation loss: golden numbers, equality of the plain and the fused form, precision, memory, bad input."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from utils.cal_loss import fused_linear_distillation_loss, sparse_distillation_loss
+from utils.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+VOCABULARY, WIDTH = 53, 8
+
+
+def ragged_targets(counts: list[int], vocabulary: int = VOCABULARY, seed: int = 0) -> tuple[Tensor, ...]:
+    """(labels, id_cnt, token_id, prob) with the dtypes of the kNN-target files; the first label of four is -100."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(vocabulary, (len(counts),), generator=generator)
+    labels[::4] = -100
+    token_id = [torch.randperm(vocabulary, generator=generator)[:count] for count in counts]
+    prob = [torch.rand(count, generator=generator).softmax(0) if count else torch.zeros(0) for count in counts]
+    for values in prob:
+        values[3:4] = 0.0  # what float16 makes of a probability below 3e-8
+    id_cnt = torch.tensor(counts, dtype=torch.int32)
+    return labels, id_cnt, torch.cat(token_id).int(), torch.cat(prob).half()
+
+
+def head_inputs(rows: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """(hidden, weight), leaves that want a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    return hidden.requires_grad_(), weight.requires_grad_()
+
+
+COUNTS = [5, 0, 1, 9, 53, 2, 0, 7, 4, 4, 1]
+
+
+def run_both(hidden: Tensor, weight: Tensor, targets: tuple[Tensor, ...], alpha: float, **how) -> list[list[Tensor]]:
+    """[losses and gradients] of the plain form, then of the fused form."""
+    results = []
+    for fused in (False, True):
+        hidden.grad = weight.grad = None
+        if fused:
+            losses = fused_linear_distillation_loss(hidden, weight, *targets, alpha, **how)
+        else:
+            losses = sparse_distillation_loss(F.linear(hidden, weight), *targets, alpha)
+        losses[0].backward()
+        results.append([*(loss.detach() for loss in losses), hidden.grad, weight.grad])
+    return results
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], **tolerance) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, check_dtype=False, **tolerance)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.2, 1.0])
+@pytest.mark.parametrize("fused", [False, True])
+def test_losses_and_gradient_equal_the_originals(alpha, fused):
+    golden = load_file(GOLDEN / "loss.safetensors")
+    logits = golden["logits"].requires_grad_()
+    targets = golden["labels"], golden["id_cnt"], golden["token_id"], golden["prob"], alpha
+    if fused:
+        total, kl, ce = fused_linear_distillation_loss(logits, torch.eye(logits.shape[1]), *targets, 5)
+    else:
+        total, kl, ce = sparse_distillation_loss(logits, *targets)
+    total.backward()
+    expected = {0.5: 5.6839189529418945, 0.2: 6.32424259185791, 1.0: 4.616713047027588}
+    assert total.item() == pytest.approx(expected[alpha], abs=1e-4)
+    assert kl.item() == pytest.approx(4.616713047027588, abs=1e-4)
+    assert ce.item() == pytest.approx(6.751124858856201, abs=1e-4)
+    torch.testing.assert_close(logits.grad, golden[f"grad_alpha{alpha}"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("chunk_size", [None, 1, 4, len(COUNTS), 100])
+def test_fused_equals_plain_whatever_the_chunks(alpha, chunk_size):
+    plain, fused = run_both(*head_inputs(len(COUNTS)), ragged_targets(COUNTS), alpha, chunk_size=chunk_size)
+    assert_same(fused, plain, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, VOCABULARY), min_size=1, max_size=12),
+    chunk_size=st.integers(1, 13),
+    alpha=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_fused_equals_plain_for_any_ragged_targets(counts, chunk_size, alpha, seed):
+    inputs = head_inputs(len(counts), torch.float64, seed)
+    plain, fused = run_both(*inputs, ragged_targets(counts, seed=seed), alpha, chunk_size=chunk_size)
+    assert_same(fused, plain, atol=1e-9, rtol=1e-9)
+
+
+def test_plain_loss_equals_the_dense_textbook_form():
+    logits = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(2))
+    labels, id_cnt, token_id, prob = ragged_targets([4, 2, 6])
+    labels = labels.clamp_min(0)
+    dense = torch.zeros(3, VOCABULARY)
+    dense[torch.arange(3).repeat_interleave(id_cnt), token_id.long()] = prob.float()
+    total, kl, ce = sparse_distillation_loss(logits, labels, id_cnt, token_id, prob, 0.4)
+    assert kl.item() == pytest.approx(F.kl_div(logits.log_softmax(-1), dense, reduction="batchmean").item(), rel=1e-5)
+    assert ce.item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert total.item() == pytest.approx(0.4 * kl.item() + 0.6 * ce.item(), rel=1e-6)
+
+
+def test_gradients_are_right_in_double_precision():
+    targets = ragged_targets(COUNTS)
+
+    def total(hidden: Tensor, weight: Tensor) -> Tensor:
+        return fused_linear_distillation_loss(hidden, weight, *targets, 0.3, 4)[0]
+
+    assert torch.autograd.gradcheck(total, head_inputs(len(COUNTS), torch.float64))
+
+
+def test_a_row_without_label_or_target_adds_nothing_but_counts_as_a_row():
+    hidden, weight = head_inputs(2)
+    labels, id_cnt = torch.tensor([-100, 7]), torch.tensor([0, 2])
+    token_id, prob = torch.tensor([3, 9]), torch.tensor([0.25, 0.75])
+    _, kl, ce = fused_linear_distillation_loss(hidden, weight, labels, id_cnt, token_id, prob, 0.5)
+    _, kl_alone, ce_alone = fused_linear_distillation_loss(
+        hidden[1:], weight, labels[1:], id_cnt[1:], token_id, prob, 0.5
+    )
+    assert (2 * kl.item(), 2 * ce.item()) == pytest.approx((kl_alone.item(), ce_alone.item()), rel=1e-5)
+
+
+def test_micro_batches_with_num_rows_add_up_to_the_whole_step():
+    hidden, weight = head_inputs(len(COUNTS))
+    labels, id_cnt, token_id, prob = targets = ragged_targets(COUNTS)
+    whole, _ = run_both(hidden, weight, targets, 0.3)
+    hidden.grad = weight.grad = None
+    ends = [0, *id_cnt.cumsum(0).tolist()]
+    sums = torch.zeros(3)
+    for start, stop in ((0, 3), (3, 4), (4, len(COUNTS))):
+        entries = slice(ends[start], ends[stop])
+        part = labels[start:stop], id_cnt[start:stop], token_id[entries], prob[entries]
+        losses = fused_linear_distillation_loss(hidden[start:stop], weight, *part, 0.3, num_rows=len(COUNTS))
+        losses[0].backward()
+        sums += torch.stack(losses).detach()
+    assert_same([*sums, hidden.grad, weight.grad], whole, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_follows_the_factor_on_the_loss_and_backward_can_be_repeated():
+    hidden, weight = head_inputs(len(COUNTS))
+    targets = ragged_targets(COUNTS)
+    plain, _ = run_both(hidden, weight, targets, 0.3)
+    hidden.grad = weight.grad = None
+    total, _, _ = fused_linear_distillation_loss(hidden, weight, *targets, 0.3)
+    total.backward(retain_graph=True)
+    (total * 3).backward()
+    assert_same([hidden.grad, weight.grad], [4 * plain[3], 4 * plain[4]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("hidden_learns", "weight_learns"), [(True, False), (False, True)])
+def test_a_frozen_head_or_frozen_hidden_states_get_no_gradient(hidden_learns, weight_learns):
+    hidden, weight = head_inputs(len(COUNTS))
+    targets = ragged_targets(COUNTS)
+    plain, _ = run_both(hidden, weight, targets, 0.3)
+    hidden = hidden.detach().requires_grad_(hidden_learns)
+    weight = weight.detach().requires_grad_(weight_learns)
+    fused_linear_distillation_loss(hidden, weight, *targets, 0.3)[0].backward()
+    for tensor, learns, expected in ((hidden, hidden_learns, plain[3]), (weight, weight_learns, plain[4])):
+        if learns:
+            torch.testing.assert_close(tensor.grad, expected, atol=1e-5, rtol=1e-5)
+        else:
+            assert tensor.grad is None
+
+
+def test_evaluation_gives_the_same_numbers_without_a_graph():
+    hidden, weight = head_inputs(len(COUNTS))
+    targets = ragged_targets(COUNTS)
+    trained = fused_linear_distillation_loss(hidden, weight, *targets, 0.3)
+    with torch.no_grad():
+        scored = fused_linear_distillation_loss(hidden, weight, *targets, 0.3)
+    with torch.inference_mode():
+        inferred = fused_linear_distillation_loss(hidden.detach(), weight.detach(), *targets, 0.3)
+    assert trained[0].requires_grad and not any(x.requires_grad for x in (*trained[1:], *scored, *inferred))
+    assert [x.item() for x in scored] == [x.item() for x in inferred] == [x.item() for x in trained]
+
+
+def test_leading_dimensions_are_rows():
+    hidden, weight = head_inputs(6)
+    labels, id_cnt, token_id, prob = ragged_targets([3, 1, 0, 2, 5, 1])
+    flat = fused_linear_distillation_loss(hidden, weight, labels, id_cnt, token_id, prob, 0.5)
+    shaped = fused_linear_distillation_loss(
+        hidden.view(2, 3, WIDTH), weight, labels.view(2, 3), id_cnt.view(2, 3), token_id, prob, 0.5
+    )
+    shaped[0].backward()
+    assert [x.item() for x in shaped] == [x.item() for x in flat]
+    assert hidden.grad.shape == (6, WIDTH)
+
+
+def test_read_only_numpy_arrays_serve_as_targets_and_stay_as_they_are():
+    hidden, weight = head_inputs(len(COUNTS))
+    targets = ragged_targets(COUNTS)
+    arrays = [x.numpy().copy() for x in targets]
+    for array in arrays:
+        array.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of arrays that cannot be written
+        from_arrays = [torch.from_numpy(array) for array in arrays]
+    expected = fused_linear_distillation_loss(hidden, weight, *targets, 0.3)
+    found = fused_linear_distillation_loss(hidden, weight, *from_arrays, 0.3)
+    found[0].backward()
+    assert [x.item() for x in found] == [x.item() for x in expected]
+    assert all(np.array_equal(array, target.numpy()) for array, target in zip(arrays, targets, strict=True))
+
+
+@pytest.mark.parametrize("label", [0, 1, -100])
+def test_a_label_that_the_softmax_gives_no_probability_has_a_finite_loss_and_the_right_gradient(label):
+    hidden = torch.tensor([[300.0], [1.0]]).requires_grad_()
+    weight = torch.tensor([[-1.0], [0.0], [1.0], [1.0]]).requires_grad_()
+    targets = torch.tensor([label, 2]), torch.tensor([1, 1]), torch.tensor([0, 3]), torch.tensor([1.0, 1.0])
+    plain, fused = run_both(hidden, weight, targets, 0.5)
+    assert all(x.isfinite().all() for x in fused)
+    assert_same(fused, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_no_rows_give_zero_loss_and_zero_gradients():
+    hidden, weight = head_inputs(0)
+    plain, fused = run_both(hidden, weight, ragged_targets_of_nothing(), 0.5)
+    assert [x.item() for x in fused[:3]] == [x.item() for x in plain[:3]] == [0.0, 0.0, 0.0]
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def ragged_targets_of_nothing() -> tuple[Tensor, ...]:
+    return (
+        torch.zeros(0, dtype=torch.long),
+        torch.zeros(0, dtype=torch.int32),
+        torch.zeros(0).int(),
+        torch.zeros(0).half(),
+    )
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+def test_under_bf16_autocast_products_are_bf16_and_the_heads_gradient_float32(hidden_dtype):
+    hidden, weight = head_inputs(len(COUNTS))
+    targets = ragged_targets(COUNTS)
+    plain, _ = run_both(hidden, weight, targets, 0.3)
+    hidden = hidden.detach().to(hidden_dtype).requires_grad_()
+    weight.grad = None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = fused_linear_distillation_loss(hidden, weight, *targets, 0.3, 4)
+    losses[0].backward()
+    assert (losses[0].dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, hidden_dtype, torch.float32)
+    assert_same([x.detach() for x in losses], plain[:3], rtol=0.02, atol=0)
+    for found, expected in ((hidden.grad, plain[3]), (weight.grad, plain[4])):
+        assert 1e-5 < (found - expected).norm() / expected.norm() < 0.02  # bf16, but no worse
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hidden_dtype", [None, torch.float32])
+def test_half_precision_weights_work_and_their_gradient_has_their_dtype(dtype, hidden_dtype):
+    hidden, weight = head_inputs(len(COUNTS))
+    targets = ragged_targets(COUNTS)
+    plain, _ = run_both(hidden, weight, targets, 0.3)
+    hidden = hidden.detach().to(hidden_dtype or dtype).requires_grad_()
+    weight = weight.detach().to(dtype).requires_grad_()
+    losses = fused_linear_distillation_loss(hidden, weight, *targets, 0.3, 4)
+    losses[0].backward()
+    assert (losses[0].dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, hidden.dtype, dtype)
+    assert_same([x.detach() for x in losses], plain[:3], rtol=0.02, atol=0)
+    for found, expected in ((hidden.grad, plain[3]), (weight.grad, plain[4])):
+        assert (found - expected).norm() / expected.norm() < 0.02
+
+
+def test_many_small_chunks_lose_nothing_in_bf16():
+    """Summed in bf16, the head's gradient would drift with the number of chunks."""
+    rows = 512
+    hidden, weight = head_inputs(rows)
+    targets = ragged_targets([3] * rows)
+    plain, _ = run_both(hidden, weight, targets, 0.3)
+    weight.grad = None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused_linear_distillation_loss(hidden, weight, *targets, 0.3, 1)[0].backward()
+    assert (weight.grad - plain[4]).norm() / plain[4].norm() < 0.01
+
+
+class Memory(nn.Module):
+    """A stand-in for a memory stack that computes its loss in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.body = nn.Linear(WIDTH, WIDTH)
+        self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, x: Tensor, targets: tuple[Tensor, ...], num_rows: float | None = None) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        total, _, _ = fused_linear_distillation_loss(hidden, self.lm_head.weight, *targets, 0.3, 2, num_rows=num_rows)
+        return total * 1.5
+
+
+def test_a_compiled_module_gives_the_same_loss_and_gradients():
+    x = head_inputs(len(COUNTS))[0].detach()
+    targets = ragged_targets(COUNTS)
+    results = []
+    for compiled in (False, True):
+        memory = Memory()
+        run = torch.compile(memory, backend="aot_eager") if compiled else memory
+        for _ in range(2):
+            total = run(x, targets)
+            total.backward()
+        results.append([total.detach(), *(p.grad for p in memory.parameters())])
+    assert_same(results[1], results[0], atol=1e-6, rtol=1e-6)
+
+
+def train_in_two_processes(rank: int, folder: str) -> None:
+    """One step with DDP and one with FSDP, each process with other rows; rank 0 writes the whole gradients."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    rows = [slice(0, 4), slice(4, len(COUNTS))][rank]
+    x = head_inputs(len(COUNTS))[0].detach()[rows]
+    labels, id_cnt, token_id, prob = ragged_targets(COUNTS)
+    ends = [0, *id_cnt.cumsum(0).tolist()]
+    entries = slice(ends[rows.start], ends[rows.stop])
+    targets = labels[rows], id_cnt[rows], token_id[entries], prob[entries]
+
+    replicated = Memory()
+    wrapper = DistributedDataParallel(replicated)  # named, because it must outlive the backward pass
+    wrapper(x, targets, len(COUNTS) / 2).backward()
+    sharded = Memory()
+    fully_shard(sharded, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+    sharded(x, targets, len(COUNTS) / 2).backward()
+    gradients = {"ddp": [p.grad for p in replicated.parameters()]}
+    gradients["fsdp"] = [p.grad.full_tensor() for p in sharded.parameters()]
+    with pytest.raises(InputError, match="sharded"):
+        fused_linear_distillation_loss(x, list(sharded.parameters())[-1], *targets, 0.3)
+    if rank == 0:
+        torch.save(gradients, f"{folder}/gradients.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ddp_and_fsdp_with_unequal_rows_give_the_gradient_of_all_rows(tmp_path):
+    torch.multiprocessing.spawn(train_in_two_processes, args=(str(tmp_path),), nprocs=2)
+    found = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    memory = Memory()
+    memory(head_inputs(len(COUNTS))[0].detach(), ragged_targets(COUNTS)).backward()
+    expected = [p.grad for p in memory.parameters()]
+    assert_same(found["ddp"], expected, atol=1e-6, rtol=1e-5)
+    assert_same(found["fsdp"], expected, atol=1e-6, rtol=1e-5)
+
+
+PEAK_MEMORY = """
+import torch
+from pathlib import Path
+from utils.cal_loss import fused_linear_distillation_loss
+torch.set_num_threads(1)
+rows, vocabulary, width, chunk = 512, 32768, 256, 32
+
+def status(name):
+    return next(int(l.split()[1]) / 1024 for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(name))
+
+hidden = torch.randn(rows, width).requires_grad_()
+weight = (torch.randn(vocabulary, width) * 0.05).requires_grad_()
+targets = torch.randint(vocabulary, (rows,)), torch.full((rows,), 4), torch.randint(vocabulary, (4 * rows,)), torch.full((4 * rows,), 0.25)
+
+def loss(count):
+    return fused_linear_distillation_loss(hidden[:count], weight, *(x[:count * (len(x) // rows)] for x in targets), 0.5, chunk)[0]
+
+def peak(run):
+    run()
+    hidden.grad = weight.grad = None
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
+
+loss(chunk).backward()
+with torch.no_grad():
+    print(peak(lambda: loss(rows)))
+print(peak(lambda: loss(rows).backward()))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's record of peak memory")
+def test_memory_is_one_chunk_in_evaluation_and_one_gradient_of_the_head_more_in_training():
+    run = subprocess.run([sys.executable, "-c", PEAK_MEMORY], cwd=ROOT, capture_output=True, text=True, check=True)
+    evaluation, training = map(float, run.stdout.split())
+    chunk, head, whole_logits = 4, 32, 64  # MiB
+    assert evaluation < chunk + 16 < whole_logits
+    assert training < head + chunk + 16 < 2 * head
+
+
+def bad(**changes):
+    """Arguments of which one is wrong."""
+    hidden, weight = head_inputs(3)
+    values = {
+        "hidden": hidden,
+        "weight": weight,
+        "labels": torch.tensor([1, -100, 2]),
+        "id_cnt": torch.tensor([1, 0, 2]),
+        "token_id": torch.tensor([4, 5, 6]),
+        "prob": torch.tensor([1.0, 0.5, 0.5]),
+        "alpha": 0.5,
+    }
+    return {**values, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"token_id": torch.tensor([4, 5, VOCABULARY])}, f"reach from 4 to {VOCABULARY}"),
+        ({"token_id": torch.tensor([-1, 5, 6])}, "reach from -1 to 6"),
+        ({"labels": torch.tensor([1, -100, VOCABULARY])}, "labels reach"),
+        ({"labels": torch.tensor([1, -100, -5])}, "labels reach from -5"),
+        ({"labels": torch.tensor([1, 2])}, "do not fit 3 rows"),
+        ({"id_cnt": torch.tensor([1, 1, 2])}, "adds up to 4, but there are 3"),
+        ({"id_cnt": torch.tensor([4, -1, 0])}, "id_cnt"),
+        ({"prob": torch.tensor([1.0])}, "do not fit 3 rows"),
+        ({"alpha": 1.5}, "alpha 1.5"),
+        ({"alpha": float("nan")}, "alpha nan"),
+        ({"chunk_size": 0}, "chunk_size 0"),
+        ({"num_rows": 0}, "num_rows 0"),
+        ({"weight": torch.zeros(VOCABULARY, WIDTH + 1)}, "do not fit together"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused_in_one_line(changes, says):
+    with pytest.raises(InputError, match=says) as caught:
+        fused_linear_distillation_loss(**bad(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_benchmark_of_the_variants_runs_and_they_agree():
+    command = [sys.executable, "-m", "benchmarks.loss_variants", "--rows", "24", "--hidden", "16", "--vocab", "128"]
+    command += ["--entries", "8", "--repeats", "1", "--threads", "1", "--chunk_sizes", "5"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    table = [line.split() for line in run.stdout.splitlines() if "e-" in line or "e+" in line]
+    assert len(table) >= 4
+    assert all(float(x) < 5e-3 for line in table for x in line[-3:])

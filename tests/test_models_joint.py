@@ -1,0 +1,377 @@
+"""The joint model: the mixture, its gradients, its settings, the folder it saves and every way to open that again."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import HIDDEN, VOCABULARY, letter_tokenizer, some_ids, tiny_base, tiny_joint, tiny_memory
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+
+from models import LlamaMLPModel, MLPMemory, load_memory, memory_config
+from models.capture import hidden_states
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A base with its tokenizer, and its memory, in folders."""
+    folder = tmp_path_factory.mktemp("files")
+    base = tiny_base("llama")
+    base.save_pretrained(folder / "base")
+    letter_tokenizer().save_pretrained(folder / "base")
+    tiny_memory(base).save_pretrained(folder / "memory")
+    return folder
+
+
+@pytest.fixture
+def joint(files):
+    return MLPMemory.from_pretrained(files / "base", files / "memory", lmbda=0.6, knn_temp=2.0)
+
+
+def log_probs(model, ids=None):
+    with torch.no_grad():
+        return model(some_ids() if ids is None else ids).logits
+
+
+# The mixture
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1e-3, 0.25, 1.0])
+@pytest.mark.parametrize("knn_temp", [0.5, 1.0, 7.0])
+def test_logits_are_the_log_of_the_mixed_probabilities(lmbda, knn_temp):
+    joint = tiny_joint(lmbda=lmbda, knn_temp=knn_temp)
+    ids = some_ids()
+    with torch.no_grad():
+        base = joint.base_lm(ids).logits.double().softmax(-1)
+        memory = (joint.knn_generator(hidden_states(joint.base_lm, ids)).logits.double() / knn_temp).softmax(-1)
+    expected = ((1 - lmbda) * base + lmbda * memory).log()
+    torch.testing.assert_close(log_probs(joint).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_number_of_a_mixture_is_nan_at_the_ends_of_lambda():
+    for lmbda in (0.0, 1.0):
+        assert torch.isfinite(log_probs(tiny_joint(lmbda=lmbda))).all()
+
+
+def test_a_lambda_of_zero_runs_no_memory():
+    joint = tiny_joint(lmbda=0.0)
+    joint.knn_generator.forward = None
+    torch.testing.assert_close(log_probs(joint), joint.base_lm(some_ids()).logits.log_softmax(-1))
+
+
+def test_the_gradient_reaches_base_and_memory_and_is_that_of_the_mixture():
+    joint = tiny_joint(lmbda=0.4)
+    ids = some_ids(1, 6)
+    joint(ids, labels=ids).loss.backward()
+    for part in (joint.base_lm, joint.knn_generator):
+        assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in part.parameters())
+
+
+def test_the_loss_without_gradient_is_the_loss_with_it():
+    joint = tiny_joint(lmbda=0.4)
+    ids = some_ids()
+    with torch.no_grad():
+        without = joint(ids, labels=ids)
+    with_gradient = joint(ids, labels=ids)
+    torch.testing.assert_close(without.loss, with_gradient.loss)
+    torch.testing.assert_close(without.logits, with_gradient.logits)
+
+
+def test_training_leaves_the_frozen_base_without_gradient_or_dropout():
+    base = tiny_base("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    joint = MLPMemory(base, tiny_memory(base), is_train=True).train()
+    ids = some_ids()
+    first, second = joint.base_lm(ids).logits, joint.base_lm(ids).logits
+    assert torch.equal(first, second)
+    joint(ids, labels=ids).logits.sum().backward()
+    assert all(parameter.grad is None for parameter in base.parameters())
+    assert joint.knn_generator.training
+
+
+def test_training_without_labels_is_refused():
+    base = tiny_base("llama")
+    with pytest.raises(ValueError, match="pass labels"):
+        MLPMemory(base, tiny_memory(base), is_train=True)(some_ids())
+
+
+@pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 4, 11])])
+def test_logits_to_keep_are_the_full_logits_there(keep):
+    joint = tiny_joint()
+    with torch.no_grad():
+        kept = joint(some_ids(), logits_to_keep=keep).logits
+    full = log_probs(joint)
+    torch.testing.assert_close(kept, full[:, keep if isinstance(keep, torch.Tensor) else slice(-keep, None)])
+
+
+def test_labels_with_logits_to_keep_are_refused():
+    with pytest.raises(ValueError, match="leave logits_to_keep at 0"):
+        tiny_joint()(some_ids(), labels=some_ids(), logits_to_keep=1)
+
+
+def test_outputs_are_those_of_any_decoder():
+    joint = tiny_joint()
+    output = joint(some_ids(), use_cache=True, output_hidden_states=True)
+    assert output.past_key_values.get_seq_length() == 12
+    assert output.hidden_states[-1].shape == (2, 12, HIDDEN)
+    assert joint(some_ids(), labels=some_ids(), return_dict=False)[1].shape == (2, 12, VOCABULARY)
+
+
+def test_the_base_is_as_it_was_after_joining_it():
+    base = tiny_base("llama")
+    before = base(some_ids()).logits
+    settings = base.config.to_dict() | {"attention": base.config._attn_implementation}
+    joint = MLPMemory(base, tiny_memory(base))
+    log_probs(joint)
+    assert torch.equal(base(some_ids()).logits, before)
+    assert base.config.to_dict() | {"attention": base.config._attn_implementation} == settings
+    assert not any(module._forward_pre_hooks for module in base.modules())
+
+
+# Settings
+
+
+def test_settings_can_be_changed_on_the_live_object():
+    joint = tiny_joint(lmbda=0.25)
+    before = log_probs(joint)
+    joint.lmbda, joint.knn_temp = 0.7, 3.0
+    torch.testing.assert_close(log_probs(joint), log_probs(tiny_joint(lmbda=0.7, knn_temp=3.0)))
+    joint.lmbda, joint.knn_temp, joint.layer_position = 0.25, 1.0, 0
+    assert not torch.allclose(log_probs(joint), before)
+    torch.testing.assert_close(log_probs(joint), log_probs(tiny_joint(layer_position=0)))
+    joint.layer_position = -1
+    torch.testing.assert_close(log_probs(joint), before)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf")])
+def test_a_lambda_outside_0_to_1_is_refused(value):
+    with pytest.raises(ValueError, match=r"lambda .*: expected a number from 0 to 1"):
+        tiny_joint(lmbda=value)
+    with pytest.raises(ValueError, match="lambda"):
+        tiny_joint().lmbda = value
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_not_positive_is_refused(value):
+    with pytest.raises(ValueError, match=r"memory temperature .*: expected a number above 0"):
+        tiny_joint(knn_temp=value)
+    with pytest.raises(ValueError, match="temperature"):
+        tiny_joint().knn_temp = value
+
+
+@pytest.mark.parametrize("value", [2, -3])
+def test_a_layer_position_out_of_range_is_refused(value):
+    with pytest.raises(ValueError, match="from -2 to 1"):
+        tiny_joint(layer_position=value)
+    joint = tiny_joint()
+    with pytest.raises(ValueError, match="from -2 to 1"):
+        joint.layer_position = value
+    assert joint.layer_position == -1
+
+
+def test_a_memory_for_another_base_is_refused():
+    base = tiny_base("llama")
+    others = {
+        "hidden states of size 48, the base's hidden size is 32": tiny_memory(tiny_base("llama", hidden_size=48)),
+        "vocabulary has 98 tokens, the base's 97": tiny_memory(tiny_base("llama", vocab_size=98)),
+        "for the mistral family, the base is llama": tiny_memory(tiny_base("mistral")),
+    }
+    for expected, memory in others.items():
+        with pytest.raises(ValueError, match=expected) as caught:
+            MLPMemory(base, memory)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_memory_with_a_transform_fits_the_base_of_its_input_width():
+    base = tiny_base("llama", hidden_size=48)
+    memory = LlamaMLPModel(memory_config(tiny_base("llama").config, 1), input_dim=48)
+    assert log_probs(MLPMemory(base, memory)).shape == (2, 12, VOCABULARY)
+
+
+# Folders
+
+
+def test_base_and_memory_are_joined_by_name(files, joint):
+    by_hand = MLPMemory(
+        AutoModelForCausalLM.from_pretrained(files / "base"), load_memory(files / "memory"), lmbda=0.6, knn_temp=2.0
+    )
+    torch.testing.assert_close(log_probs(joint), log_probs(by_hand))
+    assert not joint.training
+    half = MLPMemory.from_pretrained(files / "base", files / "memory", dtype=torch.bfloat16)
+    assert half.base_lm.dtype == half.knn_generator.dtype == torch.bfloat16
+    mixed = MLPMemory.from_pretrained(files / "base", files / "memory", memory_dtype=torch.bfloat16)
+    assert (mixed.base_lm.dtype, mixed.knn_generator.dtype) == (torch.float32, torch.bfloat16)
+    assert (mixed.lmbda, mixed.knn_temp, mixed.layer_position) == (0.25, 1.0, -1)
+
+
+def test_a_saved_folder_names_its_base_and_opens_again(files, joint, tmp_path):
+    joint.save_pretrained(tmp_path / "joint")
+    written = {path.name for path in (tmp_path / "joint").iterdir()}
+    assert {"README.md", "config.json", "generation_config.json", "memory", "tokenizer.json"} <= written
+    assert "base" not in written
+    config = json.loads((tmp_path / "joint" / "config.json").read_text())
+    assert config["base_model_name_or_path"] == str(files / "base")
+    again = MLPMemory.from_pretrained(tmp_path / "joint")
+    assert (again.lmbda, again.knn_temp) == (0.6, 2.0)
+    assert torch.equal(log_probs(again), log_probs(joint))
+    assert MLPMemory.from_pretrained(tmp_path / "joint", lmbda=0.1).lmbda == 0.1
+
+
+def test_the_memory_of_a_saved_folder_loads_alone_and_with_another_base(files, joint, tmp_path):
+    joint.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_memory(tmp_path).lm_head.weight, joint.knn_generator.lm_head.weight)
+    again = MLPMemory.from_pretrained(files / "base", tmp_path)
+    assert again.lmbda == 0.6
+    assert torch.equal(log_probs(again), log_probs(joint))
+
+
+def test_auto_classes_open_a_saved_folder(joint, tmp_path):
+    joint.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).lmbda == 0.6
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(again, MLPMemory)
+    assert torch.equal(log_probs(again), log_probs(joint))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    assert tokenizer.pad_token == tokenizer.eos_token == "<eos>"
+
+
+def test_settings_changed_on_the_live_object_are_saved(joint, tmp_path):
+    joint.lmbda, joint.knn_temp, joint.layer_position = 0.1, 5.0, 0
+    joint.save_pretrained(tmp_path)
+    again = MLPMemory.from_pretrained(tmp_path)
+    assert (again.lmbda, again.knn_temp, again.layer_position) == (0.1, 5.0, 0)
+
+
+def test_the_base_can_be_put_inside_and_the_folder_moved(joint, tmp_path):
+    joint.save_pretrained(tmp_path / "here", include_base=True)
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    config = json.loads((tmp_path / "there" / "config.json").read_text())
+    config["base_model_name_or_path"] = "/no/such/base"
+    (tmp_path / "there" / "config.json").write_text(json.dumps(config))
+    assert torch.equal(log_probs(MLPMemory.from_pretrained(tmp_path / "there")), log_probs(joint))
+
+
+def test_saving_over_a_folder_leaves_nothing_of_the_old_one(joint, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    joint.save_pretrained(tmp_path, include_base=True)
+    joint.save_pretrained(tmp_path)
+    assert not (tmp_path / "base").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert torch.equal(log_probs(MLPMemory.from_pretrained(tmp_path)), log_probs(joint))
+
+
+def test_a_failed_save_leaves_the_folder_as_it_was(joint, tmp_path, monkeypatch):
+    joint.save_pretrained(tmp_path)
+    before = log_probs(joint)
+    joint.knn_generator.lm_head.weight.data.zero_()
+
+    def fail(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(joint.generation_config, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space"):
+        joint.save_pretrained(tmp_path)
+    assert torch.equal(log_probs(MLPMemory.from_pretrained(tmp_path)), before)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_base_from_nowhere_must_be_named_or_included(tmp_path):
+    joint = tiny_joint()
+    with pytest.raises(ValueError, match=r"base_reference= or include_base=True"):
+        joint.save_pretrained(tmp_path / "one")
+    assert not (tmp_path / "one").exists()
+    joint.save_pretrained(tmp_path / "two", include_base=True)
+    assert torch.equal(log_probs(MLPMemory.from_pretrained(tmp_path / "two")), log_probs(joint))
+    joint.save_pretrained(tmp_path / "three", base_reference="someone/a-base")
+    assert json.loads((tmp_path / "three" / "config.json").read_text())["base_model_name_or_path"] == "someone/a-base"
+
+
+def test_a_folder_whose_base_is_gone_says_so(joint, tmp_path):
+    joint.save_pretrained(tmp_path, base_reference="/no/such/base")
+    with pytest.raises(ValueError, match="belongs to the base /no/such/base, which is not there") as caught:
+        MLPMemory.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lmbda": 3}, {"lmbda": "high"}, {"knn_temp": 0}, {"text_config": {"model_type": "none"}}, {"text_config": {}}],
+)
+def test_a_folder_with_an_unusable_config_is_refused(joint, tmp_path, changes):
+    joint.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=r"config\.json: is no usable config") as caught:
+        MLPMemory.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_tools_for_plain_decoders_find_sizes_and_context_in_the_config(joint):
+    assert (joint.config.vocab_size, joint.config.hidden_size, joint.config.max_position_embeddings) == (97, 32, 64)
+    joint.tie_weights()
+    copied = copy.deepcopy(joint)
+    copied.knn_generator.lm_head.weight.data.zero_()
+    assert not torch.equal(log_probs(copied), log_probs(joint))
+
+
+def test_a_base_folder_without_a_memory_is_refused(files):
+    with pytest.raises(ValueError, match="is no folder of a joint model"):
+        MLPMemory.from_pretrained(files / "base")
+
+
+def test_a_padded_base_is_resized_to_its_tokenizer_for_a_memory_made_so(joint, files, tmp_path):
+    padded = tiny_base("llama", vocab_size=128)
+    padded.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="vocabulary has 97 tokens, the base's 128"):
+        MLPMemory.from_pretrained(tmp_path / "base", files / "memory")
+    letter_tokenizer().save_pretrained(tmp_path / "base")
+    opened = MLPMemory.from_pretrained(tmp_path / "base", files / "memory")
+    assert log_probs(opened).shape[-1] == 97
+    opened.save_pretrained(tmp_path / "joint")
+    assert torch.equal(log_probs(MLPMemory.from_pretrained(tmp_path / "joint")), log_probs(opened))
+
+
+def test_the_model_card_tells_the_settings_and_what_was_measured(joint, files, tmp_path):
+    rows = [{"dataset": "wiki", "perplexity": 9.5812, "tokens": 8191}, {"dataset": "a|b", "recall": 0.5}]
+    joint.save_pretrained(tmp_path, results=rows)
+    card = (tmp_path / "README.md").read_text()
+    for part in (
+        str(files / "base"),
+        "| 0.6 |",
+        "| wiki | 9.581 | 8191 |",
+        "a\\|b",
+        "recall",
+        "LlamaMLPModel, 3 layers",
+    ):
+        assert part in card
+    joint.save_pretrained(tmp_path)
+    assert "Nothing was measured" in (tmp_path / "README.md").read_text()
+
+
+def test_a_pipeline_opens_a_saved_folder_in_a_fresh_process(joint, tmp_path):
+    joint.save_pretrained(tmp_path / "joint")
+    code = (
+        "import json, sys, models\n"
+        "from transformers import pipeline\n"
+        "generator = pipeline('text-generation', model=sys.argv[1])\n"
+        "texts = generator(['hello', 'a longer prompt'], max_new_tokens=6, do_sample=False, batch_size=2,\n"
+        "                  return_full_text=False)\n"
+        "print(json.dumps([type(generator.model).__name__, [row[0]['generated_text'] for row in texts]]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "joint")], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    name, texts = json.loads(done.stdout)
+    assert name == "MLPMemory"
+    here = pipeline("text-generation", model=joint, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "joint"))
+    for prompt, text in zip(("hello", "a longer prompt"), texts, strict=True):
+        alone = here(prompt, max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
+        assert text == alone

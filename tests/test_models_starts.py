@@ -1,0 +1,158 @@
+"""Where a memory begins: with the base's head and final norm, or as nearly the base itself."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import HIDDEN, some_ids, tiny_base, tiny_memory
+from torch import nn
+
+from models import LlamaMLPModel, memory_config
+from models.capture import captured_module, final_norm, hidden_and_logits
+from models.starts import BaseScale, init_from_base, init_lm_head, measure_scale
+
+FAMILIES = ["gpt2", "llama", "mistral"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def world(request):
+    base = tiny_base(request.param)
+    with torch.no_grad():
+        states, logits = hidden_and_logits(base, some_ids(8, 32))
+    return SimpleNamespace(base=base, states=states, logits=logits, scale=measure_scale(base, some_ids(4, 32)))
+
+
+def divergence(world, memory):
+    """KL(base || memory) per position."""
+    with torch.no_grad():
+        logits = memory(world.states).logits.log_softmax(-1).flatten(0, 1)
+    return nn.functional.kl_div(
+        logits, world.logits.log_softmax(-1).flatten(0, 1), log_target=True, reduction="batchmean"
+    ).item()
+
+
+def test_head_and_final_norm_are_the_bases(world):
+    memory = tiny_memory(world.base)
+    blocks = {name: value.clone() for name, value in memory.blocks.state_dict().items()}
+    init_lm_head(memory, world.base)
+    assert torch.equal(memory.lm_head.weight, world.base.get_output_embeddings().weight)
+    assert memory.lm_head.weight is not world.base.get_output_embeddings().weight
+    for name, value in memory.final_norm.named_parameters():
+        assert torch.equal(value, dict(final_norm(world.base).named_parameters())[name])
+    assert all(torch.equal(value, blocks[name]) for name, value in memory.blocks.state_dict().items())
+
+
+def test_a_start_from_the_base_predicts_nearly_what_the_base_predicts(world):
+    memory = tiny_memory(world.base)
+    random = divergence(world, memory)
+    init_lm_head(memory, world.base)
+    head = divergence(world, memory)
+    init_from_base(memory, world.base, world.scale)
+    measured = divergence(world, memory)
+    init_from_base(memory, world.base, world.scale.hidden_rms)
+    by_rms_alone = divergence(world, memory)
+    assert measured < by_rms_alone * 1.1
+    assert by_rms_alone < 0.25 * head < head < random
+
+
+def test_the_first_block_without_its_norm_is_exactly_the_bases_last_step(world):
+    """With the typical sizes replaced by a position's own, the first block gives w/r ⊙ (h + MLP(x)) exactly."""
+    base, ids = world.base, some_ids(1, 6)
+    with torch.no_grad():
+        states, _ = hidden_and_logits(base, ids)
+        scale = measure_scale(base, ids[:, :1])
+        memory = tiny_memory(base, layers=1)
+        init_from_base(memory, base, scale)
+        block = memory.blocks[0]
+        x = states[0, 0]
+        summed = x + block.mlp(x)
+        outputs = []
+        handle = final_norm(base).register_forward_pre_hook(lambda module, args: outputs.append(args[0]))
+        base(ids)
+        handle.remove()
+        after = outputs[0][0, 0]  # h + MLP(x)
+    if base.config.model_type == "gpt2":
+        after = after - after.mean()
+        weight = base.transformer.h[-1].ln_2.weight
+    else:
+        weight = base.model.layers[-1].post_attention_layernorm.weight
+    torch.testing.assert_close(summed, after * weight / scale.hidden_rms, rtol=1e-3, atol=1e-3)
+
+
+def test_later_blocks_hand_their_input_on(world):
+    memory = tiny_memory(world.base, layers=4)
+    init_from_base(memory, world.base, world.scale)
+    for block in memory.blocks[1:]:
+        assert torch.equal(block(world.states), world.states)
+
+
+def test_later_blocks_still_learn(world):
+    memory = tiny_memory(world.base, layers=2)
+    init_from_base(memory, world.base, world.scale)
+    memory(world.states).logits.logsumexp(-1).sum().backward()
+    projection = [parameter for name, parameter in memory.blocks[1].mlp.named_parameters() if "proj" in name][-1]
+    assert projection.grad.abs().sum() > 0
+
+
+def test_an_earlier_layer_starts_from_its_own_mlp(world):
+    memory = tiny_memory(world.base)
+    scale = measure_scale(world.base, some_ids(4, 32), layer_position=0)
+    init_from_base(memory, world.base, scale, layer_position=0)
+    first = next(iter(memory.blocks[0].mlp.parameters()))
+    assert torch.equal(first, next(iter(captured_module(world.base, 0).parameters())))
+
+
+def test_the_base_is_left_as_it_was(world):
+    before = {name: value.clone() for name, value in world.base.state_dict().items()}
+    init_from_base(tiny_memory(world.base), world.base, world.scale)
+    assert all(torch.equal(value, before[name]) for name, value in world.base.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in world.base.modules())
+
+
+def test_the_measured_rms_is_that_of_the_stream_before_the_norm():
+    base = tiny_base("llama")
+    streams = []
+    norm = base.model.layers[-1].post_attention_layernorm
+    handle = norm.register_forward_pre_hook(lambda module, args: streams.append(args[0]))
+    with torch.no_grad():
+        base(some_ids())
+    handle.remove()
+    expected = streams[0].square().mean(-1).sqrt().flatten().median().item()
+    assert measure_scale(base, some_ids()).hidden_rms == pytest.approx(expected, rel=1e-5)
+
+
+def test_padded_positions_do_not_count():
+    base = tiny_base("llama")
+    ids = some_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[:, 8:] = 0
+    changed = ids.clone()
+    changed[:, 8:] = 5
+    assert measure_scale(base, ids, mask).hidden_rms == measure_scale(base, changed, mask).hidden_rms
+
+
+def test_a_constant_factor_on_the_logits_goes_into_the_head():
+    base = tiny_base("cohere", logit_scale=0.125)
+    memory = tiny_memory(base)
+    init_lm_head(memory, base)
+    torch.testing.assert_close(memory.lm_head.weight, base.get_output_embeddings().weight * 0.125, rtol=1e-3, atol=1e-5)
+
+
+def test_shapes_that_differ_are_refused():
+    base = tiny_base("llama")
+    narrow = tiny_memory(tiny_base("llama", intermediate_size=40))
+    with pytest.raises(ValueError, match=r"memory's MLP's .* has shape \(40, 32\), the base's \(48, 32\)"):
+        init_from_base(narrow, base, 1.0)
+    with pytest.raises(ValueError, match=r"memory's head has shape \(98, 32\), the base's \(97, 32\)"):
+        init_lm_head(tiny_memory(tiny_base("llama", vocab_size=98)), base)
+    wider = LlamaMLPModel(memory_config(base.config, 1), input_dim=48, output_dim=HIDDEN)
+    with pytest.raises(ValueError, match="embedding_transform"):
+        init_from_base(wider, base, 1.0)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_a_size_that_is_not_positive_is_refused(value):
+    base = tiny_base("llama")
+    for scale in (value, BaseScale(value)):
+        with pytest.raises(ValueError, match="expected a number above 0"):
+            init_from_base(tiny_memory(base), base, scale)

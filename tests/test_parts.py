@@ -1,0 +1,595 @@
+"""Resumable folders of parts: whatever interrupts the writing, the same call ends in the same files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from knn_utils import parts
+from knn_utils.arrow_files import Datastore, datastore_batch, datastore_schema
+from knn_utils.manifest import existing_part_rows, plan_parts
+from knn_utils.parts import PartedOutput, write_single_file
+from utils.errors import InputError
+
+DIM = 4
+PLAN = [5, 5, 5, 5, 5, 5, 3]
+SETTINGS = {"model": "tiny", "k": 8, "temperature": 16.0, "shape": [1, 2]}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def rows_of(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    numbers = np.arange(start, stop)
+    keys = (numbers[:, None] * DIM + np.arange(DIM)).astype(np.float16)
+    return keys, numbers.astype(np.int32)
+
+
+def output_at(path: Path, plan: list[int] = PLAN, **changes) -> PartedOutput:
+    arguments = {"kind": "datastore", "settings": SETTINGS, "part_rows": plan, "schema": datastore_schema(DIM)}
+    return PartedOutput(path, **(arguments | changes))
+
+
+def write_parts(output: PartedOutput, numbers: list[int] | None = None) -> None:
+    for number in output.mine() if numbers is None else numbers:
+        start = output.row_start(number)
+        with output.write(number) as part:
+            for first in range(start, start + output.part_rows[number], 2):
+                part.write(datastore_batch(*rows_of(first, min(first + 2, start + output.part_rows[number]))))
+
+
+def make(path: Path, plan: list[int] = PLAN, **changes) -> dict:
+    output = output_at(path, plan, **changes)
+    write_parts(output)
+    return output.finish()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {item.name: item.read_bytes() for item in folder.iterdir() if item.name != ".lock"}
+
+
+def begin(path: Path, done: int, **changes) -> None:
+    """A run that is interrupted after `done` parts."""
+    output = output_at(path, **changes)
+    write_parts(output, output.mine()[:done])
+    output.close()
+
+
+def fork(work) -> int:
+    """Run `work` in a child process; returns its pid."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def outcome(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def run_processes(path: Path, count: int, stop_after: int | None = None, stop_signal: int = signal.SIGKILL) -> None:
+    """A run of `count` processes; with `stop_after` a signal ends each one within the part after so many of its own."""
+    barrier = multiprocessing.get_context("fork").Barrier(count)
+
+    def work(index: int) -> None:
+        output = output_at(path, process_index=index, num_processes=count, wait_for_everyone=lambda: barrier.wait(30))
+        if stop_after is None:
+            write_parts(output)
+            output.finish()
+            return
+        write_parts(output, output.mine()[:stop_after])
+        barrier.wait(30)
+        for number in output.mine():
+            with output.write(number) as part:
+                part.write(datastore_batch(*rows_of(0, 2)))
+                os.kill(os.getpid(), stop_signal)
+        os.kill(os.getpid(), stop_signal)
+
+    expected = 0 if stop_after is None else -stop_signal
+    children = [fork(lambda index=index: work(index)) for index in range(count)]
+    assert [outcome(pid) for pid in children] == [expected] * count
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "dstore"
+    make(folder)
+    return files_of(folder)
+
+
+def test_a_finished_folder_holds_the_parts_and_the_manifest_and_reads_back(tmp_path: Path) -> None:
+    manifest = make(tmp_path / "new" / "dstore", info={"seconds": 1})
+    assert sorted(files_of(tmp_path / "new" / "dstore")) == [
+        "manifest.json",
+        *(f"part-{n:05d}.arrow" for n in range(7)),
+    ]
+    assert manifest["complete"] and manifest["rows"] == 33 and manifest["settings"] == SETTINGS
+    assert manifest["info"] == {"seconds": 1} and manifest["history"] == []
+    keys, values = rows_of(0, 33)
+    datastore = Datastore.open(tmp_path / "new" / "dstore", verify=True)
+    assert np.array_equal(datastore.keys(), keys) and np.array_equal(datastore.vals(), values)
+    assert datastore.settings["k"] == 8
+
+
+def test_a_finished_output_is_complete_and_nothing_is_written_again(tmp_path: Path) -> None:
+    make(tmp_path)
+    before = {item.name: item.stat().st_mtime_ns for item in tmp_path.iterdir() if item.name != ".lock"}
+    output = output_at(tmp_path)
+    assert output.complete and output.mine() == []
+    assert output.finish()["complete"]
+    assert {item.name: item.stat().st_mtime_ns for item in tmp_path.iterdir() if item.name != ".lock"} == before
+
+
+def test_all_parts_written_but_not_finished_is_not_complete(tmp_path: Path, undisturbed: dict) -> None:
+    begin(tmp_path, done=7)
+    with pytest.raises(InputError, match="incomplete, 7 of 7 parts"):
+        Datastore.open(tmp_path)
+    output = output_at(tmp_path)
+    assert not output.complete and output.mine() == []
+    output.finish()
+    assert files_of(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_processes_writes_the_same_files(tmp_path: Path, count: int, undisturbed: dict) -> None:
+    run_processes(tmp_path, count)
+    assert files_of(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("stop_signal", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 3), (1, 3), (3, 1)])
+def test_a_killed_run_continues_with_another_number_of_processes(
+    tmp_path: Path, before: int, after: int, stop_signal: int, undisturbed: dict
+) -> None:
+    run_processes(tmp_path, before, stop_after=1, stop_signal=stop_signal)
+    assert len(list(tmp_path.glob(".tmp-*"))) == before
+    kept = {item.name: item.stat().st_mtime_ns for item in tmp_path.glob("part-*.arrow")}
+    assert len(kept) == before
+    run_processes(tmp_path, after)
+    assert files_of(tmp_path) == undisturbed
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
+
+
+STEPS = ("fsync", "replace", "unlink", "mkdir")
+
+
+@pytest.fixture
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process loses nothing that it handed to the kernel: syncing only costs time here."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def killed_at(work, step: int) -> bool:
+    """Run `work` in a child that SIGKILLs itself before its `step`-th durable step; False if it got to the end."""
+
+    def child() -> None:
+        left = step
+
+        def counted(original):
+            def call(*args, **kwargs):
+                nonlocal left
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+                return original(*args, **kwargs)
+
+            return call
+
+        for name in STEPS:
+            setattr(os, name, counted(getattr(os, name)))
+        work()
+
+    status = outcome(fork(child))
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+def finished(folder: Path) -> bool:
+    return json.loads((folder / "manifest.json").read_text())["complete"]
+
+
+def test_a_kill_before_any_step_leaves_a_folder_that_the_same_call_finishes(tmp_path: Path, no_sync: None) -> None:
+    plan = [5, 5, 2]
+    make(tmp_path / "undisturbed", plan)
+    expected = files_of(tmp_path / "undisturbed")
+    step, killed = 0, True
+    while killed:
+        folder = tmp_path / str(step)
+        killed = killed_at(lambda folder=folder: make(folder, plan), step)
+        if (folder / "manifest.json").exists() and not finished(folder):
+            with pytest.raises(InputError, match="incomplete"):
+                Datastore.open(folder)
+        make(folder, plan)
+        assert files_of(folder) == expected, step
+        step += 1
+    assert step > 25
+
+
+def test_a_run_killed_again_and_again_ends_in_the_same_files(tmp_path: Path, no_sync: None, undisturbed: dict) -> None:
+    step = 0
+    while killed_at(lambda: make(tmp_path), step):
+        step += 1
+    assert step > 3
+    assert files_of(tmp_path) == undisturbed
+
+
+def test_an_extension_killed_before_any_step_is_finished_by_the_same_call(tmp_path: Path, no_sync: None) -> None:
+    def grow(folder: Path) -> None:
+        make(folder, [5, 3, 4], extend=True, settings=SETTINGS | {"rows": 12}, info={"documents": 3})
+
+    def start(folder: Path) -> None:
+        make(folder, [5, 3], settings=SETTINGS | {"rows": 8})
+
+    start(tmp_path / "undisturbed")
+    grow(tmp_path / "undisturbed")
+    expected = files_of(tmp_path / "undisturbed")
+    step, killed = 0, True
+    while killed:
+        folder = tmp_path / str(step)
+        start(folder)
+        killed = killed_at(lambda folder=folder: grow(folder), step)
+        grow(folder)
+        assert files_of(folder) == expected, step
+        step += 1
+    assert step > 8
+
+
+def test_overwriting_killed_before_any_step_never_mixes_two_outputs(tmp_path: Path, no_sync: None) -> None:
+    def anew(folder: Path) -> None:
+        make(folder, [4, 4], settings={"model": "other"}, overwrite=True)
+
+    anew(tmp_path / "undisturbed")
+    expected = files_of(tmp_path / "undisturbed")
+    step, killed = 0, True
+    while killed:
+        folder = tmp_path / str(step)
+        make(folder, [5, 3])
+        killed = killed_at(lambda folder=folder: anew(folder), step)
+        anew(folder)
+        assert files_of(folder) == expected, step
+        step += 1
+    assert step > 15
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path: Path, undisturbed: dict) -> None:
+    reading, writing = os.pipe()
+
+    def first() -> None:
+        output = output_at(tmp_path)
+        worker = fork(lambda: time.sleep(60))
+        os.write(writing, str(worker).encode())
+        time.sleep(60)
+        output.close()
+
+    pid = fork(first)
+    worker = int(os.read(reading, 20))
+    with pytest.raises(InputError, match="another run is writing here"):
+        output_at(tmp_path)
+    os.kill(pid, signal.SIGKILL)
+    outcome(pid)
+    # A worker process that the first run forked is still there; the lock went with its owner.
+    os.kill(worker, 0)
+    make(tmp_path)
+    os.kill(worker, signal.SIGKILL)
+    assert files_of(tmp_path) == undisturbed
+
+
+def test_a_process_that_outlives_its_killed_run_cannot_write_into_the_next(tmp_path: Path) -> None:
+    output_at(tmp_path).close()
+    mark = tmp_path / ".lock"
+    mark.write_text("first run")
+    survivor = output_at(tmp_path, process_index=1, num_processes=2)
+    mark.write_text("second run")
+    with pytest.raises(InputError, match="another run took this folder over"):
+        write_parts(survivor)
+    assert not list(tmp_path.glob("part-*")) and not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("done", [2, 7])
+def test_changed_settings_are_named_and_refused(tmp_path: Path, done: int) -> None:
+    begin(tmp_path, done)
+    before = files_of(tmp_path)
+    changed = SETTINGS | {"k": 16, "model": None}
+    with pytest.raises(InputError, match=r"k 8 there, 16 now; model tiny there, unset now; .*--overwrite"):
+        output_at(tmp_path, settings=changed)
+    assert files_of(tmp_path) == before
+
+
+def test_a_setting_added_later_as_none_is_no_change(tmp_path: Path) -> None:
+    make(tmp_path)
+    assert output_at(tmp_path, settings=SETTINGS | {"probe": None, "shape": (1, 2)}).complete
+
+
+def test_another_plan_and_other_columns_are_refused(tmp_path: Path) -> None:
+    make(tmp_path)
+    with pytest.raises(InputError, match="33 rows in 7 parts there, 33 rows in 4 parts now"):
+        output_at(tmp_path, [10, 10, 10, 3])
+    with pytest.raises(InputError, match=r"columns .*logprob: float now"):
+        output_at(tmp_path, schema=datastore_schema(DIM, logprob=True))
+
+
+def test_overwrite_makes_a_complete_or_different_output_anew_and_continues_an_interrupted_one(tmp_path: Path) -> None:
+    make(tmp_path)
+    assert output_at(tmp_path, overwrite=True).mine() == list(range(7))
+    begin(tmp_path, done=4)
+    assert output_at(tmp_path, overwrite=True).mine() == [4, 5, 6]
+    assert output_at(tmp_path, settings={"model": "other"}, overwrite=True).mine() == list(range(7))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_of_the_other_kind_is_never_touched(tmp_path: Path, overwrite: bool) -> None:
+    make(tmp_path)
+    before = files_of(tmp_path)
+    with pytest.raises(InputError, match="holds a datastore, expected kNN targets"):
+        output_at(tmp_path, kind="knn_targets", overwrite=overwrite)
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_with_other_files_is_never_touched(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    (tmp_path / ".tmp-thesis").write_text("precious")
+    with pytest.raises(InputError, match=r"holds other files \(thesis.tex\)"):
+        output_at(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "thesis.tex").exists() and (tmp_path / ".tmp-thesis").exists()
+
+
+def test_a_file_in_the_way_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    path = tmp_path / "dstore.arrow"
+    write_single_file(path, datastore_schema(DIM), [datastore_batch(*rows_of(0, 3))])
+    with pytest.raises(InputError, match=r"is a file; .*--overwrite"):
+        output_at(path)
+    assert path.is_file()
+    make(path, overwrite=True)
+    assert len(Datastore.open(path)) == 33
+
+
+def test_parts_without_a_manifest_are_not_trusted(tmp_path: Path, undisturbed: dict) -> None:
+    make(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(InputError, match="parts without a manifest"):
+        output_at(tmp_path)
+    make(tmp_path, overwrite=True)
+    assert files_of(tmp_path) == undisturbed
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 9)
+
+
+@pytest.mark.parametrize("done", [4, None])
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+def test_a_damaged_part_is_noticed_on_resume_and_only_it_is_written_again(
+    tmp_path: Path, done: int | None, damage, undisturbed: dict, capsys: pytest.CaptureFixture
+) -> None:
+    if done is None:
+        make(tmp_path)
+    else:
+        begin(tmp_path, done)
+    damage(tmp_path / "part-00002.arrow")
+    output = output_at(tmp_path)
+    assert not output.complete
+    assert output.mine() == ([2] if done is None else [2, 4, 5, 6])
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path}/part-00002.arrow: does not match its checksum, it is written again"
+    ]
+    write_parts(output)
+    output.finish()
+    assert files_of(tmp_path) == undisturbed
+
+
+def test_a_damaged_part_found_by_another_process_makes_the_whole_incomplete(tmp_path: Path, undisturbed: dict) -> None:
+    make(tmp_path)
+    flip(tmp_path / "part-00001.arrow")
+    run_processes(tmp_path, 3, stop_after=0)
+    with pytest.raises(InputError, match="incomplete"):
+        Datastore.open(tmp_path)
+    run_processes(tmp_path, 2)
+    assert files_of(tmp_path) == undisturbed
+
+
+def test_a_damaged_record_costs_one_part(tmp_path: Path, undisturbed: dict) -> None:
+    begin(tmp_path, done=3)
+    (tmp_path / "part-00001.json").write_text('{"file": "../elsewhere.arrow"')
+    assert output_at(tmp_path).mine() == [1, 3, 4, 5, 6]
+    make(tmp_path)
+    assert files_of(tmp_path) == undisturbed
+
+
+def test_a_part_with_other_rows_than_planned_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    output = output_at(tmp_path)
+    with pytest.raises(InputError, match="4 rows came, the plan has 5"), output.write(0) as part:
+        part.write(datastore_batch(*rows_of(0, 4)))
+    assert sorted(item.name for item in tmp_path.iterdir()) == [".lock", "manifest.json"]
+    assert output.mine() == list(range(7))
+
+
+def test_a_failure_while_writing_leaves_the_finished_parts_only(tmp_path: Path) -> None:
+    output = output_at(tmp_path)
+    write_parts(output, [0])
+    with pytest.raises(ZeroDivisionError), output.write(1) as part:
+        part.write(datastore_batch(*rows_of(5, 7)))
+        raise ZeroDivisionError
+    names = sorted(item.name for item in tmp_path.iterdir())
+    assert names == [".lock", "manifest.json", "part-00000.arrow", "part-00000.json"]
+
+
+def test_finishing_without_all_parts_is_refused(tmp_path: Path) -> None:
+    output = output_at(tmp_path)
+    write_parts(output, [0, 1])
+    with pytest.raises(InputError, match="part 2 of 7 was not written"):
+        output.finish()
+
+
+def test_a_grown_output_keeps_its_parts_and_tells_its_history(tmp_path: Path) -> None:
+    make(tmp_path, [5, 3], settings=SETTINGS | {"rows": 8, "dataset": "a"}, info={"documents": 2})
+    old = (tmp_path / "part-00001.arrow").stat().st_mtime_ns
+    there = existing_part_rows(tmp_path, "datastore")
+    plan = plan_parts(18, 5, there)
+    assert plan == [5, 3, 5, 5]
+    grown = {"settings": SETTINGS | {"rows": 18, "dataset": "a+b"}, "info": {"documents": 5}}
+    with pytest.raises(InputError, match="dataset a there, a\\+b now"):
+        output_at(tmp_path, plan, extend=True, **grown)
+    output = output_at(tmp_path, plan, extend=True, growing=("rows", "dataset"), **grown)
+    assert not output.complete and output.mine() == [2, 3]
+    write_parts(output)
+    manifest = output.finish()
+    assert manifest["history"] == [
+        {
+            "rows_before": 8,
+            "rows_after": 18,
+            "settings_before": {"rows": 8, "dataset": "a"},
+            "info": {"documents": 5},
+        }
+    ]
+    assert manifest["info"] == {"documents": 5} and manifest["settings"]["rows"] == 18
+    assert (tmp_path / "part-00001.arrow").stat().st_mtime_ns == old
+    assert np.array_equal(Datastore.open(tmp_path, verify=True).vals(), np.arange(18))
+    assert output_at(tmp_path, plan, extend=True, growing=("rows", "dataset"), **grown).complete
+
+
+def test_growing_needs_the_existing_parts_as_they_are(tmp_path: Path) -> None:
+    make(tmp_path, [5, 3])
+    with pytest.raises(InputError, match="8 rows in 2 parts there, 10 rows in 2 parts now"):
+        output_at(tmp_path, [5, 5], extend=True)
+    with pytest.raises(InputError, match="8 rows in 2 parts there, 10 rows in 3 parts now"):
+        output_at(tmp_path, [5, 3, 2])
+    with pytest.raises(InputError, match="cannot follow parts that hold 8"):
+        plan_parts(7, 5, existing_part_rows(tmp_path, "datastore"))
+
+
+def test_a_full_disk_says_what_is_needed_and_keeps_the_finished_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict
+) -> None:
+    original = parts._HashedFile.write
+    left = 2500
+
+    def limited(self, data) -> int:
+        nonlocal left
+        left -= memoryview(data).nbytes
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(self, data)
+
+    monkeypatch.setattr(parts._HashedFile, "write", limited)
+    with pytest.raises(InputError, match=r"no space left .* 5 of 7 parts, 23 rows, which need about \d+ bytes \("):
+        make(tmp_path)
+    monkeypatch.undo()
+    output = output_at(tmp_path)
+    assert output.mine() == [2, 3, 4, 5, 6]
+    write_parts(output)
+    output.finish()
+    assert files_of(tmp_path) == undisturbed
+
+
+def test_a_full_file_system_keeps_the_finished_parts(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting is refused here")
+    try:
+        rows = 4000
+        keys, values = np.ones((rows, DIM), np.float16), np.zeros(rows, np.int32)
+
+        def write_all() -> None:
+            output = output_at(disk / "dstore", [rows] * 9)
+            for number in output.mine():
+                with output.write(number) as part:
+                    part.write(datastore_batch(keys, values))
+            output.finish()
+
+        with pytest.raises(
+            InputError, match=r"no space left .* of 9 parts, \d+ rows, which need about [\d.]+ kB"
+        ) as full:
+            write_all()
+        missing = int(re.search(r"(\d) of 9", str(full.value))[1])
+        assert 0 < missing < 9 and f"{missing * rows} rows, which need about {missing * 48}.0 kB" in str(full.value)
+        del full
+        assert not list((disk / "dstore").glob(".tmp-*"))
+        output = output_at(disk / "dstore", [rows] * 9)
+        assert output.mine() == list(range(9 - missing, 9))
+        output.close()
+        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+        write_all()
+        assert len(Datastore.open(disk / "dstore", verify=True)) == 9 * rows
+        with pytest.raises(InputError, match="no space left on the device after"):
+            batches = (datastore_batch(keys, values) for _ in range(30))
+            write_single_file(disk / "single.arrow", datastore_schema(DIM), batches)
+        assert sorted(item.name for item in disk.iterdir()) == ["dstore"]
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line() -> None:
+    # Not tmp_path, whose parents are closed to other users.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o555)
+
+        def work() -> None:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            try:
+                output_at(folder)
+            except InputError as error:
+                os._exit(7 if "cannot be written" in str(error) else 8)
+
+        assert outcome(fork(work)) == 7
+        folder.chmod(0o755)
+
+
+def test_a_single_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "dstore.arrow"
+
+    def batches(fail: bool):
+        yield datastore_batch(*rows_of(0, 4))
+        if fail:
+            raise ZeroDivisionError
+        yield datastore_batch(*rows_of(4, 6))
+
+    with pytest.raises(ZeroDivisionError):
+        write_single_file(path, datastore_schema(DIM), batches(fail=True))
+    assert list(path.parent.iterdir()) == []
+    assert write_single_file(path, datastore_schema(DIM), batches(fail=False)) == 6
+    assert len(Datastore.open(path)) == 6
+    assert pa.ipc.open_stream(path.read_bytes()).read_all().num_rows == 6
+
+
+def test_a_single_file_clears_what_killed_runs_left_of_it(tmp_path: Path) -> None:
+    pid = fork(lambda: None)
+    outcome(pid)
+    dead, alive, other = (
+        tmp_path / f".tmp-{name}" for name in (f"{pid}-d.arrow", f"{os.getppid()}-d.arrow", f"{pid}-e")
+    )
+    for item in (dead, alive, other):
+        item.write_text("left behind")
+    write_single_file(tmp_path / "d.arrow", datastore_schema(DIM), [datastore_batch(*rows_of(0, 4))])
+    assert (dead.exists(), alive.exists(), other.exists()) == (False, True, True)
+
+
+def test_a_single_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder"):
+        write_single_file(tmp_path, datastore_schema(DIM), [])

@@ -1,0 +1,100 @@
+"""What a continued training keeps though it could be chosen otherwise at the second start; remote code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import command, refused_here, run
+from warm import Command
+
+
+def flags(world, output, *more):
+    """The offline trainer's flags without --mixed_precision: flags, launcher or timing choose it."""
+    words = world.trainer(output, "--knn_dstore_path", world.dstore("train"), "--checkpointing_steps", 1, *more)
+    at = words.index("--mixed_precision")
+    return [*words[:at], *words[at + 2 :]]
+
+
+@pytest.fixture(scope="module")
+def interrupted(llama_world, tmp_path_factory):
+    """A run in bfloat16 that was cut off before it was recorded as complete."""
+    folder = tmp_path_factory.mktemp("precision") / "run"
+    log = folder.with_name("log")
+    Command(log, "train_mlpmem_offline", *flags(llama_world, folder, "--mixed_precision", "bf16")).done()
+    state = next(folder.glob("epoch_*/state"))
+    saved = json.loads((state / "trainer_state.json").read_text())
+    assert saved["precision"] == {"mixed_precision": "bf16", "torch_dtype": "float32"}
+    record = json.loads((folder / "training.json").read_text())
+    (folder / "training.json").write_text(json.dumps(record | {"complete": False}))
+    return folder
+
+
+def continued(interrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    return folder
+
+
+def test_a_continued_run_keeps_the_precision_that_was_chosen_for_it(llama_world, interrupted, tmp_path):
+    folder = continued(interrupted, tmp_path)
+    launcher = {"ACCELERATE_MIXED_PRECISION": "no"}
+    again = Command(tmp_path / "log", "train_mlpmem_offline", *flags(llama_world, folder), environment=launcher)
+    text = again.done()
+    assert "precision bf16, in which this run began" in text
+    assert "precision bf16, seed" in text
+    assert json.loads((folder / "training.json").read_text())["precision"]["mixed_precision"] == "bf16"
+
+
+def test_another_precision_is_refused_by_name_for_a_continued_run(llama_world, interrupted, tmp_path):
+    text = refused_here("train_mlpmem_offline", *flags(llama_world, interrupted, "--mixed_precision", "no"))
+    assert "--mixed_precision no" in text and "bf16" in text and "--overwrite" in text
+    checkpoint = next(interrupted.glob("epoch_*"))
+    other = flags(llama_world, tmp_path, "--resume_from_checkpoint", checkpoint, "--mixed_precision", "no")
+    assert "bf16" in refused_here("train_mlpmem_offline", *other)
+
+
+def test_a_datastore_keeps_the_precision_that_was_chosen_for_it(llama_world, tmp_path, monkeypatch):
+    save = ("--model_name_or_path", llama_world.base, "--dataset_name", llama_world.windows, "--do_eval")
+    save += ("--eval_subset", "test", "--save_knnlm_dstore", "--dstore_dir", tmp_path, "--output_dir", tmp_path / "out")
+    for choice in ("bfloat16", "float32"):
+        monkeypatch.setattr("utils.loading.fastest_dtype", lambda device, choice=choice: getattr(torch, choice))
+        command("train_base", *save, "--torch_dtype", "auto")
+    manifest = json.loads(next(tmp_path.glob("dstore_*/manifest.json")).read_text())
+    assert manifest["complete"] and manifest["settings"]["dtype"] == "bfloat16"
+
+
+REMOTE = """
+from transformers import LlamaForCausalLM
+from transformers.models.llama import LlamaConfig
+
+open("{mark}", "a").write("ran\\n")
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_in_a_models_repository_runs_only_where_asked_for(llama_world, tmp_path):
+    base, mark = tmp_path / "base", tmp_path / "mark"
+    shutil.copytree(llama_world.base, base)
+    (base / "own.py").write_text(REMOTE.format(mark=mark))
+    config = json.loads((base / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": classes}))
+    cache = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    scored = ("train_base", "--model_name_or_path", base, "--dataset_name", llama_world.windows, "--do_eval")
+    scored += ("--eval_subset", "test", "--max_eval_samples", 1, "--output_dir", tmp_path / "scored")
+    assert "--trust_remote_code" in refused_here(*scored)
+    words = llama_world.trainer(tmp_path / "memory", "--model_name_or_path", base, "--validation_split_name", "none")
+    assert "--trust_remote_code" in refused_here("train_mlpmem_online", *words)
+    assert not mark.exists()
+    run("-m", *scored, "--trust_remote_code", **cache)
+    assert mark.exists()

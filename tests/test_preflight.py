@@ -1,0 +1,223 @@
+"""Before a long job: files against each other, sizes against real files, plans for any size."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, command, make_base
+
+from knn_utils.plan import (
+    Rates,
+    Sizes,
+    datastore_bytes,
+    datastore_rows,
+    index_bytes,
+    make_plan,
+    memory_parameters,
+    targets_bytes,
+    training_memory,
+    windows_bytes,
+)
+
+SIZES = {
+    "tokens": 1_000_000,
+    "dim": 32,
+    "vocab": 276,
+    "base_parameters": 10_000,
+    "layers": 2,
+    "intermediate": 64,
+    "gated": True,
+    "k": 16,
+    "entries_per_row": 4.0,
+}
+PLAN = ("--dim", 32, "--vocab", 276, "--base_parameters", 1e4, "--device_tflops", 1)
+
+
+def size_of(folder, pattern):
+    return sum(path.stat().st_size for path in folder.rglob(pattern))
+
+
+def preflight(capsys, *arguments):
+    capsys.readouterr()
+    command("knn_utils.preflight", *arguments, "--json")
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys, *arguments):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        command("knn_utils.preflight", *arguments)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line]
+    assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith("error:")
+    return lines[0]
+
+
+def files(world):
+    return {
+        "--model_name_or_path": world.base,
+        "--dataset_name": world.windows,
+        "--dstore_path": world.dstore("train"),
+        "--index_path": world.index,
+        "--knn_save_path": world.targets,
+    }
+
+
+def flat(flags):
+    return [item for pair in flags.items() for item in pair]
+
+
+def test_planned_bytes_are_those_of_real_files(llama_world):
+    from knn_utils.arrow_files import KNNTargets
+
+    targets = KNNTargets.open(llama_world.targets)
+    rows = targets.rows
+    entries = float(targets.read(0, rows).id_cnt.mean())
+    # Small files: Arrow's headers and padding weigh more than in large ones.
+    assert size_of(llama_world.dstore("train"), "part-*.arrow") == pytest.approx(datastore_bytes(rows, 32), rel=0.12)
+    assert size_of(llama_world.targets, "part-*.arrow") == pytest.approx(targets_bytes(rows, entries), rel=0.12)
+    sizes = Sizes(**SIZES | {"tokens": 94 * 32, "block_size": 64, "stride": 32})
+    assert size_of(llama_world.windows / "train", "*.arrow") == pytest.approx(windows_bytes(sizes), rel=0.12)
+
+
+def test_planned_index_is_as_large_as_a_real_one(tmp_path):
+    import faiss
+
+    keys = np.random.default_rng(0).normal(size=(3000, 32)).astype(np.float32)
+    index = faiss.index_factory(32, "IVF16,PQ8")
+    index.cp.min_points_per_centroid = 1
+    index.train(keys)
+    index.add(keys)
+    faiss.write_index(index, str(tmp_path / "index"))
+    assert (tmp_path / "index").stat().st_size == pytest.approx(index_bytes(3000, 32, 8, 16), rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_planned_weights_are_counted_as_a_memory_has_them(family):
+    from transformers import AutoConfig
+
+    from models import memory_class
+
+    config = AutoConfig.from_pretrained(GOLDEN / family / "memory")
+    memory = memory_class(config)(config)
+    gated = family == "llama"
+    width = config.intermediate_size if gated else 4 * config.hidden_size
+    sizes = Sizes(
+        **SIZES
+        | {"dim": config.hidden_size, "vocab": config.vocab_size, "layers": config.num_hidden_layers}
+        | {"intermediate": width, "gated": gated}
+    )
+    assert memory_parameters(sizes) == sum(weight.numel() for weight in memory.parameters())
+
+
+def test_the_papers_memory_and_its_datastore_have_the_papers_sizes():
+    large = Sizes(**SIZES | {"dim": 1280, "vocab": 50257, "layers": 54, "intermediate": 5120, "gated": False})
+    assert memory_parameters(large) / 1e6 == pytest.approx(774, rel=0.01)
+    mistral = Sizes(**SIZES | {"tokens": 5_000_000_000, "dim": 4096})
+    assert datastore_bytes(datastore_rows(mistral), mistral.dim) / 1e12 == pytest.approx(40, rel=0.05)
+
+
+def test_windows_without_overlap_have_a_row_less_each(llama_world):
+    apart = Sizes(**SIZES | {"tokens": 6400, "block_size": 64, "stride": 64})
+    assert datastore_rows(apart) == 6400 - 100
+    assert datastore_rows(Sizes(**SIZES | {"tokens": 6400, "block_size": 64, "stride": 32})) == 6400
+
+
+def test_more_processes_take_less_time_and_sharding_less_memory():
+    rates = Rates(1e12, 1e12, 1e9, 1e9, 1e12)
+    one, eight = (make_plan(Sizes(**SIZES | {"processes": count}), rates) for count in (1, 8))
+    assert one.seconds > 6 * eight.seconds and one.bytes == eight.bytes
+    slow = make_plan(Sizes(**SIZES), Rates(1e12, 1e12, 1e9, 1e9, 1e3))
+    assert {stage.bound for stage in slow.stages[1:]} == {"disk"}
+    sharded = Sizes(**SIZES | {"processes": 8, "sharded": True, "layers": 50, "micro_rows": 1})
+    whole = Sizes(**SIZES | {"processes": 8, "layers": 50, "micro_rows": 1})
+    assert training_memory(sharded) < training_memory(whole)
+
+
+def test_files_that_belong_together_pass_and_give_the_plans_sizes(llama_world, capsys):
+    found = preflight(capsys, *flat(files(llama_world)), "--k", 16, "--layers", 2)
+    assert [fact.split()[0] for fact in found["checks"]][:5] == ["model", "windows", "datastore", "index", "kNN"]
+    sizes = found["plan"]["sizes"]
+    assert (sizes["dim"], sizes["vocab"], sizes["block_size"]) == (32, 276, 64)
+    assert 1 < sizes["entries_per_row"] < 16
+    assert any("measured on --knn_save_path" in fact for fact in found["checks"])
+    assert found["plan"]["seconds"] is None
+
+
+def test_without_a_model_the_files_are_checked_and_nothing_is_planned(llama_world, capsys):
+    flags = {name: value for name, value in files(llama_world).items() if name != "--model_name_or_path"}
+    found = preflight(capsys, *flat(flags))
+    assert len(found["checks"]) == 4 and found["plan"] is None
+
+
+def test_a_memory_is_checked_by_its_config(llama_world, capsys, tmp_path):
+    memory = GOLDEN / "llama" / "memory"
+    assert "97 tokens" in refused(capsys, "--model_name_or_path", llama_world.base, "--knn_generator_path", memory)
+
+
+@pytest.mark.parametrize(
+    ("flag", "split", "expected"),
+    [("--dstore_path", "test", "rows"), ("--dataset_split_name", "test", "rows")],
+)
+def test_files_of_other_windows_are_refused(llama_world, capsys, flag, split, expected):
+    value = llama_world.dstore(split) if flag == "--dstore_path" else split
+    assert expected in refused(capsys, *flat(files(llama_world) | {flag: value}))
+
+
+def test_another_width_or_layer_is_refused(llama_world, capsys, tmp_path):
+    wide = make_base("llama", tmp_path / "wide", hidden=64)
+    assert "32 wide" in refused(capsys, *flat(files(llama_world) | {"--model_name_or_path": wide}))
+    assert "block -1" in refused(capsys, *flat(files(llama_world)), "--layer_position", 0)
+
+
+def test_other_labels_are_refused(llama_world, capsys, tmp_path):
+    from knn_utils.arrow_files import Datastore, datastore_batch
+    from knn_utils.parts import write_single_file
+
+    store = Datastore.open(llama_world.dstore("train"))
+    vals = store.vals().copy()
+    vals[-2] = (vals[-2] + 1) % 276
+    batch = datastore_batch(np.array(store.keys()), vals)
+    write_single_file(tmp_path / "other.arrow", batch.schema, [batch])
+    line = refused(capsys, *flat(files(llama_world) | {"--dstore_path": tmp_path / "other.arrow"}))
+    assert f"row {store.rows - 2}" in line
+
+
+def test_a_disk_that_is_too_small_is_told_before(capsys):
+    line = refused(capsys, "--tokens", 5_000_000_000_000, *PLAN, "--output_dir", "not/there/yet")
+    assert "--output_dir" in line and "TB" in line and "free" in line
+
+
+def test_a_device_that_is_too_small_is_told_before(capsys):
+    line = refused(
+        capsys, "--tokens", 10_000, *PLAN, "--device_memory_gb", 0.1, "--layers", 100, "--num_train_epochs", 1
+    )
+    assert "memory:" in line and "--sharded" in line
+
+
+def test_assumed_rates_are_called_assumed_and_measured_ones_measured(llama_world, capsys):
+    command("knn_utils.preflight", "--tokens", 10_000, *PLAN)
+    assert "rates assumed" in capsys.readouterr().out
+    arguments = ("--tokens", 10_000, "--model_name_or_path", llama_world.base, "--measure", llama_world.base)
+    found = preflight(capsys, *arguments, "--k", 16, "--processes", 1, "--code_size", 8, "--num_train_epochs", 1)
+    rates = found["plan"]["rates"]
+    assert "measured" in rates["origin"]
+    assert all(rates[name] > 0 for name in ("forward_flops", "train_flops", "lookups", "hits", "disk"))
+    assert found["plan"]["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "nothing to do"),
+        (("--tokens", 0), "--tokens 0"),
+        (("--tokens", 10), "--dim"),
+        (("--tokens", 10, "--dim", 8, "--vocab", 9), "--base_parameters"),
+        (("--tokens", 10, "--measure", "x", "--device_tflops", 1), "--measure"),
+        (("--dataset_name", "nowhere"), "nowhere"),
+        (("--index_path", "nowhere"), "nowhere"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(capsys, arguments, expected):
+    assert expected in refused(capsys, *arguments)

@@ -1,0 +1,328 @@
+"""The windows command: every kind of text goes in, one folder comes out whole, bad input gets one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, TOKENIZER, command, run
+
+SCRIPT = "utils/preprocess_dataset.py"
+WORDS = [f"{word}\n" for word in re.split(" ", "so zi ka ni ko ro di ge su ke ci to gi hi pi po mo nelo")]
+
+
+def flags(source, output, *more, block_size=8, stride=4):
+    given = {"--dataset_name": source, "--output_dir": output, "--tokenizer_path": TOKENIZER}
+    return [*(part for pair in given.items() for part in pair), "--block_size", block_size, "--stride", stride, *more]
+
+
+def make(source, output, *more, **sizes):
+    command("utils.preprocess_dataset", *flags(source, output, *more, **sizes))
+    return datasets.load_from_disk(str(output))
+
+
+@pytest.fixture
+def refuse(capsys, tmp_path):
+    """Run the command in this process on bad input; returns its one line and checks that nothing is left behind."""
+
+    def refuse(source, *more, output=tmp_path / "out", leaves=(), **sizes):
+        with pytest.raises(SystemExit) as exited:
+            command("utils.preprocess_dataset", *flags(source, output, *more, **sizes))
+        lines = capsys.readouterr().err.splitlines()
+        assert exited.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+        assert not list(tmp_path.rglob(".tmp-*"))
+        assert Path(output).exists() == bool(leaves)
+        return lines[0]
+
+    return refuse
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("".join(WORDS))
+    return path
+
+
+def first_tokens(dataset, count=4):
+    return dataset[0]["input_ids"][:count]
+
+
+def test_the_seed_command_writes_windows_summary_and_record(tmp_path, text):
+    out = tmp_path / "deep" / "out"
+    done = run(SCRIPT, *flags(text, out, "--num_proc", 1))
+    windows = datasets.load_from_disk(str(out))
+    assert list(windows) == ["train"]
+    assert done.stdout == "train: 1 documents, 18 rows, 16 tokens, 4 windows, 15 datastore rows\n" and done.stderr == ""
+    assert windows["train"]["dstore_range"][:] == [[0, 3], [3, 7], [7, 11], [11, 15]]
+    assert json.loads((out / "dstore_summary.json").read_text()) == {"train": {"dstore_size": 15, "dataset_cnt_len": 4}}
+    record = json.loads((out / "preprocess.json").read_text())
+    assert record["settings"]["block_size"] == 8 and record["settings"]["stride"] == 4
+    assert record["settings"]["tokenizer_length"] == 276 and record["tokenizer"] == str(TOKENIZER)
+    assert record["dataset_name"] == str(text) and record["splits"]["train"]["tokens"] == 16
+
+
+def test_it_runs_as_a_module_and_leaves_nothing_else_behind(tmp_path):
+    home, source = tmp_path / "home", tmp_path / "source"
+    home.mkdir()
+    source.mkdir()
+    pq.write_table(pa.table({"text": WORDS}), source / "train-00000-of-00001.parquet")
+    run("-m", "utils.preprocess_dataset", *flags(source, tmp_path / "out"), HOME=str(home), HF_HOME=str(home / "hf"))
+    assert list(home.rglob("*")) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out", "source"]
+
+
+def test_files_named_by_split_give_their_splits_whatever_their_kind(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "train.txt").write_text("".join(WORDS))
+    with open(source / "valid.jsonl", "w") as file:
+        file.writelines(json.dumps({"id": number, "body": word}) + "\n" for number, word in enumerate(WORDS[::-1]))
+    pq.write_table(pa.table({"body": WORDS[1:], "id": list(range(17))}), source / "test.parquet")
+    (source / "README.md").write_text("nothing")
+    windows = make(source, tmp_path / "out", "--text_column", "body")
+    assert list(windows) == ["train", "validation", "test"]
+    assert [first_tokens(part) for part in windows.values()] == [[2, 3, 4, 5], [19, 18, 17, 16], [3, 4, 5, 6]]
+
+
+def test_folders_that_datasets_saved_keep_their_splits_and_their_rows(tmp_path):
+    splits = {"test": WORDS[2:], "train": WORDS, "extra": WORDS[3:]}
+    saved = datasets.DatasetDict(
+        {name: datasets.Dataset.from_dict({"text": part, "n": part}) for name, part in splits.items()}
+    )
+    saved.save_to_disk(str(tmp_path / "several"))
+    saved["train"].save_to_disk(str(tmp_path / "single"))
+    several = make(tmp_path / "several", tmp_path / "out1")
+    assert {name: first_tokens(part, 1) for name, part in several.items()} == {"test": [4], "train": [2], "extra": [5]}
+    assert list(several) == list(splits)
+    single = make(tmp_path / "single", tmp_path / "out2")
+    assert single["train"][:] == several["train"][:]
+
+
+def test_a_configuration_may_be_a_subfolder_of_sharded_parquet_files(tmp_path):
+    folder = tmp_path / "wikitext" / "wikitext-103-raw-v1"
+    folder.mkdir(parents=True)
+    rows = {"train-00000-of-00002": WORDS[:9], "train-00001-of-00002": WORDS[9:], "test-00000-of-00001": ["", *WORDS]}
+    for name, part in rows.items():
+        pq.write_table(pa.table({"text": part}), folder / f"{name}.parquet")
+    windows = make(tmp_path / "wikitext", tmp_path / "out", "--dataset_config_name", folder.name)
+    assert windows["train"]["input_ids"][:] == windows["test"]["input_ids"][:]
+    record = json.loads((tmp_path / "out" / "preprocess.json").read_text())
+    assert record["splits"]["test"]["rows"] == 19
+
+
+def test_text_files_in_split_folders_keep_their_newlines(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "source" / split).mkdir(parents=True)
+        (tmp_path / "source" / split / "a.txt").write_text("".join(WORDS))
+    from utils.text_files import open_source
+
+    rows = open_source(str(tmp_path / "source"), work=tmp_path)
+    assert list(rows["test"]["text"]) == list(rows["train"]["text"]) == WORDS
+
+
+def test_a_folder_of_articles_is_divided_by_article_and_its_text_kept(tmp_path):
+    source = tmp_path / "articles"
+    source.mkdir()
+    for number in range(20):
+        (source / f"{number:02}.txt").write_text(f"{WORDS[number % 18]}" * (number + 8))
+    windows = make(source, tmp_path / "out", "--validation_fraction", 0.2, "--test_fraction", 0.1, "--seed", 5)
+    assert list(windows) == ["train", "validation", "test"]
+    raw = {split: (tmp_path / "out" / "raw" / f"{split}.jsonl").read_text().splitlines() for split in windows}
+    assert {split: len(lines) for split, lines in raw.items()} == {"train": 14, "validation": 4, "test": 2}
+    written = sorted(json.loads(line)["text"] for lines in raw.values() for line in lines)
+    assert written == sorted(path.read_text() for path in source.iterdir())
+
+
+def test_separated_documents_are_divided_and_short_ones_left_out(tmp_path):
+    text = tmp_path / "wiki.txt"
+    redirect = '<doc id="0" title="x">\nx\n\n\n</doc>\n'
+    text.write_text("".join(f'{redirect}<doc id="{n}">\n{"so zi ka " * 5}\n{n}\n</doc>\n' for n in range(10)))
+    separator = r"\n?</doc>\n*|<doc [^>]*>\n"
+    more = ("--document_separator", separator, "--test_fraction", "0.3", "--min_document_characters", "20")
+    make(text, tmp_path / "out", *more)
+    record = json.loads((tmp_path / "out" / "preprocess.json").read_text())
+    assert {split: count["documents"] for split, count in record["splits"].items()} == {"train": 7, "test": 3}
+    assert "doc" not in (tmp_path / "out" / "raw" / "train.jsonl").read_text()
+    make(text, tmp_path / "few", *more, "--max_documents", "4")
+    record = json.loads((tmp_path / "few" / "preprocess.json").read_text())
+    assert {split: count["documents"] for split, count in record["splits"].items()} == {"train": 3, "test": 1}
+
+
+def test_the_same_run_again_does_nothing_and_other_settings_need_overwrite(tmp_path, text, capsys, refuse):
+    out = tmp_path / "out"
+    make(text, out)
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    capsys.readouterr()
+    moved = text.rename(tmp_path / "moved.txt")
+    make(moved, out)
+    assert capsys.readouterr().out == f"{out}: these windows are there already; --overwrite makes them again\n"
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == made
+
+    assert "stride was 4, is 2" in refuse(moved, leaves=out, stride=2)
+    assert len(make(moved, out, "--overwrite", stride=2)["train"]) == 8
+    moved.write_text("so " * 20)
+    assert "text_sha256" in refuse(moved, leaves=out, stride=2)
+
+
+def test_a_damaged_output_is_made_again(tmp_path, text):
+    out = tmp_path / "out"
+    make(text, out)
+    (arrow,) = (out / "train").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:200])
+    assert len(make(text, out)["train"]) == 4
+
+
+def test_a_killed_run_leaves_no_output_and_the_next_one_finishes(tmp_path, text):
+    text.write_text("".join(WORDS) * 60_000)
+    out = tmp_path / "out"
+    arguments = [sys.executable, SCRIPT, *map(str, flags(text, out, "--num_proc", 2))]
+    killed = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts = tmp_path / ".tmp-work-out" / "windows-train"
+    while killed.poll() is None and not (parts.is_dir() and any(parts.iterdir())):
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not out.exists() and parts.exists()
+    text.write_text("".join(WORDS))
+    run(*arguments[1:])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "words.txt"]
+
+
+def test_two_runs_on_one_output_do_not_mix(tmp_path, text, capsys):
+    import fcntl
+
+    work = tmp_path / ".tmp-work-out"
+    work.mkdir()
+    with open(work / ".lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit):
+            make(text, tmp_path / "out")
+    assert "another run is writing here" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl", "no/such/folder", "folder/"])
+def test_a_missing_source_is_named(refuse, tmp_path, name):
+    assert f"{tmp_path}/{name}: no such file or folder" in refuse(f"{tmp_path}/{name}")
+
+
+def test_a_name_that_the_hub_does_not_have_is_one_line(refuse):
+    assert "someone/nothing: no such file or folder here" in refuse("someone/nothing")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_an_empty_file_is_refused(refuse, tmp_path, name):
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    else:
+        path.write_text("\n \n" if name.endswith("txt") else "")
+    assert f"{path}: is empty" in refuse(path)
+
+
+BAD_FILES = {
+    "latin.txt": (b"so\n\xe9\n", "line 2 is not UTF-8"),
+    "broken.jsonl": (b'{"text": "so"}\n{"text": \n', "line 2 is not a JSON object"),
+    "list.jsonl": (b'["so"]\n', "line 1 is not a JSON object"),
+    "number.jsonl": (b'{"text": "so"}\n\n{"text": 3}\n', "line 3: 'text' holds int, expected text"),
+    "column.jsonl": (b'{"body": "so", "id": 1}\n', "--text_column text: "),
+    "not.parquet": (b"PAR1 no", "is not a readable parquet file"),
+    "words.docx": (b"so", "expected a file that ends in .txt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_is_not_what_its_name_says_is_refused(refuse, tmp_path, name):
+    content, expected = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    line = refuse(tmp_path / name)
+    assert expected in line and name in line
+
+
+def test_a_text_column_that_is_not_there_lists_those_that_are(refuse, tmp_path):
+    pq.write_table(pa.table({"body": WORDS, "n": list(range(18))}), tmp_path / "a.parquet")
+    assert "has no such column; it has body, n" in refuse(tmp_path / "a.parquet")
+    assert "holds int64 there" in refuse(tmp_path / "a.parquet", "--text_column", "n")
+    datasets.Dataset.from_dict({"body": WORDS, "n": list(range(18))}).save_to_disk(str(tmp_path / "saved"))
+    assert "has no such column; it has body, n" in refuse(tmp_path / "saved")
+    assert "holds int64 there" in refuse(tmp_path / "saved", "--text_column", "n")
+
+
+def test_rows_without_text_are_refused(refuse, tmp_path):
+    pq.write_table(pa.table({"text": ["so", None]}), tmp_path / "a.parquet")
+    assert "row 1 of 'text' is null" in refuse(tmp_path / "a.parquet")
+    datasets.Dataset.from_dict({"text": ["so", None]}).save_to_disk(str(tmp_path / "saved"))
+    assert "rows without text" in refuse(tmp_path / "saved")
+
+
+def test_text_shorter_than_one_window_names_the_split(refuse, tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "train.txt").write_text("".join(WORDS))
+    (tmp_path / "source" / "test.txt").write_text("so zi ka")
+    line = refuse(tmp_path / "source")
+    assert "split test has 3 tokens, less than one window of 8" in line
+
+
+def test_an_output_that_cannot_be_written_is_refused(refuse, tmp_path, text):
+    assert "is or lies under a file" in refuse(text, output=text / "out")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious").write_text("x")
+    line = refuse(text, "--overwrite", output=other, leaves=other)
+    assert "is not empty and holds no windows" in line and (other / "precious").exists()
+
+
+def test_an_output_without_permission_is_refused(tmp_path, text):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    # Root writes anywhere until it gives up its capabilities; what it owns it can still read.
+    program = (
+        "import ctypes, struct, sys; from utils.preprocess_dataset import main; "
+        "ctypes.CDLL(None).capset(struct.pack('Ii', 0x20080522, 0), bytes(24)); "
+        f"sys.argv = {[SCRIPT, *map(str, flags(text, closed / 'out'))]!r}; main()"
+    )
+    done = run("-c", program, check=False)
+    assert done.returncode == 2 and f"error: {closed}: cannot be written" in done.stderr, done.stderr
+
+
+BAD_FLAGS = {
+    "stride": (["--stride", "9"], "--stride 9: expected a number from 1 to --block_size 8"),
+    "block": (["--block_size", "1"], "--block_size 1: expected 2 or more"),
+    "padding": (["--padding_index", "0"], "--padding_index 0: is a token id"),
+    "fraction": (["--test_fraction", "1.5"], "--test_fraction 1.5: expected a number from 0 to 1"),
+    "fractions": (["--test_fraction", "0.5", "--validation_fraction", "0.5"], "expected a sum below 1"),
+    "processes": (["--num_proc", "0"], "--num_proc 0: expected 1 or more"),
+    "documents": (["--max_documents", "0"], "--max_documents 0: expected 1 or more"),
+    "separator": (["--document_separator", "("], "is not a regular expression"),
+    "one document": (["--test_fraction", "0.5"], "1 documents are too few to divide"),
+    "too long": (["--min_document_characters", "999"], "none of 1 documents is that long"),
+    "tokenizer": (["--tokenizer_path", "no/such/tokenizer/here"], "no/such/tokenizer/here"),
+    "word": (["--stride", "x"], "--stride: invalid int value: 'x'"),
+    "unknown": (["--nonsense", "1"], "--nonsense"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_a_bad_flag_is_refused_in_one_line(refuse, text, case):
+    more, expected = BAD_FLAGS[case]
+    assert expected in refuse(text, *more)
+
+
+def test_splits_that_are_there_are_not_made_again(refuse, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for split in ("train", "test"):
+        (source / f"{split}.jsonl").write_text("".join(json.dumps({"text": word * 4}) + "\n" for word in WORDS))
+    assert "has a test split already" in refuse(source, "--test_fraction", "0.2")
+    windows = make(source, tmp_path / "out", "--validation_fraction", "0.2")
+    assert list(windows) == ["train", "validation", "test"]
+    assert "in .txt files" in refuse(source, "--document_separator", "x", output=tmp_path / "new")

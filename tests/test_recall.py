@@ -1,0 +1,74 @@
+"""Completing facts of trained articles: the rule, and scoring against generation."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from conftest import command
+
+from downstream.recall import cases_of, choose_cases
+
+
+def test_rule_takes_the_words_after_is_a_and_the_first_year():
+    article = "Paradox, Colorado\n\nParadox is an unincorporated community that was founded in 1877 by farmers.\nMore."
+    cases = list(cases_of(article))
+    assert cases[0].prompt == "Paradox, Colorado\n\nParadox is an"
+    assert cases[0].answer == " unincorporated community"
+    assert cases[1].prompt.endswith("that was founded in")
+    assert cases[1].answer == " 1877"
+
+
+def test_articles_without_a_definition_or_year_give_no_case():
+    assert list(cases_of("Title\n\nNothing to see here.")) == []
+    assert list(cases_of("")) == []
+
+
+def test_cases_are_spread_over_the_articles():
+    articles = [f"Thing {n}\n\nThing {n} is a small thing of kind {n}." for n in range(100)]
+    chosen = choose_cases(articles, 10)
+    assert len(chosen) == 10
+    assert len({case.prompt for case in chosen}) == 10
+
+
+def test_right_answers_are_those_greedy_decoding_gives(llama_world, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from downstream.recall import RecallArguments, recall
+    from models import MLPMemory, load_memory
+
+    more = ("--knn_dstore_path", llama_world.dstore("train"), "--validation_split_name", "none", "--init_from_base")
+    command("train_mlpmem_offline", *llama_world.trainer(tmp_path / "m", *more))
+    words = [w for w in AutoTokenizer.from_pretrained(llama_world.base).get_vocab() if w.isalpha()][:60]
+    articles = tmp_path / "articles.jsonl"
+    lines = [f"{a}\n\n{a} {b} is a {c} {d}" for a, b, c, d in zip(words, words[1:], words[2:], words[3:], strict=False)]
+    articles.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    tokenizer = AutoTokenizer.from_pretrained(llama_world.base)
+    base = AutoModelForCausalLM.from_pretrained(llama_world.base).eval()
+    memory = load_memory(tmp_path / "m" / "epoch_1").eval()
+    cases = choose_cases(lines, 40)
+    found = recall(base, memory, tokenizer, cases, RecallArguments(lmbda=0.5, batch_size=7))
+    joint = MLPMemory(base, memory, 0.5, 1.0)
+    for name, model in (("base", base), ("memory", joint)):
+        for case, right in zip(cases, found[name], strict=True):
+            prompt = tokenizer(case.prompt, return_tensors="pt")["input_ids"]
+            whole = tokenizer(case.prompt + case.answer, return_tensors="pt")["input_ids"]
+            out = model.generate(
+                prompt,
+                max_new_tokens=whole.shape[1] - prompt.shape[1],
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=None,
+            )
+            assert torch.equal(out, whole) == right
+
+
+def test_a_text_without_cases_is_said_and_goes_on(llama_world, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "T\n\nNothing."}) + "\n")
+    command(
+        "downstream.recall",
+        *("--model_name_or_path", llama_world.base, "--knn_generator_path", "unused"),
+        *("--articles", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out"),
+    )
+    assert "no article fits" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["cases"] == 0

@@ -1,0 +1,466 @@
+"""kNN targets as files: golden numbers, which hits count, processes, interruptions, growth, temperature, bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, command, refused, refused_here, run
+from knn_files import (
+    DIM,
+    VOCABULARY,
+    as_dicts,
+    assert_same_distributions,
+    exact_neighbours,
+    plain_distribution,
+    random_rows,
+    stops_at_rename,
+    write_datastore,
+    write_stream,
+)
+from safetensors.numpy import load_file
+
+from knn_utils.arrow_files import Datastore, KNNTargets
+from knn_utils.block_search import blocks_of
+from knn_utils.saveKNNMulti import plan_parts_of
+from knn_utils.search import KNNSearcher
+from knn_utils.temperature import choose_temperature
+
+ROWS = 700
+MODULE = "knn_utils.saveKNNMulti"
+
+
+@pytest.fixture(autouse=True)
+def errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLPMEM_TRACEBACK", "1")
+
+
+def build(dstore: Path, *more: object) -> Path:
+    command("knn_utils.build_index", "--dstore_path", dstore, "--index_factory", "Flat", *more)
+    return dstore.parent / f"{dstore.name}.index"
+
+
+def save(dstore: Path, index: Path, output: Path, *more: object) -> KNNTargets:
+    flags = ("--dstore_path", dstore, "--index_path", index, "--output_path", output, "--k", 20, "--knn_temp", 4)
+    command(MODULE, *flags, *more)
+    return KNNTargets.open(output, verify=True)
+
+
+def all_rows(targets: KNNTargets):
+    return targets.read(0, targets.rows)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("part-*"))}
+
+
+class Files:
+    """A training and a validation datastore, and an index over the first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.keys, self.values = random_rows(ROWS)
+        self.queries, self.labels = random_rows(150, seed=1)
+        logprob = np.log(np.random.default_rng(2).random(150) * 0.2 + 1e-3).astype(np.float32)
+        self.train = write_datastore(folder / "train", self.keys, self.values)
+        self.validation = write_datastore(folder / "validation", self.queries, self.labels, logprob)
+        self.index = build(self.train)
+        self.logprob = logprob
+
+    def expected(self, knn_temp: float = 4.0, k: int = 20, ignore_first: bool = True) -> list[dict[int, float]]:
+        distances, ids = exact_neighbours(self.keys, self.keys, k)
+        tokens = self.values[ids]
+        if ignore_first:
+            tokens[ids == np.arange(ROWS)[:, None]] = -1
+        return plain_distribution(distances, tokens, knn_temp, 1e-8)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLPMEM_TRACEBACK", "1")
+        return Files(tmp_path_factory.mktemp("knn"))
+
+
+@pytest.mark.parametrize(("name", "ignore_first"), [("ignore", "True"), ("keep", "false")])
+def test_golden_targets_come_out_of_the_command(tmp_path: Path, name: str, ignore_first: str) -> None:
+    data = load_file(GOLDEN / f"knn_{name}_first.safetensors")
+    settings = json.loads((GOLDEN / "expected.json").read_text())["knn"]
+    dstore = write_stream(tmp_path / "dstore_gpt2_train_16.arrow", data["keys"], data["vals"])
+    command("knn_utils.build_index", "--dstore_path", dstore, "--index_factory", "Flat")
+    command(
+        MODULE,
+        *("--model_path", "not/there", "--dstore_path", dstore, "--val_path", tmp_path / "train_vals.pkl"),
+        *("--index_path", tmp_path / "train_16.index", "--output_path", tmp_path / "knn", "--k", settings["k"]),
+        *("--knn_temp", settings["knn_temp"], "--probe", 32, "--batch_size", 16000, "--ignore_first", ignore_first),
+        "--knn_gpu",
+    )
+    targets = all_rows(KNNTargets.open(tmp_path / "knn", verify=True))
+
+    class Golden:
+        id_cnt, token_id, prob = data["id_cnt"], data["token_id"], data["prob"]
+
+    assert_same_distributions(as_dicts(targets), as_dicts(Golden))
+    np.testing.assert_array_equal(targets.label, data["vals"])
+
+
+def test_rows_stand_in_the_datastores_order_with_label_and_nearest_distance(files: Files, tmp_path: Path) -> None:
+    targets = all_rows(save(files.train, files.index, tmp_path / "t", "--ignore_first", "--part_rows", 300))
+    assert_same_distributions(as_dicts(targets), files.expected())
+    np.testing.assert_array_equal(targets.label, files.values)
+    nearest = exact_neighbours(files.keys, files.keys, 2)[0][:, 1]
+    np.testing.assert_allclose(targets.distance, nearest, rtol=1e-4, atol=1e-4)
+
+
+def test_without_ignore_first_the_query_itself_counts(files: Files, tmp_path: Path) -> None:
+    targets = all_rows(save(files.train, files.index, tmp_path / "t"))
+    assert_same_distributions(as_dicts(targets), files.expected(ignore_first=False))
+    np.testing.assert_allclose(targets.distance, 0, atol=1e-4)
+
+
+def test_among_equal_keys_each_row_drops_itself(tmp_path: Path) -> None:
+    keys, values = random_rows(60)
+    keys[:] = keys[0]
+    values[:] = np.arange(60)
+    dstore = write_datastore(tmp_path / "d", keys, values)
+    targets = as_dicts(all_rows(save(dstore, build(dstore), tmp_path / "t", "--ignore_first", "True")))
+    for row, found in enumerate(targets):
+        assert row not in found and len(found) == 19
+    # Beyond the 20 hits, which are the rows of lowest number, the farthest is dropped in place of the query.
+    assert set(targets[50]) == set(range(19))
+
+
+@pytest.mark.parametrize("values", ["datastore", "npy", "pkl"])
+def test_queries_of_another_datastore_drop_their_first_hit(files: Files, tmp_path: Path, values: str) -> None:
+    path = {"datastore": files.train, "npy": files.folder / "train_vals.npy", "pkl": files.folder / "train_vals.pkl"}
+    more = ("--val_path", path[values], "--ignore_first", "True")
+    targets = all_rows(save(files.validation, files.index, tmp_path / "t", *more))
+    distances, ids = exact_neighbours(files.queries, files.keys, 20)
+    expected = plain_distribution(distances[:, 1:], files.values[ids[:, 1:]], 4.0, 1e-8)
+    assert_same_distributions(as_dicts(targets), expected)
+    np.testing.assert_array_equal(targets.label, files.labels)
+
+
+@pytest.mark.parametrize("values", ["train", "train_vals.npy", "train_vals.pkl"])
+def test_the_own_values_given_by_name_make_the_same_targets_as_none(files: Files, tmp_path: Path, values: str) -> None:
+    without = save(files.train, files.index, tmp_path / "a", "--ignore_first", "True")
+    named = save(
+        files.train, files.index, tmp_path / "b", "--ignore_first", "True", "--val_path", files.folder / values
+    )
+    assert files_of(without.path) == files_of(named.path)
+
+
+def test_places_that_the_probed_lists_leave_empty_are_no_hits(files: Files, tmp_path: Path) -> None:
+    command(
+        "knn_utils.build_index",
+        *("--dstore_path", files.train, "--index_factory", "IVF16,Flat", "--index_path", tmp_path / "ivf.index"),
+    )
+    searcher = KNNSearcher(tmp_path / "ivf.index", probe=1)
+    distances, ids = searcher.search(files.keys, 200)
+    assert (ids < 0).any()
+    targets = save(files.train, tmp_path / "ivf.index", tmp_path / "t", "--k", 200, "--probe", 1)
+    expected = plain_distribution(distances, np.where(ids < 0, -1, files.values[ids]), 4.0, 1e-8)
+    assert_same_distributions(as_dicts(all_rows(targets)), expected)
+
+
+def test_the_original_file_is_one_stream_and_is_not_replaced_unasked(files: Files, tmp_path: Path) -> None:
+    parts = save(files.train, files.index, tmp_path / "parts", "--ignore_first", "True")
+    path = tmp_path / "knn.arrow"
+    single = save(files.train, files.index, path, "--ignore_first", "True", "--single_file")
+    assert path.is_file()
+    for here, there in zip(vars(all_rows(single)).values(), vars(all_rows(parts)).values(), strict=True):
+        np.testing.assert_array_equal(here, there)
+    with pytest.raises(Exception, match="--overwrite"):
+        save(files.train, files.index, path, "--single_file")
+    save(files.train, files.index, path, "--single_file", "--overwrite")
+
+
+def test_threads_change_no_byte(files: Files, tmp_path: Path) -> None:
+    import faiss
+
+    outputs = []
+    before = faiss.omp_get_max_threads()
+    try:
+        for threads in (1, 3):
+            faiss.omp_set_num_threads(threads)
+            outputs.append(files_of(save(files.train, files.index, tmp_path / str(threads), "--part_rows", 150).path))
+    finally:
+        faiss.omp_set_num_threads(before)
+    assert outputs[0] == outputs[1]
+
+
+def launch(processes: int, *arguments: object):
+    """`python -m …` on several processes of this machine, by the launcher that `accelerate launch` calls."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m")
+    return run(*launcher, *arguments, MLPMEM_TRACEBACK="", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+
+
+def test_two_processes_write_the_files_of_one_and_choose_the_same_temperature(files: Files, tmp_path: Path) -> None:
+    auto = ("--knn_temp", "auto", "--validation_dstore_path", files.validation, "--part_rows", 150)
+    one = save(files.train, files.index, tmp_path / "one", *auto)
+    flags = ("--dstore_path", files.train, "--index_path", files.index, "--output_path", tmp_path / "two", "--k", 20)
+    launch(2, MODULE, *flags, *auto)
+    two = KNNTargets.open(tmp_path / "two", verify=True)
+    assert files_of(one.path) == files_of(two.path)
+    assert one.settings == two.settings
+    assert one.manifest["info"]["knn_temp_choice"] == two.manifest["info"]["knn_temp_choice"]
+
+
+def test_processes_that_share_an_index_make_the_targets_of_one_whole_index(files: Files, tmp_path: Path) -> None:
+    factory = ("--index_factory", "IVF8,PQ4x4")
+    index = tmp_path / "whole.index"
+    command("knn_utils.build_index", "--dstore_path", files.train, *factory, "--index_path", index)
+    more = ("--ignore_first", "True", "--part_rows", 150, "--refine_factor", 2, "--probe", 4)
+    more += ("--knn_temp", "auto", "--validation_dstore_path", files.validation)
+    whole = save(files.train, index, tmp_path / "whole", *more)
+    shared = tmp_path / "shared.index"
+    launch(2, "knn_utils.build_index", "--dstore_path", files.train, *factory, "--index_path", shared)
+    assert len(list(shared.glob("shard-*.index"))) == 2
+    flags = ("--dstore_path", files.train, "--index_path", shared, "--output_path", tmp_path / "shared", "--k", 20)
+    launch(3, MODULE, *flags, *more)
+    assert files_of(KNNTargets.open(tmp_path / "shared", verify=True).path) == files_of(whole.path)
+    alone = save(files.train, shared, tmp_path / "alone", *more)
+    assert files_of(alone.path) == files_of(whole.path)
+
+
+def test_a_process_opens_only_its_share_of_the_shards(files: Files, tmp_path: Path) -> None:
+    index = tmp_path / "five.index"
+    build(files.train, "--num_shards", 5, "--index_path", index)
+    shares = [KNNSearcher(index, probe=1, share=(process, 3)) for process in range(3)]
+    rows = [[(shard.first_row, shard.rows) for shard in searcher._shards] for searcher in shares]
+    assert rows == [[(0, 140)], [(140, 140), (280, 140)], [(420, 140), (560, 140)]]
+    assert all(searcher.rows == ROWS for searcher in shares)
+    none = KNNSearcher(index, probe=1, share=(0, 6))
+    queries = none.checked(files.keys[:10], 0, "queries")
+    found = [none.candidates(queries, 20), *(searcher.candidates(queries, 20) for searcher in shares)]
+    whole = KNNSearcher(index, probe=1).search(files.keys[:10], 20)
+    for here, there in zip(shares[0].hits(queries, found, 20), whole, strict=True):
+        np.testing.assert_array_equal(here, there)
+
+
+def test_a_run_stopped_at_any_rename_is_continued_to_the_same_files(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("--part_rows", 300, "--ignore_first", "True", "--knn_temp", "auto")
+    more += ("--validation_dstore_path", files.validation)
+    whole = files_of(save(files.train, files.index, tmp_path / "whole", *more).path)
+    number, stopped = 0, True
+    while stopped:
+        output = tmp_path / str(number)
+        stopped = stops_at_rename(
+            monkeypatch, lambda output=output: save(files.train, files.index, output, *more), number
+        )
+        if stopped:
+            save(files.train, files.index, output, *more)
+        assert files_of(output) == whole
+        number += 1
+    assert number >= 8
+
+
+def test_finished_parts_are_not_searched_again(files: Files, tmp_path: Path, monkeypatch, capsys) -> None:
+    more = ("--part_rows", 256)
+    # manifest, part 0, its record, part 1, its record; the rename of part 2 is stopped
+    assert stops_at_rename(monkeypatch, lambda: save(files.train, files.index, tmp_path / "t", *more), 5)
+    searched = []
+    search = KNNSearcher.search
+
+    def counted(self, queries, *arguments, **named):
+        searched.append(named["first_row"])
+        return search(self, queries, *arguments, **named)
+
+    monkeypatch.setattr(KNNSearcher, "search", counted)
+    save(files.train, files.index, tmp_path / "t", *more)
+    assert sorted(searched) == [512]
+    searched.clear()
+    capsys.readouterr()
+    save(files.train, files.index, tmp_path / "t", *more)
+    assert not searched and "nothing to do" in capsys.readouterr().out
+
+
+def test_changed_settings_are_refused_by_name_and_overwrite_replaces(files: Files, tmp_path: Path) -> None:
+    save(files.train, files.index, tmp_path / "t")
+    flags = ("--dstore_path", files.train, "--index_path", files.index, "--output_path", tmp_path / "t", "--k", 20)
+    line = refused_here(MODULE, *flags, "--knn_temp", 8)
+    assert "knn_temp 4" in line and "8" in line and "--overwrite" in line
+    assert "ignore_first" in refused_here(MODULE, *flags, "--knn_temp", 4, "--ignore_first", "True")
+    assert save(files.train, files.index, tmp_path / "t", "--knn_temp", 8, "--overwrite").settings["knn_temp"] == 8
+
+
+def test_a_grown_datastore_gets_targets_for_its_new_rows_only_unless_refreshed(tmp_path: Path, capsys) -> None:
+    keys, values = random_rows(ROWS)
+    dstore, output = tmp_path / "dstore", tmp_path / "t"
+    write_datastore(dstore, keys[:400], values[:400])
+    index = build(dstore)
+    first = files_of(save(dstore, index, output, "--ignore_first", "True").path)
+    write_datastore(dstore, keys, values, existing=[100, 100, 100, 100])
+    line = refused_here(
+        MODULE, "--dstore_path", dstore, "--index_path", index, "--output_path", output, "--k", 20, "--knn_temp", 4
+    )
+    assert "--extend" in line
+    build(dstore, "--extend")
+    grown = save(dstore, index, output, "--ignore_first", "True")
+    assert grown.rows == ROWS and grown.manifest["history"][0]["rows_before"] == 400
+    now = files_of(output)
+    assert all(now[name] == data for name, data in first.items())
+    distances, ids = exact_neighbours(keys, keys, 20)
+    tokens = values[ids]
+    tokens[ids == np.arange(ROWS)[:, None]] = -1
+    expected = plain_distribution(distances, tokens, 4.0, 1e-8)
+    assert_same_distributions(as_dicts(grown.read(400, ROWS)), expected[400:])
+    fresh = save(dstore, index, output, "--ignore_first", "True", "--refresh")
+    assert_same_distributions(as_dicts(all_rows(fresh)), expected)
+    capsys.readouterr()
+    save(dstore, index, output, "--ignore_first", "True", "--refresh")
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_the_temperature_is_the_one_with_the_lowest_knn_lm_perplexity(files: Files, tmp_path: Path, capsys) -> None:
+    temperatures, lambdas = [0.5, 4.0, 64.0], [0.1, 0.5, 0.9]
+    distances, ids = exact_neighbours(files.queries, files.keys, 20)
+    best = {}
+    for temperature in temperatures:
+        rows = plain_distribution(distances, files.values[ids], temperature)
+        knn = np.array([row.get(int(label), 0.0) for row, label in zip(rows, files.labels, strict=True)])
+        for lmbda in lambdas:
+            mixture = lmbda * knn + (1 - lmbda) * np.exp(files.logprob.astype(float))
+            best[temperature, lmbda] = float(np.exp(-np.log(mixture).mean()))
+    targets = save(
+        *(files.train, files.index, tmp_path / "t", "--knn_temp", "auto"),
+        *("--validation_dstore_path", files.validation),
+        *("--temperature_grid", *temperatures, "--lmbda_grid", *lambdas),
+    )
+    expected = min(best, key=best.get)
+    assert targets.settings["knn_temp"] == expected[0]
+    choice = targets.manifest["info"]["knn_temp_choice"]
+    assert choice["lmbda"] == expected[1]
+    for row in choice["table"]:
+        assert row["perplexity"] == pytest.approx(min(best[row["knn_temp"], lmbda] for lmbda in lambdas), rel=1e-3)
+    assert choice["base_perplexity"] == pytest.approx(float(np.exp(-files.logprob.astype(float).mean())), rel=1e-5)
+    assert f"temperature {expected[0]:g}" in capsys.readouterr().out
+    assert_same_distributions(as_dicts(all_rows(targets)), files.expected(expected[0], ignore_first=False))
+
+
+def test_a_temperature_once_chosen_is_not_searched_for_again(files: Files, tmp_path: Path, monkeypatch, capsys) -> None:
+    more = ("--knn_temp", "auto", "--validation_dstore_path", files.validation)
+    # the manifest is there, the first part is not
+    assert stops_at_rename(monkeypatch, lambda: save(files.train, files.index, tmp_path / "t", *more), 1)
+    import knn_utils.temperature
+
+    monkeypatch.setattr(knn_utils.temperature, "choose_temperature", None)
+    save(files.train, files.index, tmp_path / "t", *more)
+    assert "chosen before" in capsys.readouterr().out
+
+
+def test_part_of_the_validation_rows_may_do(files: Files) -> None:
+    searcher = KNNSearcher(files.index, probe=1)
+    validation = Datastore.open(files.validation)
+    options = {"k": 20, "temperatures": [1.0, 4.0], "lambdas": [0.5]}
+    assert choose_temperature(searcher, files.values, validation, **options).rows == 150
+    assert choose_temperature(searcher, files.values, validation, max_rows=100, **options).rows <= 150
+
+
+def test_parts_depend_on_the_number_of_rows_alone() -> None:
+    assert plan_parts_of(400, None) == [256, 144]
+    assert plan_parts_of(24_575, None)[:2] == [3072, 3072]
+    assert set(plan_parts_of(1_000_000, None)[:-1]) == {4096}
+    assert len(plan_parts_of(5_000_000_000, None)) <= 4096
+    assert plan_parts_of(500, 200, [300]) == [300, 200]
+    assert list(blocks_of([(0, 5), (8, 10)], 3)) == [(0, 3), (3, 5), (8, 10)]
+
+
+def refusal(files: Files, tmp_path: Path, **changes: object) -> str:
+    flags = {"dstore_path": files.train, "index_path": files.index, "output_path": tmp_path / "out", "k": 20} | changes
+    return refused_here(MODULE, *(item for name, value in flags.items() for item in (f"--{name}", value)))
+
+
+def test_what_does_not_fit_is_refused_in_one_line_and_nothing_is_written(files: Files, tmp_path: Path) -> None:
+    wide = write_datastore(tmp_path / "wide", np.tile(files.keys, 2), files.values)
+    other = write_datastore(tmp_path / "other", *random_rows(ROWS, seed=9))
+    layer = write_datastore(tmp_path / "layer", files.keys, files.values, layer_position=0)
+    np.save(tmp_path / "short.npy", files.values[:-1])
+    assert f"--k {ROWS + 1}" in refusal(files, tmp_path, k=ROWS + 1)
+    assert "--k 0" in refusal(files, tmp_path, k=0)
+    assert f"{2 * DIM} wide" in refusal(files, tmp_path, dstore_path=wide)
+    assert f"{2 * DIM} wide" in refusal(files, tmp_path, dstore_path=wide, val_path=files.train)
+    assert "other rows" in refusal(files, tmp_path, dstore_path=other)
+    assert "other rows" in refusal(files, tmp_path, dstore_path=files.validation, val_path=other)
+    assert "block 0" in refusal(files, tmp_path, dstore_path=layer)
+    assert "--layer_position" in refusal(files, tmp_path, layer_position=3)
+    assert f"{ROWS - 1} values" in refusal(files, tmp_path, val_path=tmp_path / "short.npy")
+    assert "--val_path" in refusal(files, tmp_path, dstore_path=files.validation)
+    assert "no such file" in refusal(files, tmp_path, dstore_path=tmp_path / "none")
+    assert "no such index" in refusal(files, tmp_path, index_path=tmp_path / "none")
+    for temperature in ("0", "-1", "nan", "inf", "warm"):
+        assert f"--knn_temp {temperature}" in refusal(files, tmp_path, knn_temp=temperature)
+    for threshold in (-0.1, 1.0, "nan"):
+        assert "--threshold" in refusal(files, tmp_path, threshold=threshold)
+    assert "--probe 0" in refusal(files, tmp_path, probe=0)
+    assert "--batch_size 0" in refusal(files, tmp_path, batch_size=0)
+    assert "--validation_dstore_path" in refusal(files, tmp_path, knn_temp="auto")
+    assert "log-prob" in refusal(files, tmp_path, knn_temp="auto", validation_dstore_path=other)
+    assert "--refine_factor" in refusal(
+        files, tmp_path, dstore_path=files.validation, val_path=files.folder / "train_vals.npy", refine_factor=2
+    )
+    for grid in ({"temperature_grid": 0}, {"lmbda_grid": 1.5}):
+        with_auto = {"knn_temp": "auto", "validation_dstore_path": files.validation}
+        assert next(iter(grid)) in refusal(files, tmp_path, **with_auto, **grid)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_indexed_rows_themselves_choose_no_temperature(tmp_path: Path) -> None:
+    keys, values = random_rows(100)
+    dstore = write_datastore(tmp_path / "d", keys, values, np.full(100, -1.0, np.float32))
+    index = build(dstore)
+    flags = ("--dstore_path", dstore, "--index_path", index, "--output_path", tmp_path / "t", "--k", 5)
+    assert "themselves" in refused_here(MODULE, *flags, "--knn_temp", "auto", "--validation_dstore_path", dstore)
+
+
+def test_damaged_inputs_are_refused_in_one_line(files: Files, tmp_path: Path) -> None:
+    stream = write_stream(tmp_path / "cut.arrow", files.keys, files.values)
+    stream.write_bytes(stream.read_bytes()[:-1000])
+    assert "cut.arrow" in refusal(files, tmp_path, dstore_path=stream)
+    index = tmp_path / "cut.index"
+    index.write_bytes(files.index.read_bytes()[:-1000])
+    assert "cut.index" in refusal(files, tmp_path, index_path=index)
+
+
+def test_a_hidden_state_that_is_not_finite_is_named_and_the_finished_parts_stay(files: Files, tmp_path: Path) -> None:
+    keys = files.keys.copy()
+    keys[600, 2] = np.inf
+    dstore = write_datastore(tmp_path / "bad", keys, files.values)
+    more = {"dstore_path": dstore, "val_path": files.train, "knn_temp": 4, "part_rows": 256}
+    line = refusal(files, tmp_path, **more)
+    assert f"{dstore}: row 600 " in line
+    with pytest.raises(Exception, match="incomplete"):
+        KNNTargets.open(tmp_path / "out")
+
+
+def test_a_refined_search_of_compressed_keys_gives_exact_targets(files: Files, tmp_path: Path) -> None:
+    index = tmp_path / "pq.index"
+    command(
+        "knn_utils.build_index",
+        *("--dstore_path", files.train, "--index_factory", "IVF4,PQ4x4", "--index_path", index),
+    )
+    coarse = save(files.train, index, tmp_path / "coarse", "--ignore_first", "True")
+    more = ("--ignore_first", "True", "--refine_factor", 35)
+    refined = save(files.train, index, tmp_path / "refined", *more)
+    assert_same_distributions(as_dicts(all_rows(refined)), files.expected())
+    with pytest.raises(AssertionError):
+        assert_same_distributions(as_dicts(all_rows(coarse)), files.expected())
+
+
+def test_token_ids_of_any_size_come_through(tmp_path: Path) -> None:
+    keys, values = random_rows(80)
+    values = values + (2**31 - 1 - VOCABULARY)
+    dstore = write_datastore(tmp_path / "d", keys, values.astype(np.int32))
+    targets = all_rows(save(dstore, build(dstore), tmp_path / "t"))
+    distances, ids = exact_neighbours(keys, keys, 20)
+    assert_same_distributions(as_dicts(targets), plain_distribution(distances, values[ids], 4.0, 1e-8))
+
+
+def test_the_command_line_ends_bad_input_with_one_line_and_status_2(files: Files, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("MLPMEM_TRACEBACK")
+    flags = ("--dstore_path", files.train, "--index_path", files.index, "--output_path", tmp_path / "t")
+    assert "--k 1024" in refused("-m", MODULE, *flags)

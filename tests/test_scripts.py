@@ -1,0 +1,283 @@
+"""The shell scripts: settings from the environment, the paper's values without them, any folder, failures named."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command, make_base, make_text
+from script_stub import calls, flags, shell, stub_python
+
+SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), *(ROOT / "downstream").glob("*.sh")])
+VENV_PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+# What each script passes where nothing is set: the values of the original's scripts, and of the paper.
+PAPER = {
+    "scripts/preprocess_dataset.sh": {"--dataset_config_name": "wikitext-103-raw-v1", "--num_proc": "1"},
+    "scripts/evaluate_base.sh": {
+        **{"--per_device_eval_batch_size": "8", "--eval_subset": "test", "--output_dir": "tmp/"},
+        **{"--do_eval": "", "--report_to": "none"},
+    },
+    "scripts/evaluate_joint.sh": {
+        **{"--do_test": "", "--dataset_split_name": "test", "--knn_temp": "1", "--lmbda": "0.25"},
+        **{"--per_device_eval_batch_size": "8", "--knn_generator_path": "Rubin-Wei/MLPMemory-gpt2-large"},
+    },
+    "scripts/train_mlpmem_offline.sh": {
+        **{"--learning_rate": "5e-4", "--num_train_epochs": "50", "--num_warmup_steps": "2000", "--alpha": "0.5"},
+        **{"--seed": "42", "--dataset_split_name": "train", "--base_model_name": "large", "--report_to": "none"},
+        **{"--checkpointing_steps": "epoch", "--per_device_train_batch_size": "16", "--weight_decay": "0.0"},
+        **{"--lr_scheduler_type": "linear"},
+    },
+    "downstream/eval_qa.sh": {"--lmbda": "0.50", "--knn_temp": "1", "--use_neural_knn": "", "--do_eval": ""},
+}
+PAPER["scripts/train_mlpmem_online.sh"] = PAPER["scripts/train_mlpmem_offline.sh"]
+
+
+def printed(text: str) -> list[str]:
+    """The commands that a script said it would run."""
+    return [line[2:] for line in text.splitlines() if line.startswith("$ ")]
+
+
+@pytest.mark.parametrize("script", PAPER)
+def test_without_settings_a_script_passes_the_values_of_the_paper(script, tmp_path):
+    program = stub_python(tmp_path)
+    done = shell("bash", script, PYTHON=program)
+    assert done.returncode == 0, done.stderr
+    (call,) = calls(program)
+    found = flags(call)
+    assert {name: found.get(name) for name in PAPER[script]} == PAPER[script]
+    (line,) = printed(done.stdout)
+    assert line.split()[0] == str(program) and line.split()[-1] == call[-1]
+
+
+def test_the_pipeline_passes_the_values_of_the_paper_and_hands_each_file_to_the_next_stage(tmp_path):
+    program = stub_python(tmp_path / "stub")
+    stores = tmp_path / "dstore"
+    (stores / "dstore_gpt2_train_1600.arrow").mkdir(parents=True)
+    done = shell("bash", "scripts/save_pipeline.sh", PYTHON=program, DSTORE_DIR=stores)
+    assert done.returncode == 0, done.stderr
+    save, build, search = (flags(call) for call in calls(program))
+    assert save["--eval_subset"] == "train" and "--save_knnlm_dstore" in save
+    assert (build["--ncentroids"], build["--code_size"], build["--probe"]) == ("4096", "64", "32")
+    assert (
+        search["--k"],
+        search["--knn_temp"],
+        search["--probe"],
+        search["--batch_size"],
+        search["--ignore_first"],
+    ) == (*("1024", "16", "32", "16000", "True"),)
+    assert build["--dstore_path"] == search["--dstore_path"] == str(stores / "dstore_gpt2_train_1600.arrow")
+    assert search["--index_path"] == str(stores / "train_1600.index")
+    assert len(printed(done.stdout)) == 3
+
+
+def test_settings_come_from_the_environment_and_further_flags_from_the_command_line(tmp_path):
+    program = stub_python(tmp_path)
+    settings = {"MODEL": "my model", "KNN_PATH": "memory", "DATASET": "windows", "LAMBDA": "0.1 0.2", "SUBSET": "dev"}
+    done = shell("bash", "scripts/evaluate_joint.sh", "--max_eval_samples", 5, PYTHON=program, **settings)
+    assert done.returncode == 0, done.stderr
+    found = flags(calls(program)[0])
+    assert found["--model_name_or_path"] == "my model" and found["--knn_generator_path"] == "memory"
+    assert found["--lmbda"] == "0.1 0.2" and found["--dataset_split_name"] == "dev"
+    assert found["--max_eval_samples"] == "5"
+    assert "my\\ model" in printed(done.stdout)[0]
+
+
+# The quickstart and the tests' script make an environment first; common.sh is a part of the others.
+RUNNABLE = [path for path in SCRIPTS if path.name not in ("common.sh", "quickstart.sh", "test.sh")]
+
+
+@pytest.mark.parametrize("script", RUNNABLE, ids=lambda path: path.name)
+def test_scripts_run_from_their_own_folder_and_from_any_other_and_print_what_they_run(script, tmp_path):
+    for side in ("teacher", "student", "."):
+        (tmp_path / "out" / "work" / side / "dstore_gpt2_train_8.arrow").mkdir(parents=True)
+    settings = {"OUTPUT": tmp_path / "out", "DSTORE_DIR": tmp_path / "out" / "work"}
+    settings |= {"WEB_TEXT": "web.txt", "WIKI_TEXT": "wiki.txt"}
+    found = []
+    for name, word, folder in (("mine", script.name, script.parent), ("other", script, tmp_path)):
+        program = stub_python(tmp_path / name)
+        done = shell("bash", word, cwd=folder, PYTHON=program, **settings)
+        assert done.returncode == 0, done.stderr
+        found.append(calls(program))
+        for marks in (tmp_path / "out").rglob("done"):
+            shutil.rmtree(marks)
+        # A command of a script that another one calls is printed by both.
+        assert len(printed(done.stdout)) >= len(found[-1]) > 0
+    assert [len(call) for call in found[0]] == [len(call) for call in found[1]]
+    assert flags(found[0][0]) == flags(found[1][0])
+
+
+def test_several_processes_are_launched_where_a_configuration_is_named(tmp_path):
+    program = stub_python(tmp_path)
+    done = shell(
+        "bash", "scripts/train_mlpmem_offline.sh", PYTHON=program, ACCELERATE_CONFIG="accelerate_config/cpu.yaml"
+    )
+    assert done.returncode == 0, done.stderr
+    (call,) = calls(program)
+    assert call[:5] == ["-m", "accelerate.commands.launch", "--config_file", "accelerate_config/cpu.yaml", "-m"]
+
+
+def test_the_first_failure_stops_a_script_with_the_name_of_its_stage(tmp_path):
+    program = stub_python(tmp_path / "stub", fails="knn_utils.build_index")
+    (tmp_path / "dstore_gpt2_train_8.arrow").mkdir()
+    done = shell("bash", "scripts/save_pipeline.sh", PYTHON=program, DSTORE_DIR=tmp_path)
+    assert done.returncode == 7
+    assert done.stderr.splitlines()[-1] == "stopped in stage: build index (exit status 7)"
+    assert len(calls(program)) == 2
+
+
+def test_bad_settings_end_a_script_with_the_line_of_the_command(tmp_path):
+    done = shell("bash", "scripts/evaluate_base.sh", PATH=VENV_PATH, MODEL=tmp_path, DATASET=tmp_path / "none")
+    assert done.returncode == 2
+    error, stopped = done.stderr.splitlines()[-2:]
+    assert error.startswith("error: --dataset_name") and str(tmp_path / "none") in error
+    assert stopped == "stopped in stage: evaluate base (exit status 2)"
+
+
+def reproduction(tmp_path: Path, **settings: object):
+    """A run of the table's script with stubbed stages; (finished process, the stub's calls)."""
+    program = stub_python(tmp_path / "stub")
+    done = shell("bash", "scripts/reproduce_wikitext103.sh", PYTHON=program, OUTPUT=tmp_path / "out", **settings)
+    return done, calls(program)
+
+
+def modules(found: list[list[str]]) -> list[str]:
+    return [call[1] if call[0] == "-m" else Path(call[0]).stem for call in found]
+
+
+def test_the_table_of_the_paper_takes_the_published_models_and_continues_where_it_stopped(tmp_path):
+    done, found = reproduction(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert modules(found) == [
+        *("downstream.reproduction", "preprocess_dataset", "train_base", "train_base", "train_base"),
+        *("evaluate_joint", "downstream.reproduction"),
+    ]
+    names = [flags(call).get("--model_name_or_path") for call in found[2:6]]
+    assert names == [
+        *("openai-community/gpt2-large", "Rubin-Wei/gpt2-large-finetuned-wikitext103"),
+        *("Clover-Hill/gpt2-xl-finetuned-wikitext103", "Rubin-Wei/gpt2-large-finetuned-wikitext103"),
+    ]
+    joint = flags(found[5])
+    assert (joint["--lmbda"], joint["--knn_temp"]) == ("0.25", "1")
+    assert joint["--knn_generator_path"] == "Rubin-Wei/MLPMemory-gpt2-large"
+    again, found = reproduction(tmp_path)
+    assert again.returncode == 0 and modules(found[7:]) == ["downstream.reproduction"] * 2
+    assert "done before" in again.stdout
+
+
+def test_a_changed_setting_runs_its_stage_and_those_after_it_again(tmp_path):
+    reproduction(tmp_path)
+    done, found = reproduction(tmp_path, BATCH_SIZE_EVAL=2, NUM_PROC=2)
+    assert done.returncode == 0 and modules(found[7:]) == modules(found[:7])
+    done, found = reproduction(tmp_path, BATCH_SIZE_EVAL=2, NUM_PROC=2, LAMBDA=0.5)
+    assert modules(found[14:]) == ["downstream.reproduction", "evaluate_joint", "downstream.reproduction"]
+
+
+def test_the_table_with_training_takes_the_teacher_for_the_targets_and_the_student_for_the_rest(tmp_path):
+    for side in ("teacher", "student"):
+        (tmp_path / "out" / "work" / side / "dstore_gpt2_train_8.arrow").mkdir(parents=True)
+    done, found = reproduction(tmp_path, TRAIN=1, XL="xl", LARGE="large", WINDOWS="windows")
+    assert done.returncode == 0, done.stderr
+    wanted = ["train_base", "knn_utils.build_index", "knn_utils.saveKNNMulti", "train_base", "train_mlpmem_offline"]
+    assert modules(found)[4:9] == wanted
+    save, _, search, student, train = (flags(call) for call in found[4:9])
+    assert save["--model_name_or_path"] == "xl" and student["--model_name_or_path"] == "large"
+    assert train["--knn_save_path"] == search["--output_path"]
+    assert "/student/" in train["--knn_dstore_path"] and train["--num_train_epochs"] == "50"
+    assert flags(found[9])["--knn_generator_path"].endswith("memory/epoch_50")
+
+
+def test_the_estimate_comes_before_anything_runs_and_asks_for_nothing(tmp_path):
+    done = shell("bash", "scripts/reproduce_wikitext103.sh", PATH=VENV_PATH, TRAIN=1, PLAN_ONLY=1, OUTPUT=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    stages = [row.split("|")[1].strip() for row in rows[1:]]
+    assert stages[1] == "windows" and stages[-1] == "**all**"
+    assert any("kNN targets" in stage for stage in stages) and any("50 epochs" in stage for stage in stages)
+    assert all(re.search(r"\d", row) for row in rows[2:])
+    assert len(printed(done.stdout)) == 1
+
+
+def test_the_table_stands_measured_beside_published(tmp_path):
+    base = make_base("gpt2", tmp_path / "base")
+    splits = tmp_path / "text"
+    splits.mkdir()
+    for name, count in (("train", 60), ("test", 60)):
+        make_text(splits / f"{name}.txt", lines=count)
+    windows, work = tmp_path / "windows", tmp_path / "out" / "work"
+    command(
+        "utils.preprocess_dataset",
+        *("--dataset_name", splits, "--tokenizer_path", base, "--output_dir", windows),
+        *("--block_size", 64, "--stride", 32),
+    )
+    measured = {"large_vanilla": 30.0, "large_finetuned": 20.0, "xl_finetuned": 19.0, "large_memory": 17.5}
+    for stage, value in measured.items():
+        (work / stage).mkdir(parents=True)
+        result = {"perplexity": value, "tokens": 100, "model": str(base), "memory": None, "lmbda": 0.25, "knn_temp": 1}
+        (work / stage / "results.json").write_text(json.dumps(result))
+    names = [word for flag in ("vanilla", "large", "xl") for word in (f"--{flag}", base)]
+    facts = [
+        *names,
+        "--memory",
+        tmp_path / "none",
+        "--windows",
+        windows,
+        "--memory_layers",
+        2,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    command("downstream.reproduction", "--step", "plan", *facts, "--train", 1)
+    command("downstream.reproduction", "--step", "table", *facts)
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["published"] for row in rows] == [15.80, 10.42, 10.16, 9.58]
+    assert [row["measured"] for row in rows] == list(measured.values())
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| 9.58 | 17.50 |" in text and text.count("\n| GPT2") == 4
+    for stage, value in (("small_vanilla", 90.0), ("small_finetuned", 40.0)):
+        result = {"perplexity": value, "tokens": 100, "model": str(base), "memory": None, "lmbda": 0, "knn_temp": None}
+        (work / stage).mkdir()
+        (work / stage / "results.json").write_text(json.dumps(result))
+    command("downstream.reproduction", "--step", "table", *facts, "--small_vanilla", base, "--small", base)
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert [line.split("|")[3:5] for line in lines[2:4]] == [[" – ", " 90.00 "], [" – ", " 40.00 "]]
+
+
+def test_the_stand_ins_train_from_scratch_then_continue_then_make_the_table(tmp_path):
+    program = stub_python(tmp_path / "stub")
+    for side in ("teacher", "student"):
+        (tmp_path / "out" / "work" / side / "dstore_gpt2_train_8.arrow").mkdir(parents=True)
+    texts = {"WEB_TEXT": "web.txt", "WIKI_TEXT": "wiki.txt"}
+    done = shell("bash", "scripts/standins.sh", PYTHON=program, OUTPUT=tmp_path / "out", **texts)
+    assert done.returncode == 0, done.stderr
+    trained = [flags(call) for call in calls(program) if "--do_train" in call]
+    sizes = ("small", "large", "xl")
+    assert ["--from_scratch" in call for call in trained] == [True, False] * 3
+    starts = [Path(call["--model_name_or_path"]).name for call in trained]
+    assert starts == [name for size in sizes for name in (size, f"{size}-vanilla")]
+    assert modules(calls(program))[-1] == "downstream.reproduction"
+    table = flags(calls(program)[-1])
+    assert table["--standins"] == "1" and table["--small"].endswith("small-finetuned")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_setting_that_a_script_reads_is_listed_at_its_top(script):
+    text = script.read_text()
+    if script.name in ("common.sh", "test.sh"):
+        pytest.skip("has no settings")
+    head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    read = set(re.findall(r"\$\{([A-Z_]+):?-", text))
+    assert sorted(name for name in read if not re.search(rf"\b{name}\b", head)) == []
+
+
+def test_shellcheck_has_nothing_to_say():
+    program = shutil.which("shellcheck", path=VENV_PATH)
+    if program is None:
+        pytest.skip("shellcheck is not installed")
+    done = shell(program, "-x", *SCRIPTS, PATH=VENV_PATH)
+    assert done.returncode == 0, done.stdout

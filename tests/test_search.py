@@ -1,0 +1,206 @@
+"""Search: order of hits, shards, re-ranking, and files that are no index."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from knn_files import DIM, exact_neighbours, random_rows, write_datastore
+
+from knn_utils import search
+from knn_utils.arrow_files import Datastore
+from knn_utils.block_search import in_order
+from knn_utils.search import BLOCK_ROWS, KNNSearcher, merge, order_ties, rank_exactly
+from utils.errors import InputError
+
+
+def write_index(path: Path, keys: np.ndarray, factory: str = "Flat") -> Path:
+    index = faiss.index_factory(keys.shape[1], factory)
+    if not index.is_trained:
+        index.train(keys.astype(np.float32))
+    index.add(keys.astype(np.float32))
+    faiss.write_index(index, str(path))
+    return path
+
+
+def with_ties(rows: int = 300) -> np.ndarray:
+    """Keys of which many are equal, so that ties fall on every place."""
+    keys, _ = random_rows(rows)
+    keys[40:90] = keys[10]
+    keys[200:204] = keys[5]
+    return keys
+
+
+@pytest.mark.parametrize("k", [1, 5, 30, 51, 120, 300])
+def test_hits_stand_by_distance_then_row_number_also_where_k_divides_a_tie(tmp_path: Path, k: int) -> None:
+    keys = np.round(with_ties() * 4) / 4  # exact in float32, so that equal distances are equal bits
+    searcher = KNNSearcher(write_index(tmp_path / "flat.index", keys), probe=1)
+    distances, ids = searcher.search(keys, k)
+    expected_distances, expected_ids = exact_neighbours(keys, keys, k)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-4, atol=1e-3)
+    searched = np.sort(ids, axis=1)
+    assert (np.diff(searched, axis=1) > 0).all()
+    same = distances[:, 1:] == distances[:, :-1]
+    assert (ids[:, 1:][same] > ids[:, :-1][same]).all()
+    # Rows whose k-th place divides the tie of 51 equal keys: the lowest row numbers of it are kept.
+    for row in (10, 40, 89):
+        ties = [*[10], *range(40, 90)][: min(k, 51)]
+        assert ids[row, : len(ties)].tolist() == ties
+    assert (ids == expected_ids).mean() > 0.99
+
+
+def test_lists_that_hold_fewer_than_k_rows_leave_places_without_a_hit(tmp_path: Path) -> None:
+    keys, _ = random_rows(400)
+    searcher = KNNSearcher(write_index(tmp_path / "ivf.index", keys, "IVF8,Flat"), probe=1)
+    distances, ids = searcher.search(keys, 350)
+    assert (ids == -1).any()
+    assert np.isinf(distances[ids == -1]).all() and np.isfinite(distances[ids >= 0]).all()
+    assert (ids[:, 0] == np.arange(400)).all()
+
+
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "OPQ4,IVF8,PQ4x4", "IDMap,IVF8,Flat"])
+def test_probe_reaches_the_lists_wherever_they_are_in_the_index(tmp_path: Path, factory: str) -> None:
+    keys, _ = random_rows(400)
+    path = write_index(tmp_path / "any.index", keys, factory) if "IDMap" not in factory else tmp_path / "any.index"
+    if "IDMap" in factory:
+        index = faiss.index_factory(DIM, factory)
+        index.train(keys.astype(np.float32))
+        index.add_with_ids(keys.astype(np.float32), np.arange(400))
+        faiss.write_index(index, str(path))
+    few = KNNSearcher(path, probe=1).search(keys, 390)[1]
+    all_lists = KNNSearcher(path, probe=1000).search(keys, 390)[1]
+    assert (few < 0).any() and not (all_lists < 0).any()
+
+
+def test_small_batches_give_what_large_ones_give(tmp_path: Path) -> None:
+    keys, _ = random_rows(BLOCK_ROWS * 5)
+    searcher = KNNSearcher(write_index(tmp_path / "ivf.index", keys, "IVF8,PQ4x4"), probe=4)
+    whole = searcher.search(keys, 20)
+    pieces = [searcher.search(keys[start : start + 64], 20) for start in range(0, len(keys), 64)]
+    np.testing.assert_array_equal(np.concatenate([ids for _, ids in pieces]), whole[1])
+
+
+def test_merging_shards_gives_the_order_of_one_index() -> None:
+    random = np.random.default_rng(0)
+    distances = np.sort(random.integers(-2, 5, (20, 30)), axis=1).astype(np.float32)
+    ids = np.argsort(random.random((20, 90)), axis=1)[:, :30].astype(np.int64)
+    order_ties(distances, ids, 90)
+    thirds = [np.flatnonzero(ids[row] // 30 == part) for row in range(20) for part in range(3)]
+    width = max(map(len, thirds))
+    shards = []
+    for part in range(3):
+        shard = np.full((20, width), np.inf, np.float32), np.full((20, width), -1, np.int64)
+        for row in range(20):
+            picked = thirds[3 * row + part]
+            shard[0][row, : len(picked)], shard[1][row, : len(picked)] = distances[row, picked], ids[row, picked]
+        shards.append(shard)
+    merged_distances, merged_ids = merge(shards, 25)
+    np.testing.assert_array_equal(merged_distances, distances[:, :25])
+    np.testing.assert_array_equal(merged_ids, ids[:, :25])
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_re_ranking_all_candidates_is_exact_search(tmp_path: Path, monkeypatch, fits: bool) -> None:
+    if not fits:
+        monkeypatch.setattr(search, "REFINE_BYTES", 300 * DIM * 4 - 1)
+    keys, values = random_rows(300)
+    datastore = Datastore.open(write_datastore(tmp_path / "dstore", keys, values))
+    path = write_index(tmp_path / "pq.index", keys, "IVF4,PQ4x4")
+    coarse = KNNSearcher(path, probe=4).search(keys, 10)
+    refined = KNNSearcher(path, probe=4, refine_factor=30, datastore=datastore).search(keys, 10)
+    expected_distances, expected_ids = exact_neighbours(keys, keys, 10)
+    np.testing.assert_array_equal(refined[1], expected_ids)
+    np.testing.assert_allclose(refined[0], expected_distances, rtol=1e-5, atol=1e-5)
+    assert (coarse[1] != expected_ids).any()
+
+
+def test_re_ranking_orders_equal_distances_by_row_number_and_keeps_missing_hits_last() -> None:
+    keys = np.zeros((6, 2), np.float16)
+    keys[4] = 1
+    candidates = np.array([[5, 4, 2, -1, 0]])
+    distances, ids = rank_exactly(np.zeros((1, 2), np.float32), candidates, lambda rows: keys[rows], 5, 6)
+    assert ids.tolist() == [[0, 2, 5, 4, -1]]
+    assert distances.tolist() == [[0, 0, 0, 2, np.inf]]
+
+
+def refuses(call) -> str:
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_does_not_fit_the_index_is_refused_in_one_line(tmp_path: Path) -> None:
+    keys, values = random_rows(120)
+    path = write_index(tmp_path / "flat.index", keys)
+    searcher = KNNSearcher(path, probe=1)
+    assert "--k 121" in refuses(lambda: searcher.search(keys, 121))
+    assert "--k 0" in refuses(lambda: searcher.search(keys, 0))
+    assert "8 wide" in refuses(lambda: searcher.search(keys[:, :8], 3))
+    assert "--probe 0" in refuses(lambda: KNNSearcher(path, probe=0))
+    assert "no such index" in refuses(lambda: KNNSearcher(tmp_path / "none.index", probe=1))
+    wide = Datastore.open(write_datastore(tmp_path / "wide", np.tile(keys, 2), values))
+    assert "32 wide" in refuses(lambda: KNNSearcher(path, probe=1, datastore=wide))
+    longer = Datastore.open(write_datastore(tmp_path / "long", *random_rows(150)))
+    assert "--extend" in refuses(lambda: KNNSearcher(path, probe=1, datastore=longer))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_query_that_is_not_finite_is_named(tmp_path: Path, bad: float) -> None:
+    keys, _ = random_rows(2000)
+    searcher = KNNSearcher(write_index(tmp_path / "flat.index", keys), probe=1)
+    keys[1500, 3] = bad
+    assert "dstore.arrow: row 8500 " in refuses(lambda: searcher.search(keys, 3, first_row=7000, source="dstore.arrow"))
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,PQ4x4", "IVF8,Flat", "HNSW8"])
+def test_a_truncated_index_is_refused(tmp_path: Path, factory: str) -> None:
+    keys, _ = random_rows(400)
+    data = write_index(tmp_path / "whole.index", keys, factory).read_bytes()
+    cut = tmp_path / "cut.index"
+    for length in [0, 1, 3, 20, 60, len(data) // 3, len(data) // 2, len(data) - 9, len(data) - 1]:
+        cut.write_bytes(data[:length])
+        assert "cut.index" in refuses(lambda: KNNSearcher(cut, probe=1))
+    cut.write_bytes(b"no index at all" * 100)
+    assert "not a whole FAISS index" in refuses(lambda: KNNSearcher(cut, probe=1))
+
+
+def test_an_index_over_inner_products_is_refused(tmp_path: Path) -> None:
+    keys, _ = random_rows(50)
+    index = faiss.IndexFlatIP(DIM)
+    index.add(keys.astype(np.float32))
+    faiss.write_index(index, str(tmp_path / "ip.index"))
+    assert "squared L2" in refuses(lambda: KNNSearcher(tmp_path / "ip.index", probe=1))
+
+
+def test_row_numbers_beyond_the_index_are_refused(tmp_path: Path) -> None:
+    keys, _ = random_rows(50)
+    index = faiss.IndexIDMap(faiss.IndexFlatL2(DIM))
+    index.add_with_ids(keys.astype(np.float32), np.arange(50) + 1000)
+    faiss.write_index(index, str(tmp_path / "mapped.index"))
+    assert "1049" in refuses(lambda: KNNSearcher(tmp_path / "mapped.index", probe=1).search(keys, 50))
+
+
+def test_threads_keep_the_order_and_hand_errors_on() -> None:
+    assert list(in_order(lambda number: number * 2, range(50), 3)) == list(range(0, 100, 2))
+
+    def fail(number: int) -> int:
+        if number == 7:
+            raise InputError("seven")
+        return number
+
+    results = in_order(fail, range(50), 3)
+    assert [next(results) for _ in range(7)] == list(range(7))
+    with pytest.raises(InputError, match="seven"):
+        next(results)
+
+
+def test_a_gpu_asked_for_without_one_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    if faiss.get_num_gpus():
+        pytest.skip("FAISS has a GPU here")
+    keys, _ = random_rows(50)
+    searcher = KNNSearcher(write_index(tmp_path / "flat.index", keys), probe=1, gpu=True)
+    assert not searcher.on_gpu
+    assert capsys.readouterr().out.count("\n") == 1

@@ -1,0 +1,148 @@
+"""The cluster's jobs, with stand-ins for the scheduler: what is submitted, in which order, and what each job starts."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+JOBS = ("windows", "datastore", "index", "targets", "train", "evaluate")
+SBATCH = """#!/bin/bash
+number=$(($(cat "$FAKE/count" 2>/dev/null || echo 100) + 1))
+echo "$number" >"$FAKE/count"
+printf '%q ' "$number" "$@" >>"$FAKE/submitted"
+echo >>"$FAKE/submitted"
+env >"$FAKE/environment.$number"
+echo "$number;cluster"
+"""
+SCONTROL = """#!/bin/bash
+printf 'first\\nsecond\\n'
+"""
+SRUN = """#!/bin/bash
+while [[ "$1" == -* ]]; do case "$1" in *=*) shift ;; *) shift 2 ;; esac; done
+for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Runs a script with stand-ins of the scheduler's commands; returns what it printed."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in (("sbatch", SBATCH), ("scontrol", SCONTROL), ("srun", SRUN)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+
+    def run(script: str, **environment: str) -> str:
+        done = subprocess.run(
+            ["bash", str(ROOT / "scripts" / "slurm" / script)],
+            env={
+                **os.environ,
+                **{"PATH": f"{tools}:{os.environ['PATH']}", "FAKE": str(tmp_path), "LOGS": str(tmp_path / "logs")},
+                **{"MLPMEM_ROOT": str(ROOT)},
+                **environment,
+            },
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run.folder = tmp_path
+    return run
+
+
+def submitted(folder: Path) -> list[list[str]]:
+    return [shlex.split(line) for line in (folder / "submitted").read_text().splitlines()]
+
+
+def test_the_chain_submits_each_stage_after_those_it_needs(cluster):
+    cluster("chain.sh", PARTITION="gpu", CPU_PARTITION="cpu", ACCOUNT="us", NODES="4")
+    jobs = submitted(cluster.folder)
+    stages = [Path(job[-1]).stem for job in jobs]
+    assert stages == ["windows", "datastore", "datastore", "index", "targets", "train", "evaluate"]
+    needs = [job[job.index("--dependency") + 1] if "--dependency" in job else "" for job in jobs]
+    number = {place: job[0] for place, job in enumerate(jobs)}
+    after = [(), (0,), (0,), (1,), (3,), (4, 2), (5,)]
+    assert needs == ["afterok:" + ":".join(number[one] for one in those) if those else "" for those in after]
+    for stage, job in zip(stages, jobs, strict=True):
+        assert ("--gpus-per-node" in job) == (stage != "windows")
+        assert job[job.index("--partition") + 1] == ("cpu" if stage == "windows" else "gpu")
+
+
+def test_the_jobs_of_a_chain_hand_files_on(cluster):
+    cluster("chain.sh", MODEL="student", MODEL_TO_SAVE="teacher", EPOCHS="3")
+    jobs = submitted(cluster.folder)
+    settings = []
+    for job in jobs:
+        lines = (cluster.folder / f"environment.{job[0]}").read_text().splitlines()
+        settings.append(dict(line.split("=", 1) for line in lines if "=" in line))
+    windows, teacher, student, index, targets, train, evaluate = settings
+    assert windows["OUTPUT_DIR"] == teacher["DATASET"] == train["DATASET"] != windows["DATASET"]
+    assert (teacher["MODEL_TO_SAVE"], student["MODEL_TO_SAVE"]) == ("teacher", "student")
+    assert index["DSTORE_PATH"] == targets["DSTORE_PATH"] and index["INDEX_PATH"] == targets["INDEX_PATH"]
+    assert index["DSTORE_PATH"].startswith(teacher["DSTORE_DIR"] + "/")
+    assert train["STUDENT_DSTORE_PATH"].startswith(student["DSTORE_DIR"] + "/")
+    assert targets["OUTPUT_PATH"] == train["KNN_SAVE_PATH"]
+    assert evaluate["KNN_PATH"] == train["OUTPUT_DIR"] + "/epoch_3"
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_starts_its_stage_on_every_machine_with_flags_that_are_known(cluster, job):
+    program = cluster.folder / "python"
+    program.write_text('#!/bin/bash\nprintf "%q " "$@" >>"$FAKE/started"\necho >>"$FAKE/started"\n')
+    program.chmod(0o755)
+    machines = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_ID": "7", "GPUS_PER_NODE": "4"}
+    cluster(f"{job}.sh", PYTHON=str(program), **machines)
+    started = [shlex.split(line) for line in (cluster.folder / "started").read_text().splitlines()]
+    if job == "windows":
+        assert len(started) == 1 and started[0][0] == "utils/preprocess_dataset.py"
+        return
+    assert len(started) == 2
+    for rank, line in enumerate(started):
+        assert line[:2] == ["-m", "accelerate.commands.launch"]
+        launch, stage = line[2 : line.index("-m", 2)], line[line.index("-m", 2) + 1 :]
+        options = dict(zip(launch[::2], launch[1::2], strict=True))
+        assert options["--num_processes"] == "8" and options["--num_machines"] == "2"
+        assert options["--machine_rank"] == str(rank) and options["--main_process_ip"] == "first"
+        assert (ROOT / options["--config_file"]).is_file()
+        known = known_flags(stage[0])
+        assert {word for word in stage[1:] if word.startswith("--")} <= known
+    assert started[0][started[0].index("--machine_rank") + 2 :] == started[1][started[1].index("--machine_rank") + 2 :]
+
+
+def known_flags(module: str) -> set[str]:
+    """The flags that a command defines, by its dataclasses."""
+    import dataclasses
+
+    names = set()
+    for value in vars(importlib.import_module(module)).values():
+        if isinstance(value, type) and dataclasses.is_dataclass(value):
+            names |= {f"--{field.name}" for field in dataclasses.fields(value)}
+    if module == "train_base":
+        from transformers import TrainingArguments
+
+        names |= {f"--{field.name}" for field in dataclasses.fields(TrainingArguments)}
+    return names
+
+
+def test_the_root_is_found_where_the_scheduler_runs_a_copy_of_the_script(cluster):
+    copy = cluster.folder / "job_script"
+    copy.write_text((ROOT / "scripts" / "slurm" / "windows.sh").read_text())
+    done = subprocess.run(
+        ["bash", str(copy)],
+        env={
+            **{name: value for name, value in os.environ.items() if name != "MLPMEM_ROOT"},
+            **{"SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": "echo"},
+        },
+        cwd=cluster.folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "utils/preprocess_dataset.py" in done.stdout, done.stderr

@@ -1,0 +1,210 @@
+"""Training a memory: offline and online, checkpoints, resuming, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, refused, refused_here, run
+
+from knn_utils.arrow_files import Datastore, datastore_batch
+from knn_utils.parts import write_single_file
+from utils.training import epoch_order
+
+
+def record(folder):
+    return json.loads((folder / "training.json").read_text())
+
+
+def losses(folder):
+    return [entry["loss"] for entry in record(folder)["log"] if "loss" in entry]
+
+
+def offline(world, output, *more):
+    command("train_mlpmem_offline", *world.trainer(output, "--knn_dstore_path", world.dstore("train"), *more))
+
+
+def test_offline_training_lowers_the_loss_and_leaves_a_memory_that_loads(world, tmp_path):
+    from models import load_memory
+
+    offline(world, tmp_path, "--learning_rate", 5e-3, "--num_train_epochs", 3)
+    found = losses(tmp_path)
+    assert len(found) == 3 * 6
+    assert np.mean(found[-3:]) < np.mean(found[:3]) - 0.1
+    memory = load_memory(tmp_path / "epoch_3")
+    assert memory.config.num_hidden_layers == 2
+    assert (tmp_path / "loss.png").stat().st_size > 0
+    validated = [entry["validation"] for entry in record(tmp_path)["log"] if "validation" in entry]
+    assert len(validated) == 3
+    assert {"base_perplexity", "memory_perplexity", "joint_perplexity", "lmbda"} <= validated[0].keys()
+
+
+def test_online_and_offline_give_the_same_losses_step_by_step(world, tmp_path):
+    offline(world, tmp_path / "offline")
+    command("train_mlpmem_online", *world.trainer(tmp_path / "online", "--round_hidden_states"))
+    # A memory without dropout sees the same rows; GPT-2's dropout draws the same numbers from the same seed.
+    assert losses(tmp_path / "online") == pytest.approx(losses(tmp_path / "offline"), abs=1e-3)
+    from models import load_memory
+
+    assert load_memory(tmp_path / "online" / "epoch_1").config.num_hidden_layers == 2
+
+
+def test_gradient_accumulation_and_micro_batches_do_not_change_the_losses(llama_world, tmp_path):
+    offline(llama_world, tmp_path / "plain")
+    offline(
+        llama_world,
+        tmp_path / "pieces",
+        *("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 4, "--micro_batch_rows", 50),
+    )
+    assert losses(tmp_path / "pieces") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
+
+
+def test_a_killed_run_continues_to_the_same_losses_and_weights(llama_world, tmp_path):
+    from safetensors.torch import load_file
+
+    more = ("--knn_dstore_path", llama_world.dstore("train"), "--checkpointing_steps", 2, "--num_train_epochs", 4)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    command("train_mlpmem_offline", *llama_world.trainer(undisturbed, *more))
+    arguments = [sys.executable, "-m", "train_mlpmem_offline", *map(str, llama_world.trainer(killed, *more))]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None and not any(killed.glob("step_[48]")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = run(*arguments[1:])
+    assert "continuing from" in done.stdout
+    # Another process may sum its products in another order (threads, instructions), so equal means: to rounding. One
+    # step moves a weight by about the learning rate, fifty times the tolerance.
+    assert losses(killed) == pytest.approx(losses(undisturbed), abs=1e-6)
+    mine, other = (load_file(folder / "epoch_4" / "model.safetensors") for folder in (killed, undisturbed))
+    assert mine.keys() == other.keys()
+    assert all(torch.allclose(mine[name], other[name], rtol=0, atol=1e-6) for name in other)
+    again = run(*arguments[1:])
+    assert "nothing to do" in again.stdout
+
+
+def test_the_end_of_a_run_in_another_folder_is_a_checkpoint_too(llama_world, tmp_path):
+    from models import load_memory
+
+    offline(llama_world, tmp_path / "first", "--max_train_steps", 2)
+    offline(
+        llama_world,
+        tmp_path / "second",
+        *("--max_train_steps", 2, "--resume_from_checkpoint", tmp_path / "first" / "epoch_1"),
+    )
+    first, second = (load_memory(tmp_path / name / "epoch_1").state_dict() for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_folder_with_another_run_is_refused_and_overwritten_on_request(llama_world, tmp_path):
+    offline(llama_world, tmp_path, "--max_train_steps", 1)
+    text = refused_here(
+        "train_mlpmem_offline",
+        *llama_world.trainer(tmp_path, "--knn_dstore_path", llama_world.dstore("train"), "--alpha", 0.1),
+    )
+    assert "--overwrite" in text
+    offline(llama_world, tmp_path, "--alpha", 0.1, "--max_train_steps", 1, "--overwrite")
+    assert record(tmp_path)["settings"]["alpha"] == 0.1
+
+
+@pytest.mark.parametrize("start", ["--init_lm_head", "--init_from_base"])
+def test_starts_from_the_base_are_better_than_random_before_any_step(llama_world, tmp_path, start):
+    offline(llama_world, tmp_path, start, "--max_train_steps", 1, "--learning_rate", 1e-9)
+    assert record(tmp_path)["complete"]
+
+
+def test_order_of_windows_depends_on_seed_and_epoch_alone():
+    assert (epoch_order(50, 1, 0) == epoch_order(50, 1, 0)).all()
+    assert (epoch_order(50, 1, 0) != epoch_order(50, 1, 1)).any()
+    assert sorted(epoch_order(50, 1, 3)) == list(range(50))
+
+
+def test_seed_is_drawn_and_kept_when_none_is_given(llama_world, tmp_path):
+    arguments = llama_world.trainer(tmp_path, "--knn_dstore_path", llama_world.dstore("train"), "--max_train_steps", 1)
+    at = arguments.index("--seed")
+    command("train_mlpmem_offline", *arguments[:at], *arguments[at + 2 :])
+    seed = record(tmp_path)["settings"]["seed"]
+    command("train_mlpmem_offline", *arguments[:at], *arguments[at + 2 :])
+    assert record(tmp_path)["settings"]["seed"] == seed
+
+
+class TestRefused:
+    def trainer(self, world, tmp_path, **changes):
+        flags = dict(zip(*[iter(map(str, world.trainer(tmp_path / "out")))] * 2, strict=True))
+        flags |= {"--knn_dstore_path": str(world.dstore("train"))} | {f"--{k}": str(v) for k, v in changes.items()}
+        return [item for pair in flags.items() for item in pair]
+
+    def refuse(self, world, tmp_path, **changes):
+        return refused_here("train_mlpmem_offline", *self.trainer(world, tmp_path, **changes))
+
+    def test_targets_of_other_windows_by_row_count(self, llama_world, tmp_path):
+        text = self.refuse(llama_world, tmp_path, dataset_split_name="test")
+        assert "rows" in text and str(llama_world.targets) in text
+
+    def test_datastore_with_other_labels(self, llama_world, tmp_path):
+        store = Datastore.open(llama_world.dstore("train"))
+        vals = store.vals(0, store.rows).copy()
+        vals[[7, 9]] += 1
+        path = tmp_path / "other.arrow"
+        batch = datastore_batch(np.array(store.keys(0, store.rows)), vals)
+        write_single_file(path, batch.schema, [batch])
+        text = self.refuse(llama_world, tmp_path, knn_dstore_path=path)
+        assert "row 7" in text and "2 of rows" in text
+
+    def test_nan_in_hidden_states_names_the_step_and_the_file(self, llama_world, tmp_path):
+        store = Datastore.open(llama_world.dstore("train"))
+        keys = np.array(store.keys(0, store.rows))
+        keys[5] = np.nan
+        path = tmp_path / "nan.arrow"
+        batch = datastore_batch(keys, store.vals(0, store.rows))
+        write_single_file(path, batch.schema, [batch])
+        text = self.refuse(llama_world, tmp_path, knn_dstore_path=path)
+        assert "step" in text and "nan.arrow" in text
+
+    def test_a_loss_that_diverges_keeps_the_last_good_checkpoint(self, llama_world, tmp_path):
+        changes = {"learning_rate": 1e30, "max_grad_norm": 1e30, "checkpointing_steps": 1, "num_train_epochs": 3}
+        text = self.refuse(llama_world, tmp_path, **changes)
+        assert "step" in text and "kept" in text
+
+    def test_datastore_of_another_width(self, llama_world, tmp_path):
+        store = Datastore.open(llama_world.dstore("train"))
+        path = tmp_path / "narrow.arrow"
+        batch = datastore_batch(np.array(store.keys(0, store.rows))[:, :16].copy(), store.vals(0, store.rows))
+        write_single_file(path, batch.schema, [batch])
+        assert "16 wide" in self.refuse(llama_world, tmp_path, knn_dstore_path=path)
+
+    def test_truncated_datastore(self, llama_world, tmp_path):
+        copy = tmp_path / "cut"
+        shutil.copytree(llama_world.dstore("train"), copy)
+        part = sorted(copy.glob("part-*.arrow"))[-1]
+        os.truncate(part, part.stat().st_size // 2)
+        assert str(copy) in self.refuse(llama_world, tmp_path, knn_dstore_path=copy)
+
+    def test_unknown_preset_lists_the_known(self, llama_world, tmp_path):
+        text = self.refuse(llama_world, tmp_path, base_model_name="huge")
+        assert "small" in text and "mistral" in text and "config" in text
+
+    @pytest.mark.parametrize(
+        ("flag", "value"),
+        [("alpha", 1.5), ("learning_rate", -1), ("num_train_epochs", 0), ("checkpointing_steps", "sometimes")],
+    )
+    def test_values_out_of_range(self, llama_world, tmp_path, flag, value):
+        assert f"--{flag}" in self.refuse(llama_world, tmp_path, **{flag: value})
+
+    def test_another_layer_than_the_datastore(self, llama_world, tmp_path):
+        assert "layer_position" in self.refuse(llama_world, tmp_path, layer_position=0)
+
+    def test_bad_input_ends_a_process_in_one_line_with_status_2(self, llama_world, tmp_path):
+        line = refused(
+            "-m", "train_mlpmem_offline", *self.trainer(llama_world, tmp_path, knn_save_path=tmp_path / "no")
+        )
+        assert str(tmp_path / "no") in line

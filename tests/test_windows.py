@@ -1,0 +1,243 @@
+"""Windows are the original's; documents are what lies between separators; splits by document repeat everywhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from utils import text_files, windows
+from utils.errors import InputError
+from utils.preprocess_dataset import tokenize_and_group_text
+from utils.windows import WindowSizes, cut_windows, token_ids, windows_of_split
+
+GOLDEN = Path(__file__).parent / "golden" / "preprocess"
+COLUMNS = ("input_ids", "labels", "attention_mask", "dstore_range")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return json.loads((GOLDEN / "expected.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+
+
+def letters_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """One token for each letter a to h, between [CLS] and [SEP], with token_type_ids."""
+    vocabulary = {token: number for number, token in enumerate(["[UNK]", "[CLS]", "[SEP]", *"abcdefgh"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.post_processor = processors.TemplateProcessing("[CLS]:1 $A:0 [SEP]:0", None, [("[CLS]", 1), ("[SEP]", 2)])
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", model_input_names=names, **special)
+
+
+def reference_windows(batches, block_size, stride, pad, ignored=-100):
+    """The definition, token by token."""
+    found = {name: [] for name in COLUMNS}
+    row = 0
+    for tokens in batches:
+        total = len(tokens)
+        if total >= block_size:
+            total = total // block_size * block_size
+        for i in range(0, total, stride):
+            begin, end = max(i + stride - block_size, 0), min(i + stride, total)
+            ids = tokens[begin:end]
+            labels = [token if begin + at >= i else ignored for at, token in enumerate(ids)]
+            short = block_size - len(ids)
+            labels += [ignored] * short
+            past = row + sum(label != ignored for label in labels[1:])
+            for name, value in zip(COLUMNS, (ids + [pad] * short, labels, [1] * block_size, [row, past]), strict=True):
+                found[name].append(value)
+            row = past
+    return found
+
+
+@pytest.mark.parametrize("num_process", [1, 2])
+def test_golden_windows_are_reproduced_by_one_process_and_by_two(golden, tokenizer, num_process, monkeypatch):
+    monkeypatch.setattr(windows, "BATCHES_PER_PART", 1)
+    raw = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": golden["text"]})})
+    made = tokenize_and_group_text(raw, tokenizer, golden["block_size"], golden["stride"], -100, num_process)
+    assert list(made) == ["train"] and set(made["train"].column_names) == set(COLUMNS)
+    for name in COLUMNS:
+        assert made["train"][name][:] == golden[name], name
+
+
+def test_processes_write_the_same_bytes_as_one(golden, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(windows, "BATCHES_PER_PART", 1)
+    rows = datasets.Dataset.from_dict({"text": golden["text"] * 3})
+    for processes in (1, 3):
+        work = tmp_path / str(processes)
+        work.mkdir()
+        made, _ = windows_of_split(rows, tokenizer, WindowSizes(64, 32), processes, work)
+        made.save_to_disk(str(work / "saved"))
+    (one,), (three,) = ((tmp_path / name / "saved").glob("*.arrow") for name in ("1", "3"))
+    assert one.read_bytes() == three.read_bytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    total=st.integers(0, 90),
+    block_size=st.integers(2, 20),
+    stride=st.integers(1, 20),
+    at_once=st.sampled_from([1, 64, 1 << 20]),
+)
+def test_windows_follow_the_definition_token_by_token(total, block_size, stride, at_once):
+    stride = min(stride, block_size)
+    tokens = np.arange(100, 100 + total, dtype=np.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "TABLE_TOKENS", at_once)
+        pieces = list(cut_windows(tokens, WindowSizes(block_size, stride), 7))
+    expected = reference_windows([tokens.tolist()], block_size, stride, 7)
+    assert [row for ids, _ in pieces for row in ids.tolist()] == expected["input_ids"]
+    assert [row for _, labels in pieces for row in labels.tolist()] == expected["labels"]
+
+
+def test_special_tokens_come_with_each_row_and_token_type_ids_do_no_harm():
+    letters = letters_tokenizer(sep_token="[SEP]", pad_token="[SEP]")
+    texts = ["abc", "", "defgh", "a"]
+    assert "token_type_ids" in letters(texts)
+    made = tokenize_and_group_text({"test": datasets.Dataset.from_dict({"text": texts})}, letters, 4, 2)["test"]
+    tokens = [1, 3, 4, 5, 2, 1, 2, 1, 6, 7, 8, 9, 10, 2, 1, 3, 2]
+    expected = reference_windows([tokens], 4, 2, 2)
+    assert {name: made[name][:] for name in COLUMNS} == expected
+
+
+def test_each_thousand_rows_is_cut_by_itself():
+    letters = letters_tokenizer(pad_token="[SEP]")
+    texts = ["ab"] * 1000 + ["c"] * 3
+    made = tokenize_and_group_text({"train": datasets.Dataset.from_dict({"text": texts})}, letters, 6, 6)["train"]
+    expected = reference_windows([[1, 3, 4, 2] * 1000, [1, 5, 2] * 3], 6, 6, 2)
+    assert {name: made[name][:] for name in COLUMNS} == expected
+
+
+def test_tokens_do_not_depend_on_how_much_text_the_tokenizer_is_given_at_once(golden, tokenizer, monkeypatch):
+    whole = token_ids(golden["text"][:200], tokenizer)
+    monkeypatch.setattr(windows, "TOKENIZE_CHARACTERS", 50)
+    assert whole.dtype == np.int32 and np.array_equal(whole, token_ids(golden["text"][:200], tokenizer))
+
+
+def test_short_windows_take_the_padding_token_before_the_end_of_sequence_token():
+    rows = {"train": datasets.Dataset.from_dict({"text": ["a"]})}
+    both = tokenize_and_group_text(rows, letters_tokenizer(pad_token="[UNK]", eos_token="[SEP]"), 5, 5)["train"]
+    end = tokenize_and_group_text(rows, letters_tokenizer(eos_token="[SEP]"), 5, 5)["train"]
+    assert both["input_ids"][:] == [[1, 3, 2, 0, 0]] and end["input_ids"][:] == [[1, 3, 2, 2, 2]]
+    assert both["labels"][:] == end["labels"][:] == [[1, 3, 2, -100, -100]]
+
+
+def test_without_a_token_to_pad_with_only_full_windows_can_be_made():
+    rows = {"train": datasets.Dataset.from_dict({"text": ["a"] * 4})}
+    assert len(tokenize_and_group_text(rows, letters_tokenizer(), 6, 6)["train"]) == 2
+    with pytest.raises(InputError, match="padding"):
+        tokenize_and_group_text(rows, letters_tokenizer(), 6, 3)
+
+
+@pytest.mark.parametrize(("block_size", "stride"), [(1, 1), (8, 0), (8, 9), (0, 0)])
+def test_sizes_that_make_no_windows_are_refused(tokenizer, block_size, stride):
+    with pytest.raises(InputError, match=r"--(block_size|stride)"):
+        tokenize_and_group_text({"train": datasets.Dataset.from_dict({"text": ["zi"]})}, tokenizer, block_size, stride)
+
+
+def test_a_split_without_rows_gives_no_windows_and_the_first_column_serves_without_a_text_column(tokenizer):
+    raw = {
+        "empty": datasets.Dataset.from_dict({"text": []}),
+        "other": datasets.Dataset.from_dict({"body": ["zi so ka ni"] * 4}),
+    }
+    made = tokenize_and_group_text(raw, tokenizer, 8, 4)
+    assert len(made["empty"]) == 0 and set(made["empty"].column_names) == set(COLUMNS)
+    assert made["other"]["dstore_range"][:] == [[0, 3], [3, 7], [7, 11], [11, 15]]
+
+
+def documents_of(path: Path, separator: str) -> list[str]:
+    return list(text_files.read_documents(path, re.compile(separator)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    text=st.text(st.sampled_from("ab<>\n é"), max_size=300),
+    separator=st.sampled_from(["<[^<>]{0,3}>", "\n\n", "(?m)^(?=a)", "b|bb\n", "(?<=a)\n", r"\n?<>\n*"]),
+)
+def test_documents_read_in_pieces_are_those_of_the_whole_text(text, separator):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        path = Path(folder) / "text.txt"
+        path.write_bytes(text.encode())
+        patch.setattr(text_files, "LONGEST_SEPARATOR", 12)
+        found = documents_of(path, separator)
+    expected = [piece for piece in re.split(separator, text) if piece.strip()]
+    assert found == [piece if piece.endswith("\n") else piece + "\n" for piece in expected]
+
+
+def test_one_expression_takes_the_markup_off_and_leaves_the_articles(tmp_path):
+    path = tmp_path / "wiki.txt"
+    path.write_text(
+        '<doc id="1" title="A">\nA\n\nText.\n\n</doc>\n<doc id="2" title="B">\nB</doc>\n\n<doc id="3">\n\n</doc>\n'
+    )
+    assert documents_of(path, r"\n?</doc>\n*|<doc [^>]*>\n") == ["A\n\nText.\n", "B\n"]
+
+
+def test_only_a_newline_ends_a_line_and_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_bytes("\ufeffone\r\n\ntwo\x0b\u2028three\rfour".encode())
+    assert list(text_files.read_lines(path)) == ["one\r\n", "\n", "two\x0b\u2028three\rfour"]
+
+
+def split_texts(dataset, work, **fractions):
+    work.mkdir(parents=True)
+    splits = text_files.split_documents(
+        dataset, **{"validation_fraction": 0.2, "test_fraction": 0.1, "seed": 1, **fractions}, work=work
+    )
+    return {split: list(text_files.iterate_documents(rows)) for split, rows in splits.items()}
+
+
+def test_splits_by_document_are_the_same_on_every_platform(tmp_path):
+    texts = [f"document {number}" for number in range(20)]
+    found = split_texts(datasets.Dataset.from_dict({"text": texts}), tmp_path / "a")
+    assert found["test"] == ["document 1", "document 4"]
+    assert found["validation"] == ["document 9", "document 12", "document 13", "document 15"]
+    assert found["train"] == [text for text in texts if text not in found["test"] + found["validation"]]
+    backwards = split_texts(datasets.Dataset.from_dict({"text": texts[::-1]}), tmp_path / "b")
+    assert {split: sorted(texts) for split, texts in backwards.items()} == {s: sorted(t) for s, t in found.items()}
+    other = split_texts(datasets.Dataset.from_dict({"text": texts}), tmp_path / "c", seed=2)
+    assert other["test"] != found["test"]
+
+
+def test_equal_documents_fall_into_one_split(tmp_path):
+    texts = [f"document {number % 5}" for number in range(50)]
+    found = split_texts(datasets.Dataset.from_dict({"text": texts}), tmp_path / "a")
+    assert sum(map(len, found.values())) == 50 and sum(len(set(part)) for part in found.values()) == 5
+
+
+def test_lines_of_a_document_stay_together(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"= {number} =\nfirst\n\nsecond\n" for number in range(30)))
+    rows = text_files.open_source(str(path), document_separator="(?m)^(?== )", work=tmp_path)["train"]
+    assert len(rows) == 120 and rows[0]["text"] == "= 0 =\n"
+    found = split_texts(rows, tmp_path / "a")
+    assert {split: len(documents) for split, documents in found.items()} == {"train": 21, "validation": 6, "test": 3}
+    assert all(re.fullmatch(r"= \d+ =\nfirst\n\nsecond\n", document) for part in found.values() for document in part)
+
+
+def test_documents_are_chosen_by_length_and_number(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["a", "bb", "ccc", "dd", "é"]})
+    chosen = text_files.filter_documents(rows, tmp_path / "x.arrow", min_characters=2, max_documents=2)
+    assert list(text_files.texts_of(chosen)) == ["bb", "ccc"]
+    with pytest.raises(InputError, match="--min_document_characters 4"):
+        text_files.filter_documents(rows, tmp_path / "y.arrow", min_characters=4)
+
+
+@pytest.mark.parametrize(("texts", "fraction"), [(["one"], 0.1), (["one", "two"], 0.9), (["same"] * 9, 0.1)])
+def test_too_few_documents_to_divide_are_refused(tmp_path, texts, fraction):
+    with pytest.raises(InputError, match=f"{len(texts)} documents are too few"):
+        split_texts(datasets.Dataset.from_dict({"text": texts}), tmp_path / "a", validation_fraction=fraction)

@@ -1,0 +1,45 @@
+"""Train an MLP memory from stored hidden states: kNN targets and the student's datastore in, memory out.
+
+    python -m train_mlpmem_offline --model_name_or_path BASE --dataset_name WINDOWS \\
+        --knn_save_path TARGETS --knn_dstore_path DATASTORE --output_dir OUTPUT
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from utils.arguments import flag, parse
+from utils.errors import InputError, command
+from utils.trainer_arguments import TrainerArguments
+
+
+@dataclass
+class OfflineArguments:
+    """What only the offline trainer needs."""
+
+    knn_dstore_path: str | None = flag(None, "the student's own datastore of the training split")
+
+
+def main() -> None:
+    arguments, offline = parse(TrainerArguments, OfflineArguments, description="Train an MLP memory offline.")
+    arguments.check()
+    if not offline.knn_dstore_path:
+        raise InputError("--knn_dstore_path: is required; train_mlpmem_online needs no datastore of the student")
+    from knn_utils.row_sources import OfflineRows
+    from knn_utils.train_memory import train_memory
+
+    def rows(run):
+        return OfflineRows(
+            run.windows,
+            arguments.knn_save_path,
+            offline.knn_dstore_path,
+            vocabulary=run.config.vocab_size,
+            dim=run.config.hidden_size,
+            layer_position=arguments.layer_position,
+        )
+
+    train_memory(arguments, rows)
+
+
+if __name__ == "__main__":
+    command(main)()

@@ -1,0 +1,46 @@
+"""Train an MLP memory with the frozen base in the loop: kNN targets and windows in, memory out.
+
+    python -m train_mlpmem_online --model_name_or_path BASE --dataset_name WINDOWS \\
+        --knn_save_path TARGETS --output_dir OUTPUT
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from utils.arguments import flag, parse
+from utils.errors import command
+from utils.trainer_arguments import TrainerArguments
+
+
+@dataclass
+class OnlineArguments:
+    """What only the online trainer needs."""
+
+    base_batch_size: int = flag(8, "windows that the base reads at a time")
+    round_hidden_states: bool = flag(False, "round the hidden states to float16, as a datastore does")
+
+
+def main() -> None:
+    arguments, online = parse(TrainerArguments, OnlineArguments, description="Train an MLP memory online.")
+    arguments.check()
+    from knn_utils.row_sources import OnlineRows
+    from knn_utils.train_memory import train_memory
+
+    def rows(run):
+        return OnlineRows(
+            run.windows,
+            arguments.knn_save_path,
+            run.base(),
+            vocabulary=run.config.vocab_size,
+            layer_position=arguments.layer_position,
+            batch_size=online.base_batch_size,
+            round_to_half=online.round_hidden_states,
+            source_name=str(arguments.model_name_or_path),
+        )
+
+    train_memory(arguments, rows, memory_subfolder="knn_generator")
+
+
+if __name__ == "__main__":
+    command(main)()

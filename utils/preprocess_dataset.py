@@ -1,0 +1,414 @@
+"""Text → windows: tokenizes a dataset and cuts it into windows of `block_size` tokens, `stride` apart.
+
+    python utils/preprocess_dataset.py --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 …
+
+Writes a `datasets.DatasetDict` folder with the columns input_ids, labels, attention_mask and dstore_range,
+`dstore_summary.json`, `preprocess.json` (what made it) and, where splits were made by document, the text
+itself in `raw/<split>.jsonl`. Knows nothing of models; where text comes from is `utils/text_files.py`.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.arguments import flag, parse, required
+from utils.errors import InputError, check_fraction, command
+from utils.files import TEMPORARY_PREFIX, FolderLock, atomic_folder, ensure_folder, read_json, sha256_file, write_json
+
+FORMAT_VERSION = 1
+RECORD = "preprocess.json"
+
+
+@dataclass
+class Arguments:
+    """Flags of this command."""
+
+    dataset_name: str = required(
+        "a dataset on the hub; a folder that datasets saved or can load; a folder of files named by their split "
+        "(train.txt, validation.jsonl, test.parquet); a folder of .txt files; or one .txt, .jsonl or .parquet file"
+    )
+    tokenizer_path: str = required("folder or hub name of the tokenizer (a model's folder will do)")
+    output_dir: str = required("folder of windows to write")
+    dataset_config_name: str | None = flag(None, "the dataset's configuration, or its subfolder of that name")
+    text_column: str = flag("text", "column that holds the text")
+    document_separator: str | None = flag(
+        None,
+        "regular expression whose matches separate the documents of a .txt file; the matched text is dropped "
+        "(a look-ahead such as (?m)^(?=# ) keeps it), and so are documents of white space only",
+    )
+    validation_fraction: float = flag(0.0, "share of the train split's documents to make a validation split of")
+    test_fraction: float = flag(0.0, "share of the train split's documents to make a test split of")
+    seed: int = flag(42, "which documents go to which split")
+    min_document_characters: int = flag(0, "leave out documents of fewer characters")
+    max_document_characters: int | None = flag(
+        None, "leave out the rows of a document that begin after so many characters of it"
+    )
+    max_documents: int | None = flag(None, "take only the first so many documents of each split of the source")
+    block_size: int = flag(1024, "tokens of a window")
+    stride: int = flag(512, "tokens from one window to the next; those before them are context without labels")
+    padding_index: int = flag(-100, "label of positions that predict nothing; later stages skip -100")
+    num_proc: int = flag(1, "processes; the windows are the same for any number")
+    trust_remote_code: bool = flag(False, "run tokenizer code that comes with --tokenizer_path")
+    append_to: str | None = flag(
+        None, "windows folder that the new ones follow: --output_dir gets its windows, then those of this text"
+    )
+    overwrite: bool = flag(False, "make windows that are there already again, or others in their place")
+
+
+def tokenize_and_group_text(
+    raw_datasets: Mapping[str, Any],
+    tokenizer: Any,
+    block_size: int = 1024,
+    stride: int = 512,
+    padding_index: int = -100,
+    num_process: int = 1,
+) -> Any:
+    """Windows of every split, as the original makes them; see `utils.windows.windows_of_split`.
+
+    Args:
+        raw_datasets: {split: Dataset}; the text is in the column `text`, or in the first column without one.
+        tokenizer: any transformers tokenizer.
+        block_size: tokens of a window.
+        stride: tokens from one window to the next.
+        padding_index: label of positions that predict nothing.
+        num_process: processes to work with; the windows are the same for any number.
+
+    Returns:
+        DatasetDict, in memory, with the columns input_ids, labels, attention_mask, dstore_range.
+
+    Raises:
+        InputError: sizes that make no windows; no token to pad with.
+    """
+    import datasets
+
+    from utils.windows import WindowSizes, windows_of_split
+
+    sizes = WindowSizes(block_size, stride, padding_index)
+    windows = {}
+    for split, rows in raw_datasets.items():
+        if "text" not in rows.column_names:
+            rows = rows.rename_column(rows.column_names[0], "text")
+        with tempfile.TemporaryDirectory() as work:
+            windows[split], _ = windows_of_split(rows, tokenizer, sizes, num_process, Path(work), in_memory=True)
+    return datasets.DatasetDict(windows)
+
+
+def check_arguments(arguments: Arguments) -> None:
+    """Check the flags by themselves. Raises InputError."""
+    for name in ("validation_fraction", "test_fraction"):
+        check_fraction(f"--{name}", getattr(arguments, name))
+    if arguments.validation_fraction + arguments.test_fraction >= 1:
+        raise InputError("--validation_fraction and --test_fraction: expected a sum below 1, to leave text to train on")
+    if arguments.num_proc < 1:
+        raise InputError(f"--num_proc {arguments.num_proc}: expected 1 or more")
+    for name in ("max_documents", "max_document_characters"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: expected 1 or more")
+
+
+def text_digest(path: Path) -> str | None:
+    """SHA-256 over the names and bytes of the files at `path`, hidden ones left out; None if nothing is there."""
+    if path.is_file():
+        return sha256_file(path)
+    if not path.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):
+            digest.update(f"{name.as_posix()}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of what decides a tokenizer's ids, and of its padding and end-of-sequence tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{state}\0{tokenizer.pad_token_id}\0{tokenizer.eos_token_id}".encode()).hexdigest()
+
+
+def settings_of(arguments: Arguments, tokenizer: Any) -> dict[str, Any]:
+    """What decides the windows: equal settings, equal windows. Local text counts by content, not by path."""
+    source = Path(arguments.dataset_name).expanduser()
+    keep = (
+        "dataset_config_name text_column document_separator validation_fraction test_fraction seed "
+        "min_document_characters max_document_characters max_documents block_size stride padding_index"
+    )
+    return {
+        "format_version": FORMAT_VERSION,
+        "dataset_name": None if source.exists() else arguments.dataset_name,
+        "text_sha256": text_digest(source),
+        "tokenizer_length": len(tokenizer),
+        "tokenizer_sha256": tokenizer_digest(tokenizer),
+        "append_to_sha256": text_digest(Path(arguments.append_to)) if arguments.append_to else None,
+        **{name: getattr(arguments, name) for name in keep.split()},
+    }
+
+
+def is_whole(output: Path, record: dict[str, Any]) -> bool:
+    """Whether the windows folder holds every file that its record speaks of."""
+    import datasets
+
+    try:
+        splits = datasets.load_from_disk(str(output))
+        counts = {split: len(windows) for split, windows in splits.items()}
+        raw = not record["divided"] or all((output / "raw" / f"{split}.jsonl").is_file() for split in counts)
+        return raw and counts == {split: count["windows"] for split, count in record["splits"].items()}
+    except Exception:
+        return False
+
+
+def check_output(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the output is there already, made by the same settings.
+
+    Raises:
+        InputError: the folder cannot be written, holds something else, or windows of other settings.
+    """
+    ensure_folder(output.parent)
+    if not output.exists():
+        return False
+    ensure_folder(output)
+    ours = (output / RECORD).exists()
+    if not ours and not (output / "dataset_dict.json").exists() and any(output.iterdir()):
+        raise InputError(f"--output_dir {output}: is not empty and holds no windows; choose another folder")
+    if overwrite or not any(output.iterdir()):
+        return False
+    record = read_json(output / RECORD) if ours else {}
+    found = record.get("settings", {}) if isinstance(record, dict) else {}
+    changed = [name for name in settings if found.get(name) != settings[name]]
+    if changed:
+        was = (
+            f"{changed[0]} was {found.get(changed[0])}, is {settings[changed[0]]}" if ours else "they are not recorded"
+        )
+        raise InputError(
+            f"--output_dir {output}: holds windows made with other settings ({was}); "
+            "use --overwrite to replace them, or another folder"
+        )
+    return is_whole(output, record)
+
+
+def divide(splits: dict[str, Any], arguments: Arguments, work: Path) -> dict[str, Any]:
+    """Make the asked-for splits out of the documents of `train`. Raises InputError."""
+    from utils.text_files import split_documents
+
+    for name in ("validation", "test"):
+        if getattr(arguments, f"{name}_fraction") > 0 and name in splits:
+            raise InputError(
+                f"--{name}_fraction: {arguments.dataset_name} has a {name} split already; leave the flag out"
+            )
+    if "train" not in splits:
+        raise InputError(
+            f"--dataset_name {arguments.dataset_name}: has no train split to divide, but {', '.join(splits)}"
+        )
+    divided = split_documents(
+        splits["train"],
+        validation_fraction=arguments.validation_fraction,
+        test_fraction=arguments.test_fraction,
+        seed=arguments.seed,
+        work=work,
+    )
+    return {**divided, **{split: rows for split, rows in splits.items() if split != "train"}}
+
+
+@dataclass
+class Earlier:
+    """Windows that further ones are to follow."""
+
+    folder: Path
+    splits: Any
+    record: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str, settings: dict[str, Any]) -> Earlier:
+        """The windows at `folder`. Raises InputError unless they were cut with the same tokenizer and sizes."""
+        import datasets
+
+        from utils.loading import load_windows
+
+        path = Path(folder)
+        if not (path / RECORD).is_file():
+            raise InputError(f"--append_to {folder}: holds no windows with a {RECORD}; make them with this command")
+        record = read_json(path / RECORD)
+        for name in ("tokenizer_sha256", "block_size", "stride", "padding_index"):
+            if record["settings"].get(name) != settings[name]:
+                raise InputError(
+                    f"--append_to {folder}: its {name} is {record['settings'].get(name)}, here {settings[name]}; "
+                    "windows of one folder are cut alike"
+                )
+        names = list(datasets.load_from_disk(folder))
+        splits = {name: load_windows(folder, name).with_format(None) for name in names}
+        return cls(path, splits, record)
+
+    def followed_by(self, split: str, windows: Any) -> Any:
+        """The windows of `split` here, then `windows`, whose datastore rows are numbered on."""
+        import datasets
+        import numpy as np
+        import pyarrow as pa
+
+        if split not in self.splits:
+            return windows
+        before = self.splits[split]
+        ranges = np.asarray(windows.with_format("numpy")["dstore_range"][:]) + before[-1]["dstore_range"][1]
+        shifted = windows.remove_columns("dstore_range").add_column(
+            "dstore_range",
+            pa.array(ranges.tolist(), pa.list_(pa.int64())),
+            new_fingerprint="following",
+            feature=datasets.List(datasets.Value("int64")),
+        )
+        return datasets.concatenate_datasets([before, shifted.cast(before.features)])
+
+    def counts(self, split: str, added: dict[str, int], windows: Any) -> dict[str, int]:
+        """The record's counts of `split` with those of the windows `added` to it."""
+        before = self.record["splits"].get(split, {})
+        total = {name: before.get(name, 0) + value for name, value in added.items()}
+        return total | {"windows": len(windows), "dstore_size": windows[-1]["dstore_range"][1]}
+
+
+def write_raw(rows: Any, path: Path, before: Path | None = None) -> None:
+    """Write the documents of a split as JSON lines, {"text": …}, after those of the file `before`."""
+    from utils.text_files import iterate_documents
+
+    path.parent.mkdir(exist_ok=True)
+    if before is not None and before.is_file():
+        shutil.copyfile(before, path)
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in iterate_documents(rows))
+
+
+def make_windows(
+    arguments: Arguments, sizes: Any, tokenizer: Any, settings: dict[str, Any], output: Path, work: Path
+) -> None:
+    """Read, divide, cut and write everything; the folder `output` appears when all of it is there."""
+    from utils.loading import say
+    from utils.text_files import document_numbers, filter_documents, open_source
+    from utils.windows import windows_of_split
+
+    splits = open_source(
+        arguments.dataset_name,
+        config_name=arguments.dataset_config_name,
+        text_column=arguments.text_column,
+        document_separator=arguments.document_separator,
+        work=work,
+    )
+    chosen = {
+        "min_characters": arguments.min_document_characters,
+        "max_documents": arguments.max_documents,
+        "max_characters": arguments.max_document_characters,
+    }
+    splits = {split: filter_documents(rows, work / f"chosen-{split}.arrow", **chosen) for split, rows in splits.items()}
+    divided = arguments.validation_fraction > 0 or arguments.test_fraction > 0
+    if divided:
+        splits = divide(splits, arguments, work)
+
+    earlier = Earlier.open(arguments.append_to, settings) if arguments.append_to else None
+    windows, counts = {}, {}
+    for split, rows in splits.items():
+        parts = ensure_folder(work / f"windows-{split}")
+        windows[split], tokens = windows_of_split(rows, tokenizer, sizes, arguments.num_proc, parts)
+        if tokens < arguments.block_size:
+            raise InputError(
+                f"--dataset_name {arguments.dataset_name}: split {split} has {tokens} tokens, less than one window "
+                f"of {arguments.block_size}; give more text, or a smaller --block_size and --stride"
+            )
+        counts[split] = {
+            "documents": int(document_numbers(rows)[-1]) + 1,
+            "rows": len(rows),
+            "tokens": tokens,
+            "windows": len(windows[split]),
+            "dstore_size": windows[split][-1]["dstore_range"][1],
+        }
+    keeps_text = divided
+    if earlier is not None:
+        keeps_text = divided or earlier.record["divided"]
+        windows = {split: earlier.followed_by(split, added) for split, added in windows.items()}
+        counts = {split: earlier.counts(split, count, windows[split]) for split, count in counts.items()}
+        for split in earlier.splits.keys() - windows.keys():
+            windows[split], counts[split] = earlier.splits[split], earlier.record["splits"][split]
+    write_output(windows, splits if keeps_text else {}, counts, settings, arguments, output, earlier)
+    for split, count in counts.items():
+        amounts = ", ".join(f"{value:,} {name}" for name, value in count.items() if name != "dstore_size")
+        say(f"{split}: {amounts}, {count['dstore_size']:,} datastore rows")
+
+
+def write_output(
+    windows: dict[str, Any],
+    raw: dict[str, Any],
+    counts: dict[str, dict[str, int]],
+    settings: dict[str, Any],
+    arguments: Arguments,
+    output: Path,
+    earlier: Earlier | None = None,
+) -> None:
+    """Write windows, `raw` texts, summary and record as one folder that appears whole."""
+    import datasets
+    import transformers
+
+    record = {
+        "settings": settings,
+        "dataset_name": arguments.dataset_name,
+        "tokenizer": arguments.tokenizer_path,
+        "divided": bool(raw),  # the text is kept in raw/
+        "splits": counts,
+        "versions": {"datasets": datasets.__version__, "transformers": transformers.__version__},
+    }
+    summary = {
+        split: {"dstore_size": count["dstore_size"], "dataset_cnt_len": count["windows"]}
+        for split, count in counts.items()
+    }
+    with atomic_folder(output) as folder:
+        datasets.DatasetDict(windows).save_to_disk(str(folder))
+        for split, rows in raw.items():
+            before = earlier.folder / "raw" / f"{split}.jsonl" if earlier else None
+            write_raw(rows, folder / "raw" / f"{split}.jsonl", before)
+        for split in windows.keys() - raw.keys() if raw and earlier else ():
+            if (earlier.folder / "raw" / f"{split}.jsonl").is_file():
+                shutil.copyfile(earlier.folder / "raw" / f"{split}.jsonl", folder / "raw" / f"{split}.jsonl")
+        write_json(folder / "dstore_summary.json", summary)
+        write_json(folder / RECORD, record)
+
+
+@command
+def main() -> None:
+    (arguments,) = parse(Arguments, description="Tokenize text and cut it into windows.")
+    check_arguments(arguments)
+
+    from utils.loading import load_tokenizer, quiet_libraries, say
+    from utils.windows import WindowSizes
+
+    sizes = WindowSizes(arguments.block_size, arguments.stride, arguments.padding_index).check()
+    quiet_libraries()
+    tokenizer = load_tokenizer(arguments.tokenizer_path, required=True, trust_remote_code=arguments.trust_remote_code)
+    output = Path(arguments.output_dir).expanduser()
+    settings = settings_of(arguments, tokenizer)
+    if check_output(output, settings, arguments.overwrite):
+        say(f"{output}: these windows are there already; --overwrite makes them again")
+        return
+    if arguments.padding_index != -100:
+        say(f"--padding_index {arguments.padding_index}: the other stages skip labels of -100 only")
+    # One work folder for each output: its lock keeps a second run out; the next run clears what a killed one left.
+    work = output.parent / f"{TEMPORARY_PREFIX}work-{output.name}"
+    with FolderLock(ensure_folder(work)):
+        abandoned = output.parent.glob(f"{TEMPORARY_PREFIX}[0-9]*-{glob.escape(output.name)}")
+        for left in [*work.glob("[!.]*"), *abandoned]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            make_windows(arguments, sizes, tokenizer, settings, output, work)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

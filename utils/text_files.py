@@ -1,0 +1,410 @@
+"""Text in, rows out: opens any text source as memory-mapped splits, and makes splits by document.
+
+A source is a hub dataset, a folder or a file. Its splits are `datasets.Dataset`s with a column `text`
+whose rows are what gets tokenized one by one: lines (with their newline) of a .txt file, rows of
+anything else. Where rows are lines, a column `document` numbers the document that each belongs to;
+elsewhere a row is a document. Knows nothing of tokenizers and windows.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from utils.errors import InputError, one_line
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"} | {
+    "dev": "validation",
+    "test": "test",
+}
+TEXT_SCHEMA = pa.schema([("text", pa.string()), ("document", pa.int64())])
+BATCH_CHARACTERS = 8 << 20  # text held in memory while rows go to an Arrow file
+LONGEST_SEPARATOR = 1 << 20  # characters that one match of a separator, with what it looks at, may span
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 text file, each with its newline; only a newline ends a line. Raises InputError."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path}: line {number} is not UTF-8 text ({error.reason}); convert the file"
+                ) from None
+            yield text.removeprefix("\ufeff") if number == 1 else text
+
+
+def read_documents(path: Path, separator: re.Pattern[str]) -> Iterator[str]:
+    """The documents of a text file: what lies between the matches of `separator`.
+
+    The matched text belongs to no document (a look-ahead matches nothing and so keeps all). Documents of
+    white space only are dropped; each ends with a newline, added where it is missing, so that the last
+    line of one does not run into the first of the next. Memory holds one document and a few MiB.
+    """
+    lines = read_lines(path)
+    text, begin, scan, ended = "", 0, 0, False
+    while not ended:
+        # As much as is held already, so that a document of any length is copied a few times only.
+        wanted, block = max(4 * LONGEST_SEPARATOR, len(text)), io.StringIO()
+        while block.tell() < wanted and not ended:
+            line = next(lines, None)
+            ended = line is None
+            block.write(line or "")
+        text += block.getvalue()
+        # A match that ends near the end of what was read may be another one once more is there.
+        limit = len(text) if ended else len(text) - LONGEST_SEPARATOR
+        for match in separator.finditer(text, scan):
+            if match.end() > limit:
+                scan = match.start()
+                break
+            yield from _whole_document(text[begin : match.start()])
+            begin = scan = match.end()
+        else:
+            scan = max(scan, limit)
+        cut = max(0, min(begin, scan) - LONGEST_SEPARATOR)  # look-behinds see what stays before `cut`
+        text, begin, scan = text[cut:], begin - cut, scan - cut
+    yield from _whole_document(text[begin:])
+
+
+def _whole_document(text: str) -> Iterator[str]:
+    if text.strip():
+        yield text if text.endswith("\n") else text + "\n"
+
+
+def compile_separator(separator: str | None) -> re.Pattern[str] | None:
+    """Compile `--document_separator`. Raises InputError."""
+    try:
+        return None if separator is None else re.compile(separator)
+    except re.error as error:
+        raise InputError(f"--document_separator {separator}: is not a regular expression ({error})") from None
+
+
+def _txt_rows(paths: Sequence[Path], separator: re.Pattern[str] | None) -> Iterator[tuple[str, int]]:
+    number = 0
+    for path in paths:
+        documents = [read_lines(path)] if separator is None else map(io.StringIO, read_documents(path, separator))
+        for document in documents:
+            for line in document:
+                yield line, number
+            number += 1
+
+
+def _jsonl_rows(path: Path, column: str) -> Iterator[tuple[str, int]]:
+    number = 0
+    for row, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise InputError(f"{path}: line {row} is not a JSON object; expected one object on each line")
+        if column not in value:
+            raise _no_column(f"{path}: line {row}", column, value)
+        if not isinstance(value[column], str):
+            raise InputError(f"{path}: line {row}: {column!r} holds {type(value[column]).__name__}, expected text")
+        # An escape may spell half of a surrogate pair, which is no text; it becomes a question mark.
+        yield value[column].encode("utf-8", "replace").decode() if "\\u" in line else value[column], number
+        number += 1
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, int]]:
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: is not a readable parquet file ({one_line(error, 160)})") from None
+    schema = file.schema_arrow
+    if column not in schema.names:
+        raise _no_column(str(path), column, schema.names)
+    _check_text_type(str(path), column, str(schema.field(column).type), schema.field(column).type in _TEXT_TYPES)
+    rows = itertools.chain.from_iterable(
+        batch.column(0).to_pylist() for batch in file.iter_batches(batch_size=1000, columns=[column])
+    )
+    for number, text in enumerate(rows):
+        if text is None:
+            raise InputError(f"{path}: row {number} of {column!r} is null, expected text; drop such rows")
+        yield text, number
+
+
+_TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())
+
+
+def _no_column(where: str, column: str, names: Iterable[str]) -> InputError:
+    return InputError(f"--text_column {column}: {where} has no such column; it has {', '.join(names) or 'none'}")
+
+
+def _check_text_type(where: str, column: str, found: str, is_text: bool) -> None:
+    if not is_text:
+        raise InputError(f"--text_column {column}: {where} holds {found} there, expected text")
+
+
+def write_rows(rows: Iterable[tuple[str, int]], path: Path) -> Any:
+    """Write (text, document number) rows to an Arrow stream and open it memory-mapped, as a Dataset."""
+    import datasets
+
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, TEXT_SCHEMA) as writer:
+        texts: list[str] = []
+        documents: list[int] = []
+        held = 0
+        for text, document in rows:
+            texts.append(text)
+            documents.append(document)
+            held += len(text) + 1
+            if held >= BATCH_CHARACTERS:
+                writer.write_batch(pa.record_batch([pa.array(texts, pa.string()), documents], schema=TEXT_SCHEMA))
+                texts, documents, held = [], [], 0
+        writer.write_batch(pa.record_batch([pa.array(texts, pa.string()), documents], schema=TEXT_SCHEMA))
+    return datasets.Dataset.from_file(str(path))
+
+
+def open_source(
+    name: str,
+    *,
+    config_name: str | None = None,
+    text_column: str = "text",
+    document_separator: str | None = None,
+    work: Path,
+) -> dict[str, Any]:
+    """Open `--dataset_name` as splits of text rows.
+
+    Args:
+        name: a file (.txt, .jsonl, .parquet: the split `train`); a folder of files named by their split
+            (train.txt, validation.jsonl, test.parquet); a folder of .txt files with other names (`train`, one
+            document each); a folder that `datasets` saved or loads; or the name of a dataset on the hub.
+        config_name: the dataset's configuration, or the subfolder of that name.
+        text_column: the column that holds the text.
+        document_separator: regular expression for .txt files, see `read_documents`.
+        work: folder for Arrow files; the result is memory-mapped from it.
+
+    Returns:
+        {split: Dataset} with the column `text`, and `document` (int64, rising) where rows are lines.
+
+    Raises:
+        InputError: nothing there, no text in it, no such column.
+    """
+    separator = compile_separator(document_separator)
+    path = Path(name).expanduser()
+    files = local_files(path, config_name)
+    if files is not None:
+        if separator is not None and not any(paths[0].suffix.lower() == ".txt" for paths in files.values()):
+            raise InputError(f"--document_separator: separates documents in .txt files; {name} holds none")
+        return {split: _open_files(paths, split, text_column, separator, work) for split, paths in files.items()}
+    if separator is not None:
+        raise InputError(f"--document_separator: separates documents in .txt files; in {name} a row is a document")
+    if not path.exists() and looks_local(name):
+        raise InputError(f"--dataset_name {name}: no such file or folder")
+    splits = _open_with_datasets(name, path, config_name, work)
+    return {split: _text_only(dataset, f"split {split} of {name}", text_column) for split, dataset in splits.items()}
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name that does not exist here is a mistyped path rather than a hub dataset (`owner/name`)."""
+    return name.startswith((".", "/", "~")) or name.endswith(("/", *SUFFIXES)) or name.count("/") > 1
+
+
+def local_files(path: Path, config_name: str | None) -> dict[str, list[Path]] | None:
+    """{split: files} when this module reads `path` itself; None when it is for `datasets` to open."""
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise InputError(f"--dataset_name {path}: expected a file that ends in {', '.join(SUFFIXES)}")
+        return {"train": [path]}
+    if not path.is_dir():
+        return None
+    if config_name and (path / config_name).is_dir():
+        return local_files(path / config_name, None)
+    if config_name or (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return None
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        split = SPLIT_NAMES.get(file.stem.lower())
+        if split and split in splits:
+            raise InputError(f"--dataset_name {path}: {splits[split][0].name} and {file.name} are both split {split}")
+        if split:
+            splits[split] = [file]
+    if splits:
+        return {split: splits[split] for split in ("train", "validation", "test") if split in splits}
+    if files and all(file.suffix.lower() == ".txt" for file in files):
+        return {"train": files}
+    return None
+
+
+def _open_files(paths: list[Path], split: str, column: str, separator: re.Pattern[str] | None, work: Path) -> Any:
+    for path in paths:
+        if not os.access(path, os.R_OK):
+            raise InputError(f"{path}: cannot be read; check its permissions")
+    suffix = paths[0].suffix.lower()
+    if suffix == ".txt":
+        rows = _txt_rows(paths, separator)
+    else:
+        rows = (_parquet_rows if suffix == ".parquet" else _jsonl_rows)(paths[0], column)
+    dataset = write_rows(rows, work / f"source-{split}.arrow")
+    where = str(paths[0] if len(paths) == 1 else paths[0].parent)
+    if not any(text.strip() for text in texts_of(dataset)):
+        raise InputError(f"{where}: is empty, expected text")
+    return dataset if suffix == ".txt" else dataset.remove_columns("document")
+
+
+def _open_with_datasets(name: str, path: Path, config_name: str | None, work: Path) -> dict[str, Any]:
+    import datasets
+
+    # Prepared data goes to `work`; where the hub is off limits, what is in the user's cache is all there is.
+    cache = None if datasets.config.HF_HUB_OFFLINE and not path.exists() else str(work / "cache")
+    if config_name and (path / config_name).is_dir():
+        name, path, config_name = str(path / config_name), path / config_name, None
+    try:
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            loaded = datasets.load_from_disk(str(path))
+        else:
+            builder = datasets.load_dataset_builder(str(path) if path.is_dir() else name, config_name, cache_dir=cache)
+            if hasattr(builder.config, "keep_linebreaks"):
+                builder.config.keep_linebreaks = True
+            builder.download_and_prepare()
+            loaded = builder.as_dataset()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = "" if path.exists() else "no such file or folder here, and as a hub dataset "
+        raise InputError(f"--dataset_name {name}: {where}it cannot be loaded ({one_line(error, 300)})") from None
+    return {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
+
+
+def _text_only(dataset: Any, where: str, column: str) -> Any:
+    """`dataset` cut to its text column, under the name `text`."""
+    if column not in dataset.column_names:
+        raise _no_column(where, column, dataset.column_names)
+    found = getattr(dataset.features[column], "dtype", str(dataset.features[column]))
+    _check_text_type(where, column, found, found in ("string", "large_string", "string_view"))
+    if dataset.data.column(column).null_count:
+        raise InputError(f"--text_column {column}: {where} holds rows without text (null); drop such rows")
+    dataset = dataset.with_format(None).select_columns([column])
+    return dataset if column == "text" else dataset.rename_column(column, "text")
+
+
+def texts_of(dataset: Any) -> Iterator[str]:
+    """The rows' texts, read batch by batch."""
+    for batch in dataset.with_format("arrow").iter(1000):
+        yield from batch.column("text").to_pylist()
+
+
+def document_numbers(dataset: Any) -> np.ndarray:
+    """Which document each row belongs to, int64 (rows,), rising from 0 without gaps."""
+    if "document" not in dataset.column_names:
+        return np.arange(len(dataset))
+    batches = dataset.with_format("arrow").iter(100_000)
+    numbers = np.concatenate([np.zeros(0, np.int64), *(batch.column("document").to_numpy() for batch in batches)])
+    return np.cumsum(np.diff(numbers, prepend=numbers[:1]) != 0)
+
+
+def iterate_documents(dataset: Any) -> Iterator[str]:
+    """The whole texts of the documents, in order."""
+    if "document" not in dataset.column_names:
+        yield from texts_of(dataset)
+        return
+    pairs = zip(texts_of(dataset), document_numbers(dataset).tolist(), strict=True)
+    for _, rows in itertools.groupby(pairs, key=lambda pair: pair[1]):
+        yield "".join(text for text, _ in rows)
+
+
+def filter_documents(
+    dataset: Any,
+    path: Path,
+    *,
+    min_characters: int = 0,
+    max_documents: int | None = None,
+    max_characters: int | None = None,
+) -> Any:
+    """The first `max_documents` documents of at least `min_characters` characters (code points, all counted).
+
+    Of each, only the rows that begin within its first `max_characters` are kept, whole. Streams to an Arrow file at `path`; without any condition `dataset` itself is returned.
+    Raises InputError when no document is left.
+    """
+    import pyarrow.compute as pc
+
+    if min_characters <= 0 and max_documents is None and max_characters is None:
+        return dataset
+    numbers = document_numbers(dataset)
+    batches = dataset.with_format("arrow").iter(1000)
+    lengths = np.concatenate([np.zeros(0), *(pc.utf8_length(batch.column("text")).to_numpy() for batch in batches)])
+    characters = np.bincount(numbers, weights=lengths)  # (documents,)
+    kept = characters >= min_characters
+    if max_documents is not None:
+        kept &= np.cumsum(kept) <= max_documents
+    if not kept.any():
+        raise InputError(f"--min_document_characters {min_characters}: none of {len(kept)} documents is that long")
+    rows = kept[numbers]
+    if max_characters is not None:
+        begins = np.cumsum(lengths) - lengths  # (rows,), over the whole dataset
+        first_rows = np.flatnonzero(np.diff(numbers, prepend=-1))
+        rows &= begins - begins[first_rows][numbers] < max_characters
+    return select_rows(dataset, {path: rows})[0]
+
+
+def select_rows(dataset: Any, masks: dict[Path, np.ndarray]) -> list[Any]:
+    """Copy the rows under each boolean mask (rows,) to an Arrow stream of its own, in one pass; open them."""
+    import datasets
+
+    rows = dataset.with_format("arrow")
+    writers = [pa.ipc.new_stream(str(path), rows[:0].schema) for path in masks]
+    start = 0
+    for batch in rows.iter(1000):
+        for writer, mask in zip(writers, masks.values(), strict=True):
+            writer.write_table(batch.filter(pa.array(mask[start : start + len(batch)])))
+        start += len(batch)
+    for writer in writers:
+        writer.close()
+    return [datasets.Dataset.from_file(str(path)) for path in masks]
+
+
+def split_documents(
+    dataset: Any, *, validation_fraction: float, test_fraction: float, seed: int, work: Path
+) -> dict[str, Any]:
+    """Divide the documents into train, validation and test splits; a fraction of 0 makes no split.
+
+    Documents are ranked by the SHA-256 of the seed and their text: the same on any platform, in any order of
+    the documents, and equal documents fall into the same split. Within a split the source's order is kept.
+
+    Raises:
+        InputError: too few documents.
+    """
+    digests = np.fromiter(
+        (
+            int.from_bytes(hashlib.sha256(f"{seed}:{document}".encode()).digest()[:8], "big")
+            for document in iterate_documents(dataset)
+        ),
+        dtype=np.uint64,
+    )
+    order = np.argsort(digests, kind="stable")
+    assigned = np.full(len(digests), "train", dtype=object)
+    taken = 0
+    for split, fraction in (("test", test_fraction), ("validation", validation_fraction)):
+        stop = taken + max(1, round(fraction * len(digests))) if fraction > 0 else taken
+        while taken < stop < len(order) and digests[order[stop]] == digests[order[stop - 1]]:
+            stop += 1
+        assigned[order[taken:stop]] = split
+        taken = stop
+    if taken >= len(digests):
+        raise InputError(
+            f"--validation_fraction, --test_fraction: {len(digests)} documents are too few to divide; "
+            "give more text, or --document_separator to find the documents in a .txt file"
+        )
+    numbers = document_numbers(dataset)
+    names = [split for split in ("train", "validation", "test") if (assigned == split).any()]
+    masks = {work / f"split-{split}.arrow": (assigned == split)[numbers] for split in names}
+    return dict(zip(names, select_rows(dataset, masks), strict=True))

@@ -1,0 +1,205 @@
+"""Rows of text → token windows, in parts on disk, by one process or several.
+
+Knows nothing of where text comes from, of command lines, or of what becomes of the windows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from utils.errors import InputError
+
+ROWS_PER_BATCH = 1000  # rows that are concatenated and cut together: published token counts depend on it
+BATCHES_PER_PART = 50  # batches in one file: the unit of work of a process
+TOKENIZE_CHARACTERS = 4 << 20  # text given to the tokenizer at once
+TABLE_TOKENS = 4 << 20  # tokens in one Arrow record batch of windows
+WINDOW_SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("attention_mask", pa.list_(pa.int8())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class WindowSizes:
+    """How tokens are cut: tokens of a window, tokens from one to the next, the label of what predicts nothing."""
+
+    block_size: int = 1024
+    stride: int = 512
+    padding_index: int = -100
+
+    def check(self) -> WindowSizes:
+        """Return self. Raises InputError unless 2 <= block_size, 1 <= stride <= block_size, padding_index < 0."""
+        if self.block_size < 2:
+            raise InputError(f"--block_size {self.block_size}: expected 2 or more")
+        if not 1 <= self.stride <= self.block_size:
+            raise InputError(f"--stride {self.stride}: expected a number from 1 to --block_size {self.block_size}")
+        if self.padding_index >= 0:
+            raise InputError(
+                f"--padding_index {self.padding_index}: is a token id; expected a negative number, as -100"
+            )
+        return self
+
+
+def token_ids(texts: Sequence[str], tokenizer: Any) -> np.ndarray:
+    """Tokenize each text by itself, special tokens included, and lay the ids end to end, int32 (tokens,)."""
+    pieces = [np.zeros(0, np.int32)]
+    begin = held = 0
+    for end, text in enumerate(texts, start=1):
+        held += len(text)
+        if held >= TOKENIZE_CHARACTERS or end == len(texts):
+            ids = tokenizer(
+                list(texts[begin:end]), return_attention_mask=False, return_token_type_ids=False, verbose=False
+            )["input_ids"]
+            pieces.append(np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=sum(map(len, ids))))
+            begin, held = end, 0
+    return np.concatenate(pieces)
+
+
+def cut_windows(
+    tokens: np.ndarray, sizes: WindowSizes, pad_token: int | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cut the tokens of one batch of rows into windows.
+
+    The tokens are cut down to a multiple of block_size if there are that many. The window for
+    i = 0, stride, 2·stride, … is tokens max(i+stride−block_size, 0) … min(i+stride, total); its tokens from i on
+    carry themselves as labels, the others padding_index, so that each token is a label once. Short windows
+    are padded on the right.
+
+    Args:
+        tokens: (tokens,) int32.
+        pad_token: None is an error only if a window is short.
+
+    Yields:
+        (input_ids, labels), each int32 (windows, block_size), a few million tokens at a time.
+
+    Raises:
+        InputError: a window must be padded and there is no token for it.
+    """
+    block_size, stride = sizes.block_size, sizes.stride
+    total = len(tokens) // block_size * block_size or len(tokens)
+    at_once = max(1, TABLE_TOKENS // block_size) * stride
+    for first in range(0, total, at_once):
+        begin = np.arange(first, min(first + at_once, total), stride)[:, None]  # (windows, 1): where labels begin
+        end = np.minimum(begin + stride, total)
+        position = np.maximum(begin + stride - block_size, 0) + np.arange(block_size)  # (windows, block_size)
+        inside = position < end
+        if pad_token is None and not inside.all():
+            raise InputError(
+                "--tokenizer_path: the tokenizer has no padding and no end-of-sequence token, and a window is short; "
+                "give it one, or choose --stride equal to --block_size and more text"
+            )
+        ids = tokens[np.minimum(position, total - 1)]
+        labels = np.where(inside & (position >= begin), ids, np.int32(sizes.padding_index))
+        yield np.where(inside, ids, np.int32(pad_token or 0)), labels
+
+
+def _lists(values: np.ndarray) -> pa.ListArray:
+    """A (rows, width) array as a list column, without copying the values."""
+    offsets = np.arange(len(values) + 1, dtype=np.int32) * np.int32(values.shape[1])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)))
+
+
+def _write_part(first_row: int, path: Path, *, rows: Any, tokenizer: Any, sizes: WindowSizes) -> np.ndarray:
+    """Write the windows of one part's rows; returns int64 (windows, 2): labels, and labels but the first position's."""
+    pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    past_last = min(first_row + BATCHES_PER_PART * ROWS_PER_BATCH, len(rows))
+    counts = [np.zeros((0, 2), np.int64)]
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, WINDOW_SCHEMA) as writer:
+        for start in range(first_row, past_last, ROWS_PER_BATCH):
+            tokens = token_ids(rows[start : start + ROWS_PER_BATCH]["text"], tokenizer)
+            for ids, labels in cut_windows(tokens, sizes, pad_token):
+                columns = [_lists(ids), _lists(labels), _lists(np.ones(ids.shape, np.int8))]
+                writer.write_batch(pa.record_batch(columns, schema=WINDOW_SCHEMA))
+                predicted = labels != sizes.padding_index  # (windows, block_size)
+                counts.append(np.stack([predicted.sum(1), predicted[:, 1:].sum(1)], axis=1))
+    return np.concatenate(counts)
+
+
+def windows_of_split(
+    rows: Any, tokenizer: Any, sizes: WindowSizes, num_process: int, work: Path, *, in_memory: bool = False
+) -> tuple[Any, int]:
+    """The windows of one split.
+
+    Each run of 1,000 rows is tokenized row by row, concatenated by itself and cut (`cut_windows`), whichever process
+    does it: the windows do not depend on `num_process`.
+
+    Args:
+        rows: a Dataset with a column `text`.
+        work: an existing, empty folder for the parts, which the result is memory-mapped from, unless `in_memory`.
+
+    Returns:
+        A Dataset with input_ids, labels (int32), attention_mask (int8, all ones), each a list of block_size, and
+        dstore_range (int64): first and past-last datastore row of the window, where a window has a row for each of
+        labels[1:] that is not padding_index. And the number of tokens that are a label in the windows.
+
+    Raises:
+        InputError: no token to pad with; a worker process was killed.
+    """
+    import datasets
+
+    sizes.check()
+    first_rows = range(0, len(rows), BATCHES_PER_PART * ROWS_PER_BATCH)
+    paths = [work / f"windows-{number:05d}.arrow" for number in range(len(first_rows))]
+    if not paths:
+        return datasets.Dataset(WINDOW_SCHEMA.append(pa.field("dstore_range", pa.list_(pa.int64()))).empty_table()), 0
+    write = functools.partial(_write_part, rows=rows.with_format(None), tokenizer=tokenizer, sizes=sizes)
+    done = _run(write, first_rows, paths, num_process)
+    counts = list(tqdm(done, desc="windows", total=len(paths), unit="part", disable=None))
+
+    labels, in_datastore = np.concatenate(counts).T
+    bounds = np.concatenate([[0], np.cumsum(in_datastore)])
+    parts = [datasets.Dataset.from_file(str(path), in_memory=in_memory) for path in paths]
+    windows = datasets.concatenate_datasets(parts).add_column(
+        "dstore_range",
+        _lists(np.stack([bounds[:-1], bounds[1:]], axis=1)),
+        new_fingerprint="windows",  # the same in every run
+        feature=datasets.List(datasets.Value("int64")),
+    )
+    return windows, int(labels.sum())
+
+
+def _run(write: Any, first_rows: Sequence[int], paths: Sequence[Path], num_process: int) -> Iterable[np.ndarray]:
+    """What `write` returns for each part, in order, from this process or from `num_process` others."""
+    workers = min(num_process, len(paths))
+    if workers <= 1:
+        yield from map(write, first_rows, paths)
+        return
+    # Forking needs no importable main module and no second start of Python; elsewhere than on Linux it is unsafe.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        try:
+            yield from pool.map(write, first_rows, paths)
+        except BrokenProcessPool:
+            raise InputError(
+                f"--num_proc {num_process}: a worker process was killed, perhaps for want of memory; "
+                "run again, with fewer processes"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """A worker takes one core, and the kernel ends it when its parent is killed."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
