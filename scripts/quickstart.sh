@@ -76,7 +76,7 @@ embed() {
 embed train
 embed validation --save_logprob
 embed test --save_logprob
-dstore() { find "$WORK/dstore" -maxdepth 1 -name "dstore_*_$1_*.arrow" | head -n 1; }
+dstore() { find "$WORK/dstore" -maxdepth 1 -name "dstore_*_$1_*.arrow" -print -quit; }
 train_dstore=$(dstore train)
 validation_dstore=$(dstore validation)
 test_dstore=$(dstore test)

@@ -85,7 +85,7 @@ if [ "$TRAIN" = 1 ]; then
     once "datastore of the student" "${LAUNCH[@]}" -m train_base --model_name_or_path "$LARGE" \
         --dataset_name "$windows" --do_eval --eval_subset train --per_device_eval_batch_size "${BATCH_SIZE_EVAL:-16}" \
         --output_dir "$WORK/student_embed" --dstore_dir "$WORK/student" --save_knnlm_dstore --report_to none
-    student=$(find "$WORK/student" -maxdepth 1 -name 'dstore_*_train_*.arrow' | head -n 1)
+    student=$(find "$WORK/student" -maxdepth 1 -name 'dstore_*_train_*.arrow' -print -quit)
     set_here BASE_MODEL_NAME MEMORY_LAYERS LEARNING_RATE WARMUP_STEPS ALPHA BATCH_SIZE GRADIENT_ACCUMULATION_STEPS SEED \
         ACCELERATE_CONFIG
     once "train the memory" env ${settings[@]+"${settings[@]}"} MODEL="$LARGE" DATASET="$windows" KNN_SAVE_PATH="$WORK/targets" \

@@ -27,7 +27,7 @@ run "save embeddings" "${LAUNCH[@]}" -m train_base \
     --save_knnlm_dstore \
     --report_to none
 
-DSTORE_PATH="${DSTORE_PATH:-$(find "$DSTORE_DIR" -maxdepth 1 -name "dstore_*_${SUBSET}_*.arrow" | head -n 1)}"
+DSTORE_PATH="${DSTORE_PATH:-$(find "$DSTORE_DIR" -maxdepth 1 -name "dstore_*_${SUBSET}_*.arrow" -print -quit)}"
 dim="${DSTORE_PATH##*_}"
 INDEX_PATH="${INDEX_PATH:-$DSTORE_DIR/${SUBSET}_${dim%.arrow}.index}"
 factory=()
