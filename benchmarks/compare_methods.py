@@ -151,12 +151,10 @@ def memory(bench: Bench) -> Method:
     """Base and memory, mixed at the lambda and temperature that were best on the validation articles."""
     from models import MLPMemory
     from models.mlpMemory import joint_log_probs
-    from utils.loading import check_pair, open_memory
+    from utils.loading import open_memory_of
 
     work, base = bench.work, bench.base
-    weight = base.get_input_embeddings().weight
-    learned = open_memory(work.memory, dtype=weight.dtype, device=weight.device)
-    check_pair(base, learned, work.memory)
+    learned = open_memory_of(base, work.memory, layer_position=work.layer_position, dtype=base.dtype)
     lmbda, knn_temp = work.joint["lmbda"], work.joint["knn_temp"]
     joint = MLPMemory(base, learned, lmbda, knn_temp, work.layer_position).eval()
 

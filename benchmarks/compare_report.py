@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import BEGIN, END
+from benchmarks.report import put_in_page
 from utils.errors import InputError
 from utils.files import atomic_file, read_json, write_json
 
@@ -206,12 +206,6 @@ def write_page(page: Path, output: Path) -> None:
     results = read_json(output / "results.json")
     if "description" not in results:
         raise InputError(f"--output_dir {output}: results.json is not of a comparison")
-    text = page.read_text(encoding="utf-8") if page.exists() else ""
-    if BEGIN not in text or END not in text.split(BEGIN, 1)[1]:
-        raise InputError(f"--page {page}: expected a page with the lines {BEGIN} and {END}")
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    with atomic_file(page) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}", encoding="utf-8")
+    put_in_page(page, markdown(results))
     with atomic_file(page.with_suffix(".png")) as temporary:
         shutil.copyfile(output / "compare.png", temporary)

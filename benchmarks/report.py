@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.measure import Row
 from utils.errors import InputError
-from utils.files import atomic_file, read_json
+from utils.files import atomic_file
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
@@ -86,15 +86,15 @@ def read_rows(results: dict[str, Any]) -> list[Row]:
     return [Row(**values) for values in results["rows"]]
 
 
-def write_page(page: Path, results_path: Path) -> None:
-    """Put the table of results.json between the marks of `page`. Raises InputError where there are none."""
-    text = page.read_text(encoding="utf-8") if page.exists() else ""
-    if BEGIN not in text or END not in text.split(BEGIN, 1)[1]:
+def put_in_page(page: Path, text: str) -> None:
+    """Put `text` between the marks of `page`, in place of what stood there. Raises InputError where there are none."""
+    old = page.read_text(encoding="utf-8") if page.exists() else ""
+    if BEGIN not in old or END not in old.split(BEGIN, 1)[1]:
         raise InputError(f"--page {page}: expected a page with the lines {BEGIN} and {END}")
-    before, rest = text.split(BEGIN, 1)
+    before, rest = old.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
     with atomic_file(page) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{markdown(read_json(results_path))}\n{END}{after}", encoding="utf-8")
+        temporary.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 def bar_chart(rows: Sequence[Row], path: Path) -> None:

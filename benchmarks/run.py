@@ -65,9 +65,10 @@ def main() -> None:
     (arguments,) = parse(BenchmarkArguments, description=description, arguments=flags)
     output = Path(arguments.output_dir)
     if arguments.page:
-        from benchmarks.report import write_page
+        from benchmarks.report import markdown, put_in_page
+        from utils.files import read_json
 
-        write_page(Path(arguments.page), output / "results.json")
+        put_in_page(Path(arguments.page), markdown(read_json(output / "results.json")))
         return
     check(arguments)
     run(arguments, chosen, output)

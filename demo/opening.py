@@ -156,14 +156,7 @@ def open_pair(pair: Pair, arguments: PairArguments) -> tuple[Any, Any]:
     Raises:
         InputError: no model, tokenizer or memory where `pair` says, or a memory of another base.
     """
-    from utils.loading import (
-        check_pair,
-        load_base,
-        load_tokenizer,
-        open_memory,
-        quiet_libraries,
-        resolve_dtype,
-    )
+    from utils.loading import load_base, load_tokenizer, open_memory_of, quiet_libraries, resolve_dtype
 
     quiet_libraries()
     dtype = resolve_dtype(arguments.torch_dtype)
@@ -178,15 +171,8 @@ def open_pair(pair: Pair, arguments: PairArguments) -> tuple[Any, Any]:
         trust_remote_code=arguments.trust_remote_code,
     )
     from models import MLPMemory
-    from models.capture import captured_module
 
-    try:
-        # The memory goes where the hidden states come from.
-        place = next(captured_module(base, arguments.layer_position).parameters()).device
-    except ValueError as error:
-        raise InputError(f"--model_name_or_path {pair.base}: {error}") from None
-    memory = open_memory(pair.memory, dtype=dtype, device=base.device if place.type == "meta" else place)
-    check_pair(base, memory, pair.memory)
+    memory = open_memory_of(base, pair.memory, layer_position=arguments.layer_position, dtype=dtype)
     joint = MLPMemory(base, memory, pair.lmbda, pair.knn_temp, arguments.layer_position)
     return joint.eval(), tokenizer
 

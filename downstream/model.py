@@ -78,7 +78,7 @@ def open_model(arguments: ModelArguments) -> tuple[Any, Any]:
     Raises:
         InputError: no model, no tokenizer or no memory there, or a memory of another base.
     """
-    from utils.loading import check_pair, load_base, load_tokenizer, open_memory, quiet_libraries, say
+    from utils.loading import load_base, load_tokenizer, open_memory_of, quiet_libraries, say
 
     quiet_libraries()
     path = arguments.model_name_or_path
@@ -99,16 +99,9 @@ def open_model(arguments: ModelArguments) -> tuple[Any, Any]:
             say("the base alone is evaluated: --knn_generator_path counts only together with --use_neural_knn")
         return base, tokenizer
     from models import MLPMemory
-    from models.capture import captured_module
 
     path = arguments.knn_generator_path
-    try:
-        # The memory goes where the hidden states come from.
-        device = next(captured_module(base, arguments.layer_position).parameters()).device
-    except ValueError as error:
-        raise InputError(f"--layer_position {arguments.layer_position}: {error}") from None
-    memory = open_memory(path, dtype=dtype, device=device)
-    check_pair(base, memory, path)
+    memory = open_memory_of(base, path, layer_position=arguments.layer_position, dtype=dtype)
     try:
         joint = MLPMemory(
             base, memory, lmbda=arguments.lmbda, knn_temp=arguments.knn_temp, layer_position=arguments.layer_position

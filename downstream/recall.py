@@ -88,7 +88,10 @@ def read_articles(path: str) -> list[str]:
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):  # noqa: B007 (named in the error)
-                texts.append(json.loads(line)["text"])
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError
+                texts.append(text)
     except FileNotFoundError:
         raise InputError(f"--articles {path}: no such file") from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
@@ -115,9 +118,8 @@ def main() -> None:
     check_grid([arguments.lmbda], [arguments.knn_temp])
     for name in ("max_cases", "answer_words", "batch_size"):
         check_positive(f"--{name}", getattr(arguments, name))
-    from models.capture import captured_module
     from utils.evaluation import write_results
-    from utils.loading import load_base, load_tokenizer, open_memory, quiet_libraries, resolve_dtype, say
+    from utils.loading import load_base, load_tokenizer, open_memory_of, quiet_libraries, resolve_dtype, say
 
     started = time.time()
     quiet_libraries()
@@ -143,8 +145,8 @@ def main() -> None:
         load_in_8bit=arguments.load_in_8bit,
         **remote,
     )
-    device = next(captured_module(base, arguments.layer_position).parameters()).device
-    memory = open_memory(arguments.knn_generator_path, dtype=dtype, device=device)
+    path, position = arguments.knn_generator_path, arguments.layer_position
+    memory = open_memory_of(base, path, layer_position=position, dtype=dtype)
     right = recall(base, memory, tokenizer, cases, arguments)
     for name, flags in right.items():
         share = sum(flags) / len(cases)

@@ -15,6 +15,7 @@ from typing import Any
 
 from utils.arguments import flag, parse
 from utils.errors import InputError, command
+from utils.units import size_text, time_text
 
 # Tokens of WikiText-103 (raw) under GPT-2's tokenizer, for an estimate before the windows are there.
 PUBLISHED_TOKENS = {"train": 117_900_000, "validation": 247_000, "test": 283_000}
@@ -279,24 +280,24 @@ def plan(arguments: ReproductionArguments) -> str:
     ]
     other = costs(arguments, splits, GPU_SPEED, True)
     lines += [
-        f"| {cost.stage} | {amount(cost.disk)} | {amount(cost.memory)} | {duration(cost.seconds)} | {duration(fast.seconds)} |"
+        f"| {cost.stage} | {size_text(cost.disk)} | {size_text(cost.memory)} | {time_text(cost.seconds)} | {time_text(fast.seconds)} |"
         for cost, fast in zip(found, other, strict=True)
     ]
     totals = sum(cost.disk for cost in found), max(cost.memory for cost in found), sum(cost.seconds for cost in found)
     lines.append(
-        f"| **all** | {amount(totals[0])} | {amount(totals[1])} at most | {duration(totals[2])} "
-        f"| {duration(sum(cost.seconds for cost in other))} |"
+        f"| **all** | {size_text(totals[0])} | {size_text(totals[1])} at most | {time_text(totals[2])} "
+        f"| {time_text(sum(cost.seconds for cost in other))} |"
     )
     free = free_bytes(Path(arguments.output_dir))
     lines += [
         "",
         f"An estimate. Windows: {source}, {splits['train'].rows} rows to train on, {splits['test'].rows} to test. "
         f"Device: {device}. Large GPU: {GPU_SPEED / 1e12:g} TFLOPS; with n of them about 1/n of the time, but for the "
-        f"index. Free disk: {amount(free)}.",
+        f"index. Free disk: {size_text(free)}.",
     ]
     if totals[0] > free:
         lines.append(
-            f"More than is free by {amount(totals[0] - free)}: choose another OUTPUT, or a smaller K or corpus."
+            f"More than is free by {size_text(totals[0] - free)}: choose another OUTPUT, or a smaller K or corpus."
         )
     return "\n".join(lines)
 
@@ -308,22 +309,6 @@ def free_bytes(folder: Path) -> float:
     while not folder.exists():
         folder = folder.parent
     return float(shutil.disk_usage(folder).free)
-
-
-def amount(size: float) -> str:
-    """Bytes for people."""
-    for unit, name in ((GB * 1000, "TB"), (GB, "GB"), (1e6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.3g} {name}"
-    return "under 1 MB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.2g} {name}"
-    return f"{max(1, round(seconds))} s"
 
 
 def table(arguments: ReproductionArguments) -> tuple[str, dict[str, Any]]:

@@ -117,7 +117,8 @@ def measure_training(sizes: Sizes, device: Any) -> float:
     from transformers import AutoConfig
 
     from models import memory_class
-    from utils.training import MemoryWithLoss, Rows
+    from utils.training import MemoryWithLoss
+    from utils.training_rows import Rows
 
     family = "llama" if sizes.gated else "gpt2"
     vocabulary = min(sizes.vocab, max(1024, MOST_WEIGHTS // (2 * sizes.dim)))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import hashlib
 import os
 import shutil
 import sys
@@ -35,6 +34,7 @@ from knn_utils.manifest import (
     read_manifest,
     record_name,
 )
+from knn_utils.part_writer import PartWriter
 from utils.errors import InputError
 from utils.files import (
     TEMPORARY_PREFIX,
@@ -46,6 +46,7 @@ from utils.files import (
     sync_folder,
     write_json,
 )
+from utils.units import size_text
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _LOCK_NAME = ".lock"
@@ -61,79 +62,6 @@ def _let_go_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
-
-
-class _HashedFile:
-    """A binary file that keeps the number and the SHA-256 of the bytes written."""
-
-    closed = False
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=1 << 20)
-        self._digest = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data)
-        self._digest.update(view)
-        self._file.write(view)
-        self.bytes += view.nbytes
-        return view.nbytes
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
-
-
-class PartWriter:
-    """Writes the record batches of one part, in row order. `rows`: rows so far."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self.rows = 0
-        self._batch_bytes = 0
-        self._file = _HashedFile(path)
-        self._stream = pa.ipc.new_stream(self._file, schema)
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        """Append a record batch of the output's schema; its arrays may change afterwards."""
-        # Counted before it is written: where the disk is full, this batch says what a row takes.
-        self.rows += batch.num_rows
-        self._batch_bytes += batch.nbytes
-        self._stream.write_batch(batch)
-
-    @property
-    def row_bytes(self) -> float:
-        """Bytes that a row takes on average, by the batches so far."""
-        return self._batch_bytes / max(self.rows, 1)
-
-    def record(self, name: str) -> dict:
-        """What the manifest keeps of the finished part."""
-        return {"file": name, "rows": self.rows, "bytes": self._file.bytes, "sha256": self._file.hexdigest()}
-
-    @contextlib.contextmanager
-    def ending(self) -> Iterator[PartWriter]:
-        """End the stream after the block, and close the file in any case."""
-        try:
-            yield self
-            self._stream.close()
-            self._file.flush()
-        finally:
-            # On a full disk closing fails too, for the reason of the failure that is on its way up.
-            with contextlib.suppress(OSError):
-                self._file.close()
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 class PartedOutput:
@@ -442,8 +370,8 @@ class PartedOutput:
         rows = sum(self.part_rows[number] for number in missing)
         need = ""
         if writer is not None and writer.rows:
-            free = _size(shutil.disk_usage(self.path).free)
-            need = f", which need about {_size(rows * writer.row_bytes)} ({free} are free)"
+            free = size_text(shutil.disk_usage(self.path).free)
+            need = f", which need about {size_text(rows * writer.row_bytes)} ({free} are free)"
         return InputError(
             f"{self.path}: no space left on the device; still to be written are {len(missing)} of "
             f"{len(self.part_rows)} parts, {rows} rows{need}; finished parts are kept: "
@@ -483,7 +411,7 @@ def write_single_file(path: str | os.PathLike, schema: pa.Schema, batches: Itera
     except OSError as error:
         if error.errno not in _FULL_DISK:
             raise
-        done = f" after {writer.rows} rows, {_size(writer.rows * writer.row_bytes)}" if writer else ""
+        done = f" after {writer.rows} rows, {size_text(writer.rows * writer.row_bytes)}" if writer else ""
         raise InputError(
             f"{path}: no space left on the device{done}; free some space and run the command again"
         ) from None

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from utils.units import size_text, time_text
+
 TRAINING_KEYS = 1_000_000
 KMEANS_ROUNDS = 10
 # Bytes of a weight while it is trained: itself, its gradient, and Adam's two averages, float32 each.
@@ -202,23 +204,6 @@ def make_plan(sizes: Sizes, rates: Rates | None = None) -> Plan:
         search.takes(rows * row / shares, rates)
         train.takes(6.0 * parameters * rows * sizes.epochs / rates.train_flops / shares, rates)
     return Plan(sizes, rates, [windows, embed, build, search, train])
-
-
-def size_text(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def time_text(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def plan_text(plan: Plan) -> str:

@@ -388,7 +388,7 @@ def count_parameters(config: Any) -> int:
 
 def check_machine(arguments: PreflightArguments, plan: Any) -> list[str]:
     """Lines on disk and device memory. Raises InputError where they do not suffice."""
-    from knn_utils.plan import size_text
+    from utils.units import size_text
 
     needed, facts = sum(stage.bytes for stage in plan.stages if not is_made(arguments, stage.name)), []
     if arguments.output_dir is None:
@@ -442,7 +442,8 @@ def device_memory(arguments: PreflightArguments) -> tuple[int | None, str]:
 
 
 def print_plan(plan: Any) -> None:
-    from knn_utils.plan import plan_text, size_text
+    from knn_utils.plan import plan_text
+    from utils.units import size_text
 
     print()
     print(plan_text(plan))

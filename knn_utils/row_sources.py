@@ -17,7 +17,7 @@ from knn_utils.saveEmbedMulti import count_rows
 from utils.errors import InputError
 from utils.evaluation import predicted_positions
 from utils.loading import model_fingerprint
-from utils.training import Rows
+from utils.training_rows import Rows
 
 CHECKED_ROWS = 1 << 22
 

@@ -56,7 +56,8 @@ def shard(output: str) -> None:
 
     from models import memory_class
     from utils.distributed import whole_weights
-    from utils.training import MemoryWithLoss, Rows
+    from utils.training import MemoryWithLoss
+    from utils.training_rows import Rows
 
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     config = AutoConfig.from_pretrained(ROOT / "tests" / "golden" / "llama" / "memory")

@@ -186,7 +186,7 @@ class TestFailureOfOneProcess:
 
     def test_what_only_one_other_process_finds_ends_all(self, llama_world, tmp_path):
         """NaN in rows that process 1 reads first."""
-        from utils.training import epoch_order
+        from utils.training_rows import epoch_order
 
         stage = STAGES["training"]
         llama_world.processes = 2

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from knn_utils import parts
+from knn_utils import part_writer
 from knn_utils.arrow_files import Datastore, datastore_batch, datastore_schema
 from knn_utils.manifest import existing_part_rows, plan_parts
 from knn_utils.parts import PartedOutput, write_single_file
@@ -483,7 +483,7 @@ def test_growing_needs_the_existing_parts_as_they_are(tmp_path: Path) -> None:
 def test_a_full_disk_says_what_is_needed_and_keeps_the_finished_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict
 ) -> None:
-    original = parts._HashedFile.write
+    original = part_writer._HashedFile.write
     left = 2500
 
     def limited(self, data) -> int:
@@ -493,8 +493,8 @@ def test_a_full_disk_says_what_is_needed_and_keeps_the_finished_parts(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(self, data)
 
-    monkeypatch.setattr(parts._HashedFile, "write", limited)
-    with pytest.raises(InputError, match=r"no space left .* 5 of 7 parts, 23 rows, which need about \d+ bytes \("):
+    monkeypatch.setattr(part_writer._HashedFile, "write", limited)
+    with pytest.raises(InputError, match=r"no space left .* 5 of 7 parts, 23 rows, which need about \d+ B \("):
         make(tmp_path)
     monkeypatch.undo()
     output = output_at(tmp_path)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
-from conftest import command
+from conftest import command, refused_here
 
 from downstream.recall import cases_of, choose_cases
 
@@ -17,6 +18,42 @@ def test_rule_takes_the_words_after_is_a_and_the_first_year():
     assert cases[0].answer == " unincorporated community"
     assert cases[1].prompt.endswith("that was founded in")
     assert cases[1].answer == " 1877"
+
+
+def test_a_definition_is_answered_by_as_many_words_as_are_asked_for(tmp_path, capsys):
+    article = "Paradox, Colorado\n\nParadox is an unincorporated community that was founded in 1877 by farmers."
+    for words, answer in ((1, " unincorporated"), (3, " unincorporated community that")):
+        assert [case.answer for case in cases_of(article, words)] == [answer, " 1877"]
+        assert [case.answer for case in choose_cases([article], 9, words)] == [answer, " 1877"]
+    assert [case.answer for case in cases_of("T\n\nThe thing is a stone", 2)] == []
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "T\n\nThe thing is a stone"}) + "\n")
+    flags = ("--model_name_or_path", tmp_path, "--knn_generator_path", "no", "--articles", tmp_path / "a.jsonl")
+    command("downstream.recall", *flags, "--answer_words", 2, "--output_dir", tmp_path)
+    assert "the next 2 word(s)" in capsys.readouterr().out
+    # With one word there is a case, so the models are needed.
+    assert "holds no tokenizer" in refused_here("downstream.recall", *flags, "--answer_words", 1)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "told"),
+    [
+        ("--layer_position", 9, "--layer_position 9: "),
+        ("--answer_words", 0, "--answer_words"),
+        ("--articles", "{bad}", "line 1 is not a JSON object with a text"),
+        ("--knn_generator_path", "{bad}", "--knn_generator_path"),
+    ],
+)
+def test_bad_input_ends_in_one_line(llama_world, tmp_path, flag, value, told):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "T\n\nThe thing is a small stone"}) + "\n")
+    (tmp_path / "bad").write_text(json.dumps({"text": 7}) + "\n")
+    flags = {
+        "--model_name_or_path": llama_world.base,
+        "--knn_generator_path": llama_world.base,
+        "--articles": tmp_path / "a.jsonl",
+        "--output_dir": tmp_path,
+        flag: str(value).format(bad=tmp_path / "bad"),
+    }
+    assert told in refused_here("downstream.recall", *(text for pair in flags.items() for text in pair))
 
 
 def test_articles_without_a_definition_or_year_give_no_case():

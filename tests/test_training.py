@@ -17,7 +17,7 @@ from conftest import ROOT, command, refused, refused_here, run
 
 from knn_utils.arrow_files import Datastore, datastore_batch
 from knn_utils.parts import write_single_file
-from utils.training import epoch_order
+from utils.training_rows import epoch_order
 
 
 def record(folder):

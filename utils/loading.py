@@ -345,3 +345,25 @@ def check_pair(base: Any, memory: Any, path: object) -> None:
         check_fit(base.config, memory)
     except ValueError as error:
         raise InputError(f"--knn_generator_path {path}: {one_line(error, 300)}") from None
+
+
+def open_memory_of(base: Any, path: str | os.PathLike, *, layer_position: int, dtype: torch.dtype) -> Any:
+    """A memory that fits `base`, in evaluation mode, on the device whose hidden states it reads.
+
+    Args:
+        base: a loaded base, which accelerate may have spread over several devices.
+        layer_position: decoder block whose MLP input the memory reads.
+
+    Raises:
+        InputError: no such block, no memory in `path`, or one of another base.
+    """
+    from models.capture import captured_module
+
+    try:
+        device = next(captured_module(base, layer_position).parameters()).device
+    except ValueError as error:
+        raise InputError(f"--layer_position {layer_position}: {error}") from None
+    # Weights that accelerate keeps elsewhere until they are used are "meta" meanwhile.
+    memory = open_memory(path, dtype=dtype, device=base.device if device.type == "meta" else device)
+    check_pair(base, memory, path)
+    return memory

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,57 +43,9 @@ from utils.distributed import is_sharded, whole_weights
 from utils.errors import InputError
 from utils.files import FolderLock, ensure_folder, remove_temporary, sync_folder, write_json
 from utils.loading import say
+from utils.training_rows import Rows, RowSource, epoch_order
 
 RECORD = "training.json"
-
-
-@dataclass
-class Rows:
-    """Rows of one process's share of a step.
-
-    hidden (n, dim) float16 or float32, label (n,) int32, id_cnt (n,) int32; token_id and prob hold the targets'
-    entries of all rows end to end (int32 and float16).
-    """
-
-    hidden: Tensor
-    label: Tensor
-    id_cnt: Tensor
-    token_id: Tensor
-    prob: Tensor
-
-    def slices(self, size: int) -> Iterator[Rows]:
-        """Consecutive pieces of at most `size` rows."""
-        ends = torch.cumsum(self.id_cnt, 0, dtype=torch.int64)
-        for start in range(0, len(self.label), size):
-            stop = min(start + size, len(self.label))
-            low = int(ends[start - 1]) if start else 0
-            high = int(ends[stop - 1])
-            yield Rows(
-                self.hidden[start:stop],
-                self.label[start:stop],
-                self.id_cnt[start:stop],
-                self.token_id[low:high],
-                self.prob[low:high],
-            )
-
-    def to(self, device: torch.device) -> Rows:
-        return Rows(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
-
-
-class RowSource(Protocol):
-    """Where a trainer's rows come from."""
-
-    def window_rows(self) -> np.ndarray:
-        """(windows,) int64: the number of rows of each window."""
-
-    def read(self, windows: np.ndarray) -> Any:
-        """Read what `windows` (their numbers, in order) need from disk; runs in a background thread."""
-
-    def rows(self, read: Any) -> Rows:
-        """Turn what `read` returned into rows on any device; runs in the main thread."""
-
-    def where(self, windows: np.ndarray) -> str:
-        """Names the files and windows, for messages about bad values."""
 
 
 @dataclass
@@ -143,11 +95,6 @@ class MemoryWithLoss(nn.Module):
         return fused_linear_distillation_loss(
             hidden, weight, rows.label.long(), rows.id_cnt, rows.token_id, rows.prob, self.alpha, num_rows=num_rows
         )
-
-
-def epoch_order(windows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the windows in an epoch: a permutation that depends on the seed and the epoch alone."""
-    return np.random.default_rng((seed, epoch)).permutation(windows)
 
 
 def step_rows_limit(device: torch.device) -> int:
