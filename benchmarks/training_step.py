@@ -11,6 +11,7 @@ from benchmarks.setting import Setting
 
 STAGE = "training_step"
 STEP_ROWS = 2048
+ROUNDS = 5  # at least: a ratio of two long runs is as noisy as the machine
 
 
 def measure(setting: Setting) -> list[Row]:
@@ -28,7 +29,7 @@ def measure(setting: Setting) -> list[Row]:
         rows_of[dtype] = rows = int(source.window_rows()[load].sum())
         runs[f"step {dtype}"] = lambda trainer=trainer, rows=rows: step(trainer, load, rows)
         runs[f"bare {dtype}"] = bare_products(trainer, rows, getattr(torch, dtype))
-    seconds = rounds(runs, setting.repeats, device=setting.device)
+    seconds = rounds(runs, max(setting.repeats, ROUNDS), device=setting.device)
     found = []
     for dtype, target in (("float32", 0.9), ("bfloat16", 0.8)):
         share = ratio(seconds, f"bare {dtype}", f"step {dtype}")

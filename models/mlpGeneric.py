@@ -16,6 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Pret
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from models.capture import decoder_blocks, final_norm
+from models.gated_mlp import gated_mlp
 from models.stack import MLPStack, memory_config
 
 
@@ -28,7 +29,7 @@ class GenericMLPBlock(GradientCheckpointingLayer):
         self.mlp = mlp
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + self.mlp(self.input_layernorm(hidden))
+        return hidden + gated_mlp(self.mlp, self.input_layernorm(hidden))
 
 
 class GenericMLPModel(MLPStack):

@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaPreTrainedModel, LlamaRMSNorm
 
+from models.gated_mlp import gated_mlp
 from models.stack import MLPStack
 
 
@@ -21,7 +22,7 @@ class LlamaMLPBlock(GradientCheckpointingLayer):
         self.mlp = LlamaMLP(config)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + self.mlp(self.input_layernorm(hidden))
+        return hidden + gated_mlp(self.mlp, self.input_layernorm(hidden))
 
 
 class LlamaMLPModel(MLPStack, LlamaPreTrainedModel):

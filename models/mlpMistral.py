@@ -9,6 +9,7 @@ from transformers import MistralConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mistral.modeling_mistral import MistralMLP, MistralPreTrainedModel, MistralRMSNorm
 
+from models.gated_mlp import gated_mlp
 from models.stack import MLPStack
 
 
@@ -21,7 +22,7 @@ class MistralMLPBlock(GradientCheckpointingLayer):
         self.mlp = MistralMLP(config)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + self.mlp(self.input_layernorm(hidden))
+        return hidden + gated_mlp(self.mlp, self.input_layernorm(hidden))
 
 
 class MistralMLPModel(MLPStack, MistralPreTrainedModel):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from utils.direct_gradients import in_place
 from utils.errors import InputError
 
 IGNORED_LABEL = -100
@@ -165,9 +166,15 @@ class _FusedLinearDistillation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, alpha, divisor, product_dtype):
+        # A gradient that is added in place is complete after this pass: backward must come, with the factor 1.
+        ctx.added = in_place() and weight.grad is not None and weight.grad.dtype == _accurate(product_dtype)
         *losses, grad_hidden, grad_weight = _chunked(
-            hidden, weight, targets, alpha, divisor, product_dtype, *ctx.needs_input_grad[:2]
+            *(hidden, weight, targets, alpha, divisor, product_dtype),
+            *ctx.needs_input_grad[:2],
+            add_to=weight.grad if ctx.added else None,
         )
+        if ctx.added:
+            grad_weight = None
         # As saved tensors they are freed as soon as backward is through, so that a first gradient of the head
         # becomes `weight.grad` itself instead of being copied there.
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -185,6 +192,8 @@ class _FusedLinearDistillation(torch.autograd.Function):
         # Not in place: with retain_graph the saved gradients are asked for again. On a CPU the usual factor 1
         # costs nothing; elsewhere looking at it would stop the queue.
         unscaled = grad_total.device.type == "cpu" and grad_total.item() == 1.0
+        if ctx.added and not unscaled:
+            raise RuntimeError("gradients that are added in place cannot be scaled")
         gradients = (
             None if gradient is None else (gradient if unscaled else gradient * grad_total).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -201,8 +210,12 @@ def _chunked(
     product_dtype: torch.dtype,
     want_hidden: bool,
     want_weight: bool,
+    add_to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(total, kl, ce, gradient of hidden or None, gradient of weight or None), both gradients in float32 or float64."""
+    """(total, kl, ce, gradient of hidden or None, gradient of weight or None), both gradients in float32 or float64.
+
+    The gradient of weight is added to `add_to` where that is given.
+    """
     rows, width = hidden.shape
     vocabulary = weight.shape[0]
     device = hidden.device
@@ -213,9 +226,11 @@ def _chunked(
         head = weight.to(product_dtype)
         buffer = torch.empty(largest, vocabulary, dtype=product_dtype, device=device)
         grad_hidden = torch.empty(rows, width, dtype=accurate, device=device) if want_hidden else None
-        grad_weight = torch.empty(vocabulary, width, dtype=accurate, device=device) if want_weight else None
-        if grad_weight is not None and rows == 0:
-            grad_weight.zero_()
+        grad_weight = add_to
+        if want_weight and add_to is None:
+            grad_weight = torch.empty(vocabulary, width, dtype=accurate, device=device)
+            if rows == 0:
+                grad_weight.zero_()
         kl = torch.zeros((), dtype=accurate, device=device)
         ce = torch.zeros((), dtype=accurate, device=device)
 
@@ -257,9 +272,9 @@ def _chunked(
 
             if grad_hidden is not None:
                 torch.mul(torch.mm(residual, head), (c / divisor)[:, None], out=grad_hidden[start:stop])
-            if grad_weight is not None:
+            if want_weight:
                 weighted = (hidden[start:stop] * c[:, None]).to(product_dtype)  # (count, hidden)
-                _add_product(grad_weight, residual.t(), weighted, 1 / divisor, overwrite=start == 0)
+                _add_product(grad_weight, residual.t(), weighted, 1 / divisor, overwrite=start == 0 and add_to is None)
 
         kl /= divisor
         ce /= divisor

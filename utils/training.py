@@ -39,6 +39,7 @@ from utils.checkpoints import (
     sync_tree,
     trainer_state,
 )
+from utils.direct_gradients import gradients_in_place
 from utils.distributed import is_sharded, whole_weights
 from utils.errors import InputError
 from utils.files import FolderLock, ensure_folder, remove_temporary, sync_folder, write_json
@@ -156,6 +157,9 @@ class MemoryTrainer:
         self.memory = memory
         self.model, self.optimizer = accelerator.prepare(module, optimizer)
         self.sharded = is_sharded(self.model)
+        # Nothing stands between a gradient and its weight: no wrapper, no scaler, no factor.
+        alone = self.model is module and accelerator.num_processes == 1 and accelerator.scaler is None
+        self.in_place = alone and accelerator.device.type == "cpu"
         # The schedule counts optimizer steps of the whole run, so it stays outside `prepare`, which would
         # advance it once for each process.
         self.scheduler = get_scheduler(
@@ -225,7 +229,7 @@ class MemoryTrainer:
         for number, piece in enumerate(pieces):
             exchange = last and number == len(pieces) - 1
             context = contextlib.nullcontext() if exchange else self.accelerator.no_sync(self.model)
-            with context:
+            with context, gradients_in_place(self.in_place):
                 total, kl, ce = self.model(piece.to(self.accelerator.device), num_rows)
                 # The exchange averages gradients over processes; the loss is a sum of their shares.
                 weight = 0.0 if idle else float(self.accelerator.num_processes)
