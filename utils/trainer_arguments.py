@@ -13,7 +13,6 @@ from typing import Any
 
 from utils.arguments import flag, note_unused
 from utils.errors import InputError, check_fraction, check_positive, one_line
-from utils.loading import say
 
 
 @dataclass(frozen=True)
@@ -119,6 +118,8 @@ class TrainerArguments:
         ):
             raise InputError(f"--checkpointing_steps {self.checkpointing_steps}: expected a number of steps, or epoch")
         if self.report_to != "none" and not self.with_tracking:
+            from utils.loading import say
+
             say(f"--report_to {self.report_to}: nothing is reported without --with_tracking")
         if not self.with_tracking:
             note_unused(("run_name", "project_name"), "without --with_tracking")
@@ -165,6 +166,8 @@ def keep_precision(arguments: TrainerArguments) -> None:
                 "--overwrite to begin again"
             )
         if asked is None:
+            from utils.loading import say
+
             say(f"precision {began}, in which this run began")
         arguments.mixed_precision = began
     if arguments.torch_dtype == "auto":
