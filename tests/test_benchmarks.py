@@ -82,6 +82,9 @@ def test_one_command_prints_a_table_and_writes_results_chart_and_page_though_a_s
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert results["rows"][0]["name"] in text and "| knn_targets | did not run" in text
+    page.write_text("no marks\n")
+    assert str(page) in refused("-m", "benchmarks.run", "--page", page, "--output_dir", tmp_path)
+    assert page.read_text() == "no marks\n"
 
 
 @pytest.mark.slow
@@ -94,7 +97,9 @@ def test_the_stages_that_start_many_processes_give_their_rows(inputs, tmp_path):
     assert all(row["name"] in done.stdout for row in results["rows"])
 
 
-def test_unknown_stages_numbers_and_pages_without_marks_are_refused(inputs, tmp_path):
+def test_unknown_stages_numbers_and_missing_results_are_refused(inputs, tmp_path):
     assert "speed" in refused("-m", "benchmarks.run", "speed")
     assert "--k 0" in refused("-m", "benchmarks.run", *flags(inputs, tmp_path, k=0))
-    assert str(tmp_path / "page.md") in refused("-m", "benchmarks.run", "--page", tmp_path / "page.md")
+    nothing = tmp_path / "nothing"
+    told = refused("-m", "benchmarks.run", "--page", tmp_path / "page.md", "--output_dir", nothing)
+    assert str(nothing / "results.json") in told
