@@ -156,7 +156,7 @@ def told(name: str, record: dict[str, Any]) -> str:
         return (
             f"rank {settings['rank']}, alpha {settings['alpha']}, on all linear layers but the head "
             f"({settings['trained_parameters'] / 1e6:.1f}M parameters), learning rate {settings['learning_rate']:g} (not "
-            f"tuned), linear decay, {settings['epochs']} epochs of the memory's windows, {settings['windows_per_step']} "
+            f"tuned), linear decay, epochs of the memory's windows: {settings['epochs']}, {settings['windows_per_step']} "
             f"windows a step; of {len(settings['validation'])} states the one with the lowest validation loss was kept "
             f"(step {kept.get('step')} of {settings['steps']}); merged into the base's weights."
         )
