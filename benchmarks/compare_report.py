@@ -206,6 +206,6 @@ def write_page(page: Path, output: Path) -> None:
     results = read_json(output / "results.json")
     if "description" not in results:
         raise InputError(f"--output_dir {output}: results.json is not of a comparison")
-    put_in_page(page, markdown(results))
+    put_in_page(page, lambda: markdown(results))
     with atomic_file(page.with_suffix(".png")) as temporary:
         shutil.copyfile(output / "compare.png", temporary)

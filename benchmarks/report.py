@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +86,15 @@ def read_rows(results: dict[str, Any]) -> list[Row]:
     return [Row(**values) for values in results["rows"]]
 
 
-def put_in_page(page: Path, text: str) -> None:
-    """Put `text` between the marks of `page`, in place of what stood there. Raises InputError where there are none."""
+def put_in_page(page: Path, text: Callable[[], str]) -> None:
+    """Put `text()` between the marks of `page`, in place of what stood there. Raises InputError where there are none."""
     old = page.read_text(encoding="utf-8") if page.exists() else ""
     if BEGIN not in old or END not in old.split(BEGIN, 1)[1]:
         raise InputError(f"--page {page}: expected a page with the lines {BEGIN} and {END}")
     before, rest = old.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
     with atomic_file(page) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        temporary.write_text(f"{before}{BEGIN}\n{text()}\n{END}{after}", encoding="utf-8")
 
 
 def bar_chart(rows: Sequence[Row], path: Path) -> None:

@@ -68,7 +68,7 @@ def main() -> None:
         from benchmarks.report import markdown, put_in_page
         from utils.files import read_json
 
-        put_in_page(Path(arguments.page), markdown(read_json(output / "results.json")))
+        put_in_page(Path(arguments.page), lambda: markdown(read_json(output / "results.json")))
         return
     check(arguments)
     run(arguments, chosen, output)

@@ -97,9 +97,11 @@ def test_the_stages_that_start_many_processes_give_their_rows(inputs, tmp_path):
     assert all(row["name"] in done.stdout for row in results["rows"])
 
 
-def test_unknown_stages_numbers_and_missing_results_are_refused(inputs, tmp_path):
+def test_unknown_stages_numbers_pages_and_missing_results_are_refused(inputs, tmp_path):
     assert "speed" in refused("-m", "benchmarks.run", "speed")
     assert "--k 0" in refused("-m", "benchmarks.run", *flags(inputs, tmp_path, k=0))
-    nothing = tmp_path / "nothing"
-    told = refused("-m", "benchmarks.run", "--page", tmp_path / "page.md", "--output_dir", nothing)
+    page, nothing = tmp_path / "page.md", tmp_path / "nothing"
+    assert str(page) in refused("-m", "benchmarks.run", "--page", page, "--output_dir", nothing)
+    page.write_text("<!-- table: begin -->\n<!-- table: end -->\n")
+    told = refused("-m", "benchmarks.run", "--page", page, "--output_dir", nothing)
     assert str(nothing / "results.json") in told
