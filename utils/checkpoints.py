@@ -6,9 +6,11 @@ nothing of what is trained.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,52 @@ def sync_tree(folder: Path) -> None:
             sync_file(path)
         else:
             sync_folder(path)
+
+
+class Publisher:
+    """Gives written checkpoints their names once they are on the disk, while training goes on.
+
+    A checkpoint that was not yet named when the process ended is as if it had not been written; those before it, which
+    are only deleted afterwards, are still there.
+    """
+
+    def __init__(self, needed: int) -> None:
+        """`needed`: bytes of a checkpoint, for what is told of a full disk."""
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._needed = needed
+        self._waiting: tuple[Path, Path, Future[None]] | None = None
+
+    def start(self, temporary: Path, final: Path) -> None:
+        """Sync `temporary`, rename it to `final`, delete what only older checkpoints were resumed from."""
+        self.wait()
+        self._waiting = temporary, final, self._pool.submit(_publish, temporary, final)
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that was started. Raises what went wrong with it, InputError for a full disk."""
+        if self._waiting is None:
+            return
+        temporary, final, future = self._waiting
+        self._waiting = None
+        try:
+            future.result()
+        except Exception as error:
+            raise (full_disk(error, temporary, final.name, self._needed) or error) from None
+
+    def close(self) -> None:
+        """Wait, whatever became of the checkpoint."""
+        with contextlib.suppress(Exception):
+            self.wait()
+        self._pool.shutdown()
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    sync_tree(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    sync_folder(final.parent)
+    for older in checkpoints(final.parent):
+        if older != final:
+            shutil.rmtree(older if older.name.startswith("step_") else older / STATE_FOLDER, ignore_errors=True)
 
 
 def full_disk(error: Exception, temporary: Path, name: str, needed: int) -> InputError | None:

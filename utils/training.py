@@ -29,6 +29,7 @@ from tqdm import tqdm
 from utils.cal_loss import fused_linear_distillation_loss
 from utils.checkpoints import (
     STATE_FOLDER,
+    Publisher,
     checkpoint_name,
     checkpoints,
     full_disk,
@@ -36,13 +37,12 @@ from utils.checkpoints import (
     names_checkpoint,
     read_record,
     read_state,
-    sync_tree,
     trainer_state,
 )
 from utils.direct_gradients import gradients_in_place
 from utils.distributed import is_sharded, whole_weights
 from utils.errors import InputError
-from utils.files import FolderLock, ensure_folder, remove_temporary, sync_folder, write_json
+from utils.files import FolderLock, ensure_folder, remove_temporary, write_json
 from utils.loading import say
 from utils.training_rows import Rows, RowSource, epoch_order
 
@@ -148,6 +148,8 @@ class MemoryTrainer:
         self.log: list[dict[str, Any]] = []
         self.step = 0
         self.training_seconds = 0.0
+        self.checkpoint_bytes = 16 * sum(weight.numel() for weight in memory.parameters())
+        self.publisher = Publisher(self.checkpoint_bytes)
 
         module = MemoryWithLoss(memory, settings.alpha)
         optimizer = torch.optim.AdamW(
@@ -280,8 +282,10 @@ class MemoryTrainer:
                 return record
             self._resume()
             self._loop()
+            self.publisher.wait()
             return self._finish()
         finally:
+            self.publisher.close()
             if lock is not None:
                 lock.release()
 
@@ -424,14 +428,11 @@ class MemoryTrainer:
         Raises InputError where the disk has no space for it.
         """
         temporary = self.output / f".tmp-{name}"
+        self.publisher.wait()
         try:
             self._write_checkpoint(name, temporary)
         except Exception as error:
-            needed = 16 * sum(weight.numel() for weight in self.memory.parameters())
-            told = full_disk(error, temporary, name, needed)
-            if told is None:
-                raise
-            raise told from None
+            raise (full_disk(error, temporary, name, self.checkpoint_bytes) or error) from None
 
     def _write_checkpoint(self, name: str, temporary: Path) -> None:
         if self.accelerator.is_main_process:
@@ -454,15 +455,9 @@ class MemoryTrainer:
                     log=self.log,
                 ),
             )
-            final = self.output / name
-            sync_tree(temporary)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            sync_folder(self.output)
-            for older in checkpoints(self.output):
-                if older != final:
-                    shutil.rmtree(older if older.name.startswith("step_") else older / STATE_FOLDER, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.publisher.start(temporary, self.output / name)
 
     def _finish(self) -> dict[str, Any]:
         record = self._described(
