@@ -9,7 +9,7 @@ import pytest
 from conftest import make_base, make_text, refused, run
 
 STAGE_ROWS = {
-    "whole_chain": 2,
+    "whole_chain": 4,
     "embedding": 3,
     "knn_targets": 3,
     "target_batches": 3,
