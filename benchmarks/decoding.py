@@ -15,9 +15,9 @@ from benchmarks.setting import Setting
 from benchmarks.training_step import is_matrix, matrix_shape
 
 STAGE = "decoding"
-TOKENS = 32
+TOKENS = 24
 SHORT, LONG = 64, 1024
-ROUNDS = 5  # at least: what is added is a small difference of two times
+ROUNDS = 9  # at least: what is added is a small difference of two times
 
 
 def measure(setting: Setting) -> list[Row]:
