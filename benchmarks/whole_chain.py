@@ -9,6 +9,7 @@ where this machine computes faster in it.
 from __future__ import annotations
 
 import shutil
+from statistics import fmean
 
 from benchmarks import plain
 from benchmarks.measure import Row, timed
@@ -28,14 +29,20 @@ def measure(setting: Setting) -> list[Row]:
 
     setting.windows()
     quick = fastest_dtype(torch.device(setting.device)) is torch.bfloat16
-    chains = {precision: run_chain(setting, precision) for precision in PRECISIONS if precision == "no" or quick}
-    textbook = plain_seconds(setting)
+    chains, textbooks = {}, []
+    for precision in PRECISIONS:
+        if precision == "no" or quick:
+            chains[precision] = run_chain(setting, precision)
+            textbooks.append(plain_seconds(setting))
     rows = []
-    for precision, (dtype, target) in PRECISIONS.items():
+    for number, (precision, (dtype, target)) in enumerate(PRECISIONS.items()):
         reached, share = None, None
         detail = relation = "not run: products in bfloat16 are no faster than in float32 here"
         if seconds := chains.get(precision):
             reached, detail = sum(seconds.values()), listed(seconds)
+            # What was measured just before the chain, and just after it.
+            around = textbooks[max(number - 1, 0) : number + 1]
+            textbook = {step: fmean(found[step] for found in around) for step in around[0]}
             ours, theirs = (sum(found.values()) - found["targets"] for found in (seconds, textbook))
             share = ours / theirs
             relation = f"{ours:.0f} of {theirs:.0f} s; the textbook way in float32, scaled up: {listed(textbook)}"

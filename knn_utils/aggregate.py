@@ -150,9 +150,17 @@ def _aggregate_block(
 
     kept = prob > threshold
     kept &= token >= 0
-    prob, token, row = prob[kept], token[kept], row[kept]
-    id_cnt = np.bincount(row, minlength=n).astype(np.int32)
+    return Distributions(*by_falling_probability(row[kept], token[kept], prob[kept], n, token_bits), nearest)
 
+
+def by_falling_probability(
+    row: np.ndarray, token: np.ndarray, prob: np.ndarray, rows: int, token_bits: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Entries (m,) of `rows` distributions, in any order, as `id_cnt`, `token_id` and `prob` of `Distributions`.
+
+    `row` int64, `token` int32 below 2 ** token_bits, `prob` float32 from 0 to below 2.
+    """
+    id_cnt = np.bincount(row, minlength=rows).astype(np.int32)
     # One sort by (row, falling probability, token): all three fit in 63 bits, and are read back from the key.
     order = (row << PROBABILITY_BITS) | (ONE_BELOW_TWO - prob.view(np.int32))
     order <<= token_bits
@@ -161,7 +169,7 @@ def _aggregate_block(
     token = (order & ((1 << token_bits) - 1)).astype(np.int32)
     order >>= token_bits
     prob = (ONE_BELOW_TWO - (order & ONE_BELOW_TWO)).astype(np.int32).view(np.float32)
-    return Distributions(id_cnt, token, float16_from_float32(prob), nearest)
+    return id_cnt, token, float16_from_float32(prob)
 
 
 def _weights(distances: np.ndarray, tokens: np.ndarray, knn_temp: float) -> tuple[np.ndarray, np.ndarray]:

@@ -165,9 +165,9 @@ def training_memory(sizes: Sizes) -> int:
 
 
 def checkpoint_bytes(sizes: Sizes) -> int:
-    """A run's folder at its end: the memory of every epoch, and the latest state to continue from."""
+    """A run's folder at its end: the memory of every epoch, and the optimizer's moments to continue from."""
     weights = memory_parameters(sizes) * 4
-    return weights * sizes.epochs + weights * 3
+    return weights * sizes.epochs + weights * 2
 
 
 def make_plan(sizes: Sizes, rates: Rates | None = None) -> Plan:

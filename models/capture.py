@@ -12,7 +12,7 @@ import threading
 import torch
 from torch import nn
 
-from models.cpu_attention import quick_attention
+from models.cpu_forward import quick_forward
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
@@ -145,11 +145,10 @@ def hidden_states(
 ) -> torch.Tensor:
     """Captured hidden states (batch, time, hidden) of `input_ids` (batch, time), in the model's dtype, without gradient.
 
-    The values are those of a full forward pass (of transformers' "eager" attention where models.cpu_attention is at
-    work, which rounds scores to bfloat16), but the pass ends at the captured input: no MLP of that block,
-    no later block, no head, no logits, no cache. Raises ValueError as `captured_module` does.
+    The values are those of a full forward pass (to rounding where models.cpu_forward is at work), but the pass ends at
+    the captured input: no MLP of that block, no later block, no head, no logits, no cache. Raises ValueError as `captured_module` does.
     """
-    with _StoppingCapture(model, layer_position) as capture, quick_attention(input_ids.device):
+    with _StoppingCapture(model, layer_position) as capture, quick_forward(input_ids.device):
         try:
             model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         except _CapturedError:
@@ -170,7 +169,7 @@ def hidden_and_logits(
     row order. Without it: (batch, time, hidden) and (batch, time, vocabulary). The head runs on the selected positions
     alone; what a family does to its logits afterwards (soft-capping, scaling) is applied as usual.
     """
-    with HiddenCapture(model, layer_position) as capture, quick_attention(input_ids.device):
+    with HiddenCapture(model, layer_position) as capture, quick_forward(input_ids.device):
         if positions is None:
             logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
             return capture.take(), logits

@@ -265,7 +265,7 @@ def hidden_and_head_input(
         itself is left to the caller, who can run it by blocks of rows.
     """
     from models.capture import HiddenCapture
-    from models.cpu_attention import quick_attention
+    from models.cpu_forward import quick_forward
 
     kept: list[Tensor] = []
 
@@ -276,7 +276,7 @@ def hidden_and_head_input(
     handle = base.get_output_embeddings().register_forward_pre_hook(stop)
     capture = HiddenCapture(base, layer_position)
     try:
-        with quick_attention(input_ids.device):
+        with quick_forward(input_ids.device):
             base(input_ids=input_ids, use_cache=False)
     except _ReachedHead:
         pass

@@ -148,7 +148,7 @@ class MemoryTrainer:
         self.log: list[dict[str, Any]] = []
         self.step = 0
         self.training_seconds = 0.0
-        self.checkpoint_bytes = 16 * sum(weight.numel() for weight in memory.parameters())
+        self.checkpoint_bytes = 12 * sum(weight.numel() for weight in memory.parameters())
         self.publisher = Publisher(self.checkpoint_bytes)
 
         module = MemoryWithLoss(memory, settings.alpha)
@@ -161,6 +161,10 @@ class MemoryTrainer:
         self.memory = memory
         self.model, self.optimizer = accelerator.prepare(module, optimizer)
         self.sharded = is_sharded(self.model)
+        if not self.sharded:
+            # The weights stand in the checkpoint as the memory itself; its state need not hold them again.
+            accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+            accelerator.register_load_state_pre_hook(self._load_weights)
         # Nothing stands between a gradient and its weight: no wrapper, no scaler, no factor.
         alone = self.model is module and accelerator.num_processes == 1 and accelerator.scaler is None
         self.in_place = alone and accelerator.device.type == "cpu"
@@ -282,7 +286,6 @@ class MemoryTrainer:
                 return record
             self._resume()
             self._loop()
-            self.publisher.wait()
             return self._finish()
         finally:
             self.publisher.close()
@@ -364,6 +367,14 @@ class MemoryTrainer:
         say(f"continuing from {folder} at step {self.step} of {self.total_steps}")
         if self.step == self.total_steps and folder.parent.resolve() != self.output.resolve():
             self._save(checkpoint_name(self.step, self.steps_per_epoch))  # the end of a run in another folder
+
+    def _load_weights(self, models: list[nn.Module], state: str) -> None:
+        """Hook of `accelerator.load_state`: the weights beside `state`, where it does not hold them itself."""
+        from models.loading import find_memory, read_memory_state
+
+        if not list(Path(state).glob("*.safetensors")):
+            models.clear()
+            self.memory.load_state_dict(read_memory_state(find_memory(Path(state).parent)))
 
     def _loop(self) -> None:
         settings, bar = self.settings, None
@@ -472,6 +483,7 @@ class MemoryTrainer:
             from utils.plots import plot_training
 
             plot_training(self.log, self.output / "loss.png")
+            self.publisher.wait()
             write_json(self.output / RECORD, record)
         self.accelerator.wait_for_everyone()
         return record
