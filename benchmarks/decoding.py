@@ -1,7 +1,9 @@
 """Time that the memory adds to each generated token, against its bare products, after a short and a long prompt.
 
-Timed alone the products find part of their weights in the cache, where the last repetition left them; between two
-steps of the base they do not, and the base then finds less of its own. The row's note has both times.
+What is added is a small difference of two times, so the base alone and the base with its memory make their tokens in
+turn, and the differences are of neighbours. Timed alone the products find part of their weights in the cache, where the
+last repetition left them; between two steps of the base they do not, and the base then finds less of its own. The row's
+note has both times.
 """
 
 from __future__ import annotations
@@ -9,15 +11,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from benchmarks.generating import context_of, joint_model, prompt, token_seconds
+from benchmarks.generating import context_of, joint_model, prompt
 from benchmarks.measure import Row, median, wait
 from benchmarks.setting import Setting
 from benchmarks.training_step import is_matrix, matrix_shape
 
 STAGE = "decoding"
-TOKENS = 24
+TOKENS = 64
 SHORT, LONG = 64, 1024
-ROUNDS = 9  # at least: what is added is a small difference of two times
 
 
 def measure(setting: Setting) -> list[Row]:
@@ -26,25 +27,22 @@ def measure(setting: Setting) -> list[Row]:
     room = context_of(base) - TOKENS - 2
     lengths = {"short": min(SHORT, max(room // 4, 1)), "long": min(LONG, room)}
     prompts = {name: prompt(setting, length) for name, length in lengths.items()}
+    models = {(name, kind): (model, ids) for name, ids in prompts.items() for kind, model in _kinds(base, joint)}
+    products = bare_products(joint.knn_generator, setting.device)
     added: dict[str, list[float]] = {name: [] for name in prompts}
     alone: list[float] = []
     together: list[float] = []
     bare: list[float] = []
     between: list[float] = []
-    products = bare_products(joint.knn_generator, setting.device)
-    for number in range(-1, max(setting.repeats, ROUNDS)):
-        for name, ids in prompts.items():
-            without = median(token_seconds(base, ids, TOKENS, setting.device))
-            with_memory = median(token_seconds(joint, ids, TOKENS, setting.device))
-            if number >= 0:
-                added[name].append(with_memory - without)
-                if name == "short":
-                    alone.append(without)
-                    together.append(with_memory)
-        times = [products() for _ in range(TOKENS)]
-        if number >= 0:
-            bare.append(median(times))
-            between.append(median(between_steps(base, prompts["short"], products)))
+    for _ in range(setting.repeats):
+        seconds = in_turn(models, TOKENS, setting.device)
+        for name in prompts:
+            pairs = zip(seconds[name, "joint"], seconds[name, "base"], strict=True)
+            added[name].append(median([one - other for one, other in pairs]))
+        alone.append(median(seconds["short", "base"]))
+        together.append(median(seconds["short", "joint"]))
+        bare.append(median([products() for _ in range(TOKENS)]))
+        between.append(median(between_steps(base, prompts["short"], products)))
     short, long = median(added["short"]), median(added["long"])
     detail = (
         f"{1000 * short:.1f} ms more than the base's {1000 * median(alone):.1f} ms a token; "
@@ -56,6 +54,34 @@ def measure(setting: Setting) -> list[Row]:
         Row(STAGE, "time added to a token, of the bare products", short / median(bare), "<=", 1.2, "x", detail),
         Row(STAGE, "time added after a long prompt, of a short one", long / short, "<=", 1.1, "x", longer),
     ]
+
+
+def _kinds(base: Any, joint: Any) -> tuple[tuple[str, Any], ...]:
+    return (("base", base), ("joint", joint))
+
+
+def in_turn(models: dict[Any, tuple[Any, Any]], count: int, device: str) -> dict[Any, list[float]]:
+    """Seconds of each of `count` greedy tokens after the first two, one of each (model, prompt) in turn."""
+    import torch
+
+    seconds: dict[Any, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        states = {}
+        for name, (model, ids) in models.items():
+            out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            states[name] = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+        for number in range(-1, count):
+            for name, (model, _) in models.items():
+                token, cache = states[name]
+                wait(device)
+                start = time.perf_counter()
+                out = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                token = out.logits[:, -1].argmax(-1, keepdim=True)  # (1, 1)
+                wait(device)
+                if number >= 0:
+                    seconds[name].append(time.perf_counter() - start)
+                states[name] = token, out.past_key_values
+    return seconds
 
 
 def between_steps(base: Any, ids: Any, products: Any) -> list[float]:

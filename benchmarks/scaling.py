@@ -3,8 +3,8 @@
     python -m benchmarks.scaling --sizes 10000 30000 100000
 
 Each stage is the project's command in a process of its own, imports included; the training is one epoch. Generation:
-milliseconds a token of the base with a memory, and of the base with a kNN-LM over the datastore of that size. Sizes
-that were measured before with the same setting are not measured again.
+milliseconds a token of the base with a memory, and of the base with a kNN-LM over the datastore of that size, all sizes
+in turn. Stages of sizes that were measured before with the same setting are not measured again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ScalingArguments(BenchmarkArguments):
     output_dir: str = flag("results/scaling", "folder of scaling.json, scaling.png and the stages' files (work/)")
     sizes: list[int] = flag([10_000, 30_000, 100_000], "datastore rows")
     stride: int = flag(1024, "tokens from one window to the next")
-    repeats: int = flag(1, "timed rounds of generation")
+    repeats: int = flag(5, "timed rounds of generation")
 
 
 @command
@@ -46,30 +46,43 @@ def main() -> None:
     output = ensure_folder(arguments.output_dir)
     results_path = output / "scaling.json"
     results = read_json(results_path) if results_path.exists() else {}
-    for size in sorted(set(arguments.sizes)):
-        measured, identity = measure_size, identity_of(arguments, size)
+    sizes = sorted(set(arguments.sizes))
+    for size in sizes:
+        identity = identity_of(arguments, size)
         if results.get(str(size), {}).get("setting") != identity:
-            results[str(size)] = {"setting": identity, **measured(arguments, size, output)}
+            results[str(size)] = {"setting": identity, **measure_size(arguments, size, output)}
             write_json(results_path, results)
         print(line_of(results[str(size)]), flush=True)
-    chosen = [results[str(size)] for size in sorted(set(arguments.sizes))]
+    chosen = [results[str(size)] for size in sizes]
+    tokens = generation([setting_of(arguments, size, output) for size in sizes])
+    for result, found in zip(chosen, tokens, strict=True):
+        result["milliseconds_a_token"] = found
+        listed = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
+        print(f"{result['rows']:,} rows: milliseconds a token: {listed}", flush=True)
+    write_json(results_path, results)
     plot(chosen, output / "scaling.png")
     print(f"{results_path}, {output / 'scaling.png'}")
 
 
+def setting_of(arguments: ScalingArguments, size: int, output: Path) -> Any:
+    from benchmarks.setting import make_setting
+
+    return make_setting(dataclasses.replace(arguments, rows=size), output)
+
+
 def identity_of(arguments: ScalingArguments, size: int) -> dict[str, Any]:
     """What a size's figures depend on, without paths."""
-    left_out = ("output_dir", "sizes", "rows", "page", "model", "text")
+    left_out = ("output_dir", "sizes", "rows", "page", "model", "text", "repeats")
     values = {name: value for name, value in vars(arguments).items() if name not in left_out}
     return values | {"size": size, "model": Path(arguments.model).name if arguments.model else None}
 
 
 def measure_size(arguments: ScalingArguments, size: int, output: Path) -> dict[str, Any]:
-    """Seconds and peak anonymous memory of each stage at `size` rows, and milliseconds of a generated token."""
-    from benchmarks.setting import STEPS, make_setting
+    """Seconds and peak anonymous memory of each stage at `size` rows."""
+    from benchmarks.setting import STEPS
     from utils.files import ensure_folder
 
-    setting = make_setting(dataclasses.replace(arguments, rows=size), output)
+    setting = setting_of(arguments, size, output)
     ensure_folder(setting.folder)
     windows = setting.windows()
     shutil.rmtree(setting.chain_folder(), ignore_errors=True)
@@ -86,35 +99,42 @@ def measure_size(arguments: ScalingArguments, size: int, output: Path) -> dict[s
         "rows": setting.rows,
         "tokens": len(windows) * setting.block_size,
         "stages": stages,
-        "milliseconds_a_token": generation(setting),
     }
 
 
-def generation(setting: Any) -> dict[str, float]:
-    """Milliseconds a token: base alone, with memory, with kNN-LM."""
+def generation(settings: list[Any]) -> list[dict[str, float]]:
+    """Milliseconds a token for each size: base alone, with memory, with kNN-LM; in turn, so that all meet one machine."""
     from benchmarks.generating import joint_model, prompt, token_seconds
     from benchmarks.measure import median
     from knn_utils.knn_lm import KNNLM
 
-    base = setting.base()
-    joint = joint_model(setting, base)
-    ids = prompt(setting, 32)
-    k = min(setting.k, setting.rows)
-    options = {"k": k, "probe": setting.probe, "lmbda": 0.25, "knn_temp": 16.0}
-    neighbours = KNNLM(setting.index_path, setting.dstore_path, **options)
-    found: dict[str, list[float]] = {"base": [], "memory": [], "kNN-LM": []}
-    for number in range(-1, setting.repeats):
-        taken = {name: token_seconds(model, ids, TOKENS, setting.device) for name, model in _models(base, joint)}
-        with neighbours.on(base):
-            taken["kNN-LM"] = token_seconds(base, ids, TOKENS, setting.device)
-        if number >= 0:
-            for name, seconds in taken.items():
-                found[name].append(1000 * median(seconds))
-    return {name: median(values) for name, values in found.items()}
-
-
-def _models(base: Any, joint: Any) -> tuple[tuple[str, Any], ...]:
-    return (("base", base), ("memory", joint))
+    base = settings[0].base()
+    joint = joint_model(settings[0], base)
+    ids = prompt(settings[0], 32)
+    neighbours = [
+        KNNLM(
+            setting.index_path,
+            setting.dstore_path,
+            k=min(setting.k, setting.rows),
+            probe=setting.probe,
+            lmbda=0.25,
+            knn_temp=16.0,
+        )
+        for setting in settings
+    ]
+    found: list[dict[str, list[float]]] = [{"base": [], "memory": [], "kNN-LM": []} for _ in settings]
+    for number in range(-1, settings[0].repeats):
+        for setting, near, seconds in zip(settings, neighbours, found, strict=True):
+            taken = {
+                "base": token_seconds(base, ids, TOKENS, setting.device),
+                "memory": token_seconds(joint, ids, TOKENS, setting.device),
+            }
+            with near.on(base):
+                taken["kNN-LM"] = token_seconds(base, ids, TOKENS, setting.device)
+            if number >= 0:
+                for name, times in taken.items():
+                    seconds[name].append(1000 * median(times))
+    return [{name: median(times) for name, times in seconds.items()} for seconds in found]
 
 
 def line_of(result: dict[str, Any]) -> str:
@@ -122,8 +142,7 @@ def line_of(result: dict[str, Any]) -> str:
         f"{NAMES[step]} {figures['seconds']:.1f} s {figures['peak_bytes'] / 1e9:.2f} GB"
         for step, figures in result["stages"].items()
     )
-    tokens = ", ".join(f"{name} {value:.1f}" for name, value in result["milliseconds_a_token"].items())
-    return f"{result['rows']:,} rows: {stages}; ms a token: {tokens}"
+    return f"{result['rows']:,} rows: {stages}"
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:

@@ -11,7 +11,7 @@ from benchmarks.setting import Setting
 
 STAGE = "training_step"
 STEP_ROWS = 2048
-ROUNDS = 5  # at least: a ratio of two long runs is as noisy as the machine
+ROUNDS = 7  # at least: a ratio of two long runs is as noisy as the machine
 
 
 def measure(setting: Setting) -> list[Row]:

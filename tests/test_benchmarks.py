@@ -105,3 +105,32 @@ def test_unknown_stages_numbers_pages_and_missing_results_are_refused(inputs, tm
     page.write_text("<!-- table: begin -->\n<!-- table: end -->\n")
     told = refused("-m", "benchmarks.run", "--page", page, "--output_dir", nothing)
     assert str(nothing / "results.json") in told
+
+
+def test_ways_of_aggregating_hits_agree_and_are_listed():
+    small = ("--rows", 70, "--k", 16, "--vocab", 50, "--block_rows", 32, "--repeats", 1)
+    lines = run("-m", "benchmarks.aggregation_variants", *small).stdout.splitlines()
+    for name in (
+        "one sort of packed keys",
+        "numpy: unique",
+        "numpy: argsort",
+        "torch: sort",
+        "torch: dense",
+        "pyarrow",
+    ):
+        assert sum(line.startswith(name) for line in lines) == 1
+    assert "--zipf 1" in refused("-m", "benchmarks.aggregation_variants", "--zipf", 1)
+
+
+@pytest.mark.slow
+def test_scaling_measures_each_size_once_and_draws_it(inputs, tmp_path):
+    words = ["-m", "benchmarks.scaling", "--sizes", 127, *flags(inputs, tmp_path, stride=64)]
+    first = run(*words).stdout
+    results = json.loads((tmp_path / "scaling.json").read_text())["127"]
+    assert set(results["stages"]) == {"embed", "index", "targets", "train", "joint"}
+    assert all(figures["seconds"] > 0 and figures["peak_bytes"] > 0 for figures in results["stages"].values())
+    assert set(results["milliseconds_a_token"]) == {"base", "memory", "kNN-LM"}
+    assert (tmp_path / "scaling.png").stat().st_size > 0
+    again = run(*words).stdout
+    assert again.splitlines()[0] == first.splitlines()[0]  # the stages' seconds are those of the first run
+    assert "--sizes" in refused("-m", "benchmarks.scaling", "--sizes", 0, *flags(inputs, tmp_path))
