@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from benchmarks.generating import context_of, joint_model, prompt
+from benchmarks.generating import context_of, in_turn, joint_model, prompt
 from benchmarks.measure import Row, median, wait
 from benchmarks.setting import Setting
 from benchmarks.training_step import is_matrix, matrix_shape
@@ -58,30 +58,6 @@ def measure(setting: Setting) -> list[Row]:
 
 def _kinds(base: Any, joint: Any) -> tuple[tuple[str, Any], ...]:
     return (("base", base), ("joint", joint))
-
-
-def in_turn(models: dict[Any, tuple[Any, Any]], count: int, device: str) -> dict[Any, list[float]]:
-    """Seconds of each of `count` greedy tokens after the first two, one of each (model, prompt) in turn."""
-    import torch
-
-    seconds: dict[Any, list[float]] = {name: [] for name in models}
-    with torch.inference_mode():
-        states = {}
-        for name, (model, ids) in models.items():
-            out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-            states[name] = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
-        for number in range(-1, count):
-            for name, (model, _) in models.items():
-                token, cache = states[name]
-                wait(device)
-                start = time.perf_counter()
-                out = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                token = out.logits[:, -1].argmax(-1, keepdim=True)  # (1, 1)
-                wait(device)
-                if number >= 0:
-                    seconds[name].append(time.perf_counter() - start)
-                states[name] = token, out.past_key_values
-    return seconds
 
 
 def between_steps(base: Any, ids: Any, products: Any) -> list[float]:

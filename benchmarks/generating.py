@@ -1,4 +1,4 @@
-"""What the rows on generation share: the joint model, prompts, and seconds of each generated token."""
+"""What the rows on generation share: the joint model, prompts, tokens of several models made in turn."""
 
 from __future__ import annotations
 
@@ -31,6 +31,30 @@ def context_of(base: Any) -> int:
     return int(getattr(base.config, "max_position_embeddings", None) or 1 << 20)
 
 
+def in_turn(models: dict[Any, tuple[Any, Any]], count: int, device: str) -> dict[Any, list[float]]:
+    """Seconds of each of `count` greedy tokens after the first two, one of each (model, prompt) in turn."""
+    import torch
+
+    seconds: dict[Any, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        states = {}
+        for name, (model, ids) in models.items():
+            out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            states[name] = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+        for number in range(-1, count):
+            for name, (model, _) in models.items():
+                token, cache = states[name]
+                wait(device)
+                start = time.perf_counter()
+                out = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                token = out.logits[:, -1].argmax(-1, keepdim=True)  # (1, 1)
+                wait(device)
+                if number >= 0:
+                    seconds[name].append(time.perf_counter() - start)
+                states[name] = token, out.past_key_values
+    return seconds
+
+
 class Clock:
     """A streamer that notes when each token comes."""
 
@@ -43,14 +67,6 @@ class Clock:
 
     def end(self) -> None:
         pass
-
-
-def token_seconds(model: Any, ids: Any, count: int, device: str) -> list[float]:
-    """Seconds of each of `count` tokens after the first, generated greedily after `ids` (1, time)."""
-    clock = Clock(device)
-    generate(model, ids, count + 1, streamer=clock)
-    # The prompt is put first, then each token.
-    return [after - before for before, after in zip(clock.times[1:], clock.times[2:], strict=False)]
 
 
 def generate(model: Any, ids: Any, count: int, **more: Any) -> Any:

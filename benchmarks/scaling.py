@@ -3,8 +3,8 @@
     python -m benchmarks.scaling --sizes 10000 30000 100000
 
 Each stage is the project's command in a process of its own, imports included; the training is one epoch. Generation:
-milliseconds a token of the base with a memory, and of the base with a kNN-LM over the datastore of that size, all sizes
-in turn. Stages of sizes that were measured before with the same setting are not measured again.
+milliseconds a token of the base with a memory, and of the base with a kNN-LM over the datastore of that size, a token of
+each in turn. Stages of sizes that were measured before with the same setting are not measured again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from utils.arguments import flag, parse
 from utils.errors import InputError, command
 
 NAMES = {"embed": "embedding", "index": "index", "targets": "kNN targets", "train": "training", "joint": "evaluation"}
-TOKENS = 16
+TOKENS = 32
 
 
 @dataclass
@@ -103,38 +103,31 @@ def measure_size(arguments: ScalingArguments, size: int, output: Path) -> dict[s
 
 
 def generation(settings: list[Any]) -> list[dict[str, float]]:
-    """Milliseconds a token for each size: base alone, with memory, with kNN-LM; in turn, so that all meet one machine."""
-    from benchmarks.generating import joint_model, prompt, token_seconds
+    """Milliseconds a token for each size: base alone, with memory, with kNN-LM; one token of each in turn."""
+    from benchmarks.generating import in_turn, joint_model, prompt
     from benchmarks.measure import median
     from knn_utils.knn_lm import KNNLM
 
     base = settings[0].base()
-    joint = joint_model(settings[0], base)
     ids = prompt(settings[0], 32)
-    neighbours = [
-        KNNLM(
-            setting.index_path,
-            setting.dstore_path,
-            k=min(setting.k, setting.rows),
-            probe=setting.probe,
-            lmbda=0.25,
-            knn_temp=16.0,
-        )
-        for setting in settings
-    ]
-    found: list[dict[str, list[float]]] = [{"base": [], "memory": [], "kNN-LM": []} for _ in settings]
-    for number in range(-1, settings[0].repeats):
-        for setting, near, seconds in zip(settings, neighbours, found, strict=True):
-            taken = {
-                "base": token_seconds(base, ids, TOKENS, setting.device),
-                "memory": token_seconds(joint, ids, TOKENS, setting.device),
-            }
-            with near.on(base):
-                taken["kNN-LM"] = token_seconds(base, ids, TOKENS, setting.device)
-            if number >= 0:
-                for name, times in taken.items():
-                    seconds[name].append(1000 * median(times))
-    return [{name: median(times) for name, times in seconds.items()} for seconds in found]
+    models = {"base": (base, ids), "memory": (joint_model(settings[0], base), ids)}
+    for setting in settings:
+        options = {"k": min(setting.k, setting.rows), "probe": setting.probe, "lmbda": 0.25, "knn_temp": 16.0}
+        near = KNNLM(setting.index_path, setting.dstore_path, **options)
+        models[setting.rows] = (_with(near, base), ids)
+    rounds = [in_turn(models, TOKENS, settings[0].device) for _ in range(settings[0].repeats)]
+    found = {name: 1000 * median([median(seconds[name]) for seconds in rounds]) for name in models}
+    return [{"base": found["base"], "memory": found["memory"], "kNN-LM": found[setting.rows]} for setting in settings]
+
+
+def _with(neighbours: Any, base: Any) -> Any:
+    """The base as a kNN-LM, for one call at a time."""
+
+    def call(**given: Any) -> Any:
+        with neighbours.on(base):
+            return base(**given)
+
+    return call
 
 
 def line_of(result: dict[str, Any]) -> str:
@@ -163,12 +156,16 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         (token_axes, "generation", "milliseconds a token"),
     ):
         axes.set_xscale("log")
+        axes.set_xticks(rows, [f"{count:,}" for count in rows])
+        axes.minorticks_off()
         axes.set_xlabel("datastore rows")
         axes.set_ylabel(label)
         axes.set_title(title)
-        axes.set_ylim(bottom=None if axes is time_axes else 0)
+        if axes is time_axes:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
         axes.legend(fontsize=7)
-    time_axes.set_yscale("log")
     save_figure(figure, path)
 
 

@@ -21,32 +21,27 @@ from models.cpu_forward import (
 )
 
 
+def counted(monkeypatch, decides: str, works: str) -> list:
+    """On a processor for which `decides` says yes: the shapes that the function `works` was called with."""
+    calls, function = [], getattr(cpu_forward, works)
+
+    def call(*given):
+        calls.append(given[0].shape)
+        return function(*given)
+
+    monkeypatch.setattr(cpu_forward, decides, lambda: True)
+    monkeypatch.setattr(cpu_forward, works, call)
+    return calls
+
+
 @pytest.fixture
 def quicker(monkeypatch):
-    """Counts the calls of `causal_attention`, on a processor for which it is made."""
-    calls = []
-
-    def counted(*given):
-        calls.append(given[0].shape)
-        return causal_attention(*given)
-
-    monkeypatch.setattr(cpu_forward, "attention_blocks_are_quicker", lambda: True)
-    monkeypatch.setattr(cpu_forward, "causal_attention", counted)
-    return calls
+    return counted(monkeypatch, "attention_blocks_are_quicker", "causal_attention")
 
 
 @pytest.fixture
 def onednn(monkeypatch):
-    """Counts the calls of `onednn_linear`, on a processor for which it is made."""
-    calls = []
-
-    def counted(*given):
-        calls.append(given[0].shape)
-        return onednn_linear(*given)
-
-    monkeypatch.setattr(cpu_forward, "onednn_is_quicker", lambda: True)
-    monkeypatch.setattr(cpu_forward, "onednn_linear", counted)
-    return calls
+    return counted(monkeypatch, "onednn_is_quicker", "onednn_linear")
 
 
 def parts(time: int, heads: int = 6, groups: int = 2, width: int = 16, dtype=torch.bfloat16, batch: int = 2):
