@@ -68,6 +68,18 @@ def onednn_is_quicker() -> bool:
     return amd and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
+def _plain(*tensors: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether all are ordinary dense tensors of `dtype` on the CPU: no quantised, sharded or traced ones."""
+    return all(
+        tensor is None
+        or (
+            type(tensor) in (Tensor, torch.nn.Parameter)
+            and (tensor.device.type, tensor.dtype, tensor.layout) == ("cpu", dtype, torch.strided)
+        )
+        for tensor in tensors
+    )
+
+
 def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -76,8 +88,7 @@ def _linear_fits(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     rows = inputs.numel() // max(inputs.shape[-1], 1)
     widest = max(weight.shape)
     return (
-        all(part is None or (part.device.type, part.dtype) == ("cpu", torch.float32) for part in (inputs, weight, bias))
-        and all(part is None or part.layout == torch.strided for part in (inputs, weight, bias))
+        _plain(inputs, weight, bias, dtype=torch.float32)
         and weight.dim() == 2
         and rows >= LEAST_ROWS
         and rows * widest * 4 <= MOST_BYTES
@@ -102,8 +113,8 @@ def _attention_fits(
         return False
     query, key, value = args
     return (
-        query.dim() == 4
-        and all((part.device.type, part.dtype) == ("cpu", torch.bfloat16) for part in args)
+        _plain(*args, dtype=torch.bfloat16)
+        and query.dim() == 4
         and query.shape[2] == key.shape[2] > BLOCK_QUERIES
         and key.shape == value.shape
         and query.shape[1] % key.shape[1] == 0

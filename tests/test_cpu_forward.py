@@ -143,6 +143,10 @@ def test_a_linear_layer_by_onednn(shape, bias):
             torch.testing.assert_close(onednn_linear(turned, layer.weight, layer.bias), layer(turned))
 
 
+class Other(torch.Tensor):
+    """Stands for what quantised and sharded weights are: a class of tensors with ways of its own."""
+
+
 def test_onednn_takes_float32_products_of_many_rows(onednn, monkeypatch):
     layer = torch.nn.Linear(24, 40)
     many, few = torch.randn(300, 24), torch.randn(200, 24)
@@ -167,6 +171,9 @@ def test_onednn_takes_float32_products_of_many_rows(onednn, monkeypatch):
             assert count(lambda: layer(many)) == 2
         assert count(lambda: torch.addmm(layer.bias, many, torch.randn(24, 40))) == 3
         assert count(lambda: torch.addmm(torch.randn(300, 40), many, torch.randn(24, 40))) == 3
+        other = torch.nn.Linear(24, 40)
+        other.weight = torch.nn.Parameter(torch.randn(40, 24).as_subclass(Other), requires_grad=False)
+        assert count(lambda: other(many)) == 3
     trained = torch.nn.Linear(24, 40)
     assert count(lambda: trained(many).sum().backward()) == 3 and trained.weight.grad is not None
 
