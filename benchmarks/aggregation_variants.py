@@ -188,13 +188,11 @@ def main() -> None:
     """Parse, measure, print."""
     (arguments,) = parse(AggregationArguments, description="Hits to sparse distributions, several ways.")
     arguments.check()
-    import faiss
     import torch
 
     from benchmarks.measure import median, ratio, rounds
 
     torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
     random = np.random.default_rng(0)
     shape = (arguments.rows, arguments.k)
     tokens = ((random.zipf(arguments.zipf, shape) - 1) % arguments.vocab).astype(np.int32)

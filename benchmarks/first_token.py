@@ -14,7 +14,7 @@ def measure(setting: Setting) -> list[Row]:
     joint = joint_model(setting, base)
     ids = prompt(setting, min(1024, context_of(base) - 8))
     runs = {"base": lambda: generate(base, ids, 1), "joint": lambda: generate(joint, ids, 1)}
-    seconds = rounds(runs, max(3 * setting.repeats, 1), device=setting.device)
+    seconds = rounds(runs, 3 * setting.repeats, device=setting.device)
     detail = (
         f"{median(seconds['joint']):.3f} s against {median(seconds['base']):.3f} s, prompt of {ids.shape[1]} tokens"
     )

@@ -146,7 +146,8 @@ def hidden_states(
     """Captured hidden states (batch, time, hidden) of `input_ids` (batch, time), in the model's dtype, without gradient.
 
     The values are those of a full forward pass (to rounding where models.cpu_forward is at work), but the pass ends at
-    the captured input: no MLP of that block, no later block, no head, no logits, no cache. Raises ValueError as `captured_module` does.
+    the captured input: no MLP of that block, no later block, no head, no logits, no cache. Raises ValueError as
+    `captured_module` does.
     """
     with _StoppingCapture(model, layer_position) as capture, quick_forward(input_ids.device):
         try:

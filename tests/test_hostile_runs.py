@@ -13,9 +13,11 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 from conftest import command, refused_here
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from utils.checkpoints import latest_checkpoint, read_record, read_state
 from utils.errors import InputError
@@ -81,6 +83,25 @@ def test_a_pickle_in_a_training_state_is_not_run(llama_world, trained, tmp_path,
         else:
             assert str(checkpoint) in refused_here("train_mlpmem_offline", *goes_on)
         assert not (tmp_path / "mark").exists()
+
+
+def test_a_checkpoint_holds_the_weights_once_and_older_ones_that_hold_them_twice_go_on_alike(
+    llama_world, trained, tmp_path
+):
+    assert not list((trained / "epoch_1" / "state").glob("*.safetensors"))
+    weights = load_file(trained / "epoch_1" / "model.safetensors")
+    older = tmp_path / "older" / "epoch_1"
+    shutil.copytree(trained / "epoch_1", older)
+    save_file({f"memory.{name}": value for name, value in weights.items()}, older / "state" / "model.safetensors")
+    save_file({name: value * 0 for name, value in weights.items()}, older / "model.safetensors")  # not read
+    ends = {}
+    for name, checkpoint in (("new", trained / "epoch_1"), ("old", older)):
+        output = tmp_path / name
+        goes_on = ("--num_train_epochs", 2, "--resume_from_checkpoint", checkpoint)
+        command("train_mlpmem_offline", *flags(llama_world, output, *goes_on))
+        ends[name] = load_file(output / "epoch_2" / "model.safetensors")
+    for name, value in ends["new"].items():
+        assert torch.equal(value, ends["old"][name]) and not torch.equal(value, weights[name])
 
 
 @MANY

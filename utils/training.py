@@ -148,8 +148,7 @@ class MemoryTrainer:
         self.log: list[dict[str, Any]] = []
         self.step = 0
         self.training_seconds = 0.0
-        self.checkpoint_bytes = 12 * sum(weight.numel() for weight in memory.parameters())
-        self.publisher = Publisher(self.checkpoint_bytes)
+        parameters = sum(weight.numel() for weight in memory.parameters())
 
         module = MemoryWithLoss(memory, settings.alpha)
         optimizer = torch.optim.AdamW(
@@ -161,6 +160,9 @@ class MemoryTrainer:
         self.memory = memory
         self.model, self.optimizer = accelerator.prepare(module, optimizer)
         self.sharded = is_sharded(self.model)
+        # Weights and two moments; sharded states hold the weights once more.
+        self.checkpoint_bytes = (16 if self.sharded else 12) * parameters
+        self.publisher = Publisher(self.checkpoint_bytes)
         if not self.sharded:
             # The weights stand in the checkpoint as the memory itself; its state need not hold them again.
             accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
