@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from utils.arguments import check_grid, flag, parse
+from utils.cli import check_grid, flag, parse
 from utils.errors import InputError, command
 
 

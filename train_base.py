@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import check_grid, flag, make_parser, note_unused, parse
+from utils.cli import check_grid, flag, make_parser, note_unused, parse
 from utils.errors import InputError, command
 
 DESCRIPTION = "Fine-tune, score or embed with a base language model."

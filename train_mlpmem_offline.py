@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from utils.arguments import flag, parse
+from training.arguments import TrainerArguments
+from utils.cli import flag, parse
 from utils.errors import InputError, command
-from utils.trainer_arguments import TrainerArguments
 
 
 @dataclass
@@ -25,8 +25,8 @@ def main() -> None:
     arguments.check()
     if not offline.knn_dstore_path:
         raise InputError("--knn_dstore_path: is required; train_mlpmem_online needs no datastore of the student")
-    from knn_utils.row_sources import OfflineRows
-    from knn_utils.train_memory import train_memory
+    from training.row_sources import OfflineRows
+    from training.run import train_memory
 
     def rows(run):
         return OfflineRows(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from utils.arguments import flag, parse
+from training.arguments import TrainerArguments
+from utils.cli import flag, parse
 from utils.errors import command
-from utils.trainer_arguments import TrainerArguments
 
 
 @dataclass
@@ -24,8 +24,8 @@ class OnlineArguments:
 def main() -> None:
     arguments, online = parse(TrainerArguments, OnlineArguments, description="Train an MLP memory online.")
     arguments.check()
-    from knn_utils.row_sources import OnlineRows
-    from knn_utils.train_memory import train_memory
+    from training.row_sources import OnlineRows
+    from training.run import train_memory
 
     def rows(run):
         return OnlineRows(

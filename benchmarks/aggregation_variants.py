@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from utils.arguments import flag, parse
+from utils.cli import flag, parse
 from utils.errors import InputError, check_positive, command
 
 # A way adds the weights (n, k) of equal tokens (n, k): entries' row numbers (m,), tokens (m,), sums (m,).
 Way = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
-OURS = "one sort of packed keys (knn_utils.aggregate)"
+OURS = "one sort of packed keys (knn_utils.distribution)"
 KNN_TEMP, THRESHOLD = 16.0, 1e-8
 
 
@@ -143,7 +143,7 @@ def compiled_hash(vocabulary: int) -> tuple[Way, float] | None:
 
 def finished(way: Way, distances: np.ndarray, tokens: np.ndarray, token_bits: int) -> Any:
     """(id_cnt, token_id, prob) of a block, weights and order as `aggregate` makes them, sums as `way` does."""
-    from knn_utils.aggregate import by_falling_probability
+    from knn_utils.distribution import by_falling_probability
 
     shifted = distances - distances.min(axis=1, keepdims=True)
     shifted *= np.float32(-1 / KNN_TEMP)
@@ -156,7 +156,7 @@ def finished(way: Way, distances: np.ndarray, tokens: np.ndarray, token_bits: in
 
 def runs_of(arguments: AggregationArguments, distances: np.ndarray, tokens: np.ndarray) -> dict[str, Callable[[], Any]]:
     """Each way over all blocks, by name; a run returns the last block's entries."""
-    from knn_utils.aggregate import aggregate
+    from knn_utils.distribution import aggregate
 
     bits = max(int(tokens.max()).bit_length(), 1)
     ways: dict[str, Way] = {

@@ -22,7 +22,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from downstream.recall import ANSWER_WORDS
-from utils.arguments import flag, parse
+from utils.cli import flag, parse
 from utils.errors import InputError, check_positive, command
 
 METHODS = ["base", "knnlm", "rag_bm25", "rag_dense", "lora", "memory"]

@@ -25,7 +25,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.arguments import flag, parse
+from utils.cli import flag, parse
 from utils.errors import InputError, command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,7 +149,7 @@ def rows_of(output: Path) -> dict[str, tuple[int, list[bytes]]]:
 
     import numpy as np
 
-    from knn_utils.arrow_files import Datastore, KNNTargets
+    from knn_utils.datastore import Datastore, KNNTargets
 
     found = {}
     for path in sorted((output / "work" / "dstore").glob("dstore_*.arrow")):

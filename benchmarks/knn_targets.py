@@ -21,8 +21,8 @@ MORE_MIB = 32
 def measure(setting: Setting) -> list[Row]:
     import numpy as np
 
-    from knn_utils.arrow_files import Datastore
-    from knn_utils.index_files import read_faiss
+    from knn_utils.datastore import Datastore
+    from knn_utils.faiss_files import read_faiss
     from knn_utils.search import set_probe
 
     setting.prepare("index")
@@ -85,7 +85,7 @@ def target_flags(setting: Setting, dstore: Path, output: Path, k: int, values: P
 
 def head_of(dstore: object, path: Path, rows: int) -> None:
     """The first rows of a datastore as one Arrow stream."""
-    from knn_utils.arrow_files import datastore_batch
+    from knn_utils.datastore import datastore_batch
     from knn_utils.parts import write_single_file
 
     batch = datastore_batch(dstore.keys(0, rows), dstore.vals(0, rows))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.arguments import flag, parse
+from utils.cli import flag, parse
 from utils.errors import InputError, check_fraction, check_positive, command
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import flag, parse
+from utils.cli import flag, parse
 from utils.errors import InputError, command, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,8 +158,8 @@ def chain(arguments: ProcessCountArguments, count: int, model: Path, windows: Pa
 
 def outcome(folder: Path, train: Path, targets: Path, memory: Path) -> dict[str, Any]:
     """What the stages of one count left: checksums over all rows, perplexities, the losses of every step."""
-    from knn_utils.arrow_files import Datastore, KNNTargets
-    from knn_utils.index_files import find_index
+    from knn_utils.datastore import Datastore, KNNTargets
+    from knn_utils.faiss_files import find_index
     from utils.files import read_json
 
     store, rows = Datastore.open(train, verify=True), KNNTargets.open(targets, verify=True)

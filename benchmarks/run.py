@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import flag, parse
+from utils.cli import flag, parse
 from utils.errors import InputError, check_positive, command, one_line
 
 # The chain comes first: the other stages use its files.

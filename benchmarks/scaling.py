@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.run import BenchmarkArguments
 from benchmarks.run import check as check_setting
-from utils.arguments import flag, parse
+from utils.cli import flag, parse
 from utils.errors import InputError, command
 
 NAMES = {"embed": "embedding", "index": "index", "targets": "kNN targets", "train": "training", "joint": "evaluation"}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.process_counts import launch, run
-from utils.arguments import flag, parse
+from utils.cli import flag, parse
 from utils.errors import InputError, command
 
 PART_ROWS = 1 << 16
@@ -70,7 +70,7 @@ def write_random_datastore(path: Path, rows: int, dim: int, seed: int) -> None:
     """A datastore of `rows` keys around common centres; a complete one of this size is kept."""
     import numpy as np
 
-    from knn_utils.arrow_files import datastore_batch, datastore_schema
+    from knn_utils.datastore import datastore_batch, datastore_schema
     from knn_utils.parts import PartedOutput
 
     plan = [min(PART_ROWS, rows - start) for start in range(0, rows, PART_ROWS)]
@@ -98,7 +98,7 @@ def measure(
     arguments: ShardArguments, output: Path, queries: Path, keys: Path, index: Path, processes: int
 ) -> dict[str, Any]:
     """One search: checksum of its targets, and each process's memory."""
-    from knn_utils.index_files import find_index
+    from knn_utils.faiss_files import find_index
     from utils.files import read_json
 
     name = f"{index.stem}-{processes}"

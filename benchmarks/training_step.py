@@ -54,7 +54,7 @@ def step_windows(setting: Setting, source: Any) -> list[tuple[int, int]]:
 
 def offline_rows(setting: Setting) -> Any:
     """The trainer's own source of rows."""
-    from knn_utils.row_sources import OfflineRows
+    from training.row_sources import OfflineRows
 
     config = setting.memory_config()
     return OfflineRows(
@@ -72,8 +72,8 @@ def make_trainer(setting: Setting, source: Any, precision: str) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    from utils.trainer_arguments import TrainerArguments, training_settings
-    from utils.training import MemoryTrainer
+    from training.arguments import TrainerArguments, training_settings
+    from training.trainer import MemoryTrainer
 
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision=precision, cpu=setting.device == "cpu")

@@ -74,8 +74,8 @@ def plain_seconds(setting: Setting) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from knn_utils.arrow_files import Datastore
-    from knn_utils.index_files import read_faiss
+    from knn_utils.datastore import Datastore
+    from knn_utils.faiss_files import read_faiss
     from knn_utils.search import set_probe
 
     train, test = setting.windows("train"), setting.windows("test")

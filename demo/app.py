@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from demo.opening import Pair, PairArguments, choose_pair, open_pair
-from utils.arguments import flag, parse
+from utils.cli import flag, parse
 from utils.errors import InputError, command
 
 # The browser enforces what the page is built to do: nothing is loaded from elsewhere.

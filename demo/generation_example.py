@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from demo.opening import PairArguments, choose_pair, open_pair, short_name
-from utils.arguments import flag, parse
+from utils.cli import flag, parse
 from utils.errors import InputError, command, one_line
 
 

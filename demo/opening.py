@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import flag
+from utils.cli import flag
 from utils.errors import InputError, check_fraction, check_positive
 
 DEFAULT_PROMPT = "The capital of France is"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from knn_utils.arrow_files import Datastore
+from knn_utils.datastore import Datastore
 from knn_utils.search import KNNSearcher
 from utils.errors import InputError
 from utils.loading import load_windows

@@ -21,7 +21,7 @@ if __package__ in (None, ""):
 
 from downstream.model import ModelArguments
 from downstream.tasks import TASKS, Prompt, Task, find_task
-from utils.arguments import flag, note_unused, parse, required
+from utils.cli import flag, note_unused, parse, required
 from utils.errors import InputError, command
 
 

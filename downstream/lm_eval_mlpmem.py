@@ -22,7 +22,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from downstream.model import ModelArguments
-from utils.arguments import flag, parse, required
+from utils.cli import flag, parse, required
 from utils.errors import InputError, command, one_line
 
 OWN_TASKS = Path(__file__).resolve().parent / "general_tasks"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import flag, required
+from utils.cli import flag, required
 from utils.errors import InputError, check_fraction, check_positive
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.arguments import check_grid, flag, parse
+from utils.cli import check_grid, flag, parse
 from utils.errors import InputError, check_positive, command
 
 RULE = (

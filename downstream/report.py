@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import flag, parse
+from utils.cli import flag, parse
 from utils.errors import InputError, command
 
 

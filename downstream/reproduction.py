@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import flag, parse
+from utils.cli import flag, parse
 from utils.errors import InputError, command
 from utils.units import size_text, time_text
 
@@ -134,7 +134,7 @@ def memory_size(arguments: ReproductionArguments, base: Size) -> Size:
     from transformers import AutoConfig
 
     from models import memory_class
-    from utils.trainer_arguments import PRESETS
+    from training.arguments import PRESETS
 
     try:
         config, source = AutoConfig.from_pretrained(arguments.memory, local_files_only=True), "its config"

@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.arguments import flag, parse, required
+from utils.cli import flag, parse, required
 from utils.errors import InputError, command
 
 # FAISS asks for this many points per centroid.
@@ -56,7 +56,7 @@ def main() -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} {value}: expected 1 or more")
-    from knn_utils.arrow_files import Datastore
+    from knn_utils.datastore import Datastore
     from knn_utils.index_build import IndexBuild
 
     path = Path(arguments.dstore_path)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from knn_utils.aggregate import float32_from_float16
-from knn_utils.index_files import (
+from knn_utils.distribution import float32_from_float16
+from knn_utils.faiss_files import (
     FORMAT,
     FORMAT_VERSION,
     TRAINED_NAME,

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knn_utils.aggregate import label_probability
-from knn_utils.arrow_files import Datastore, load_values
+from knn_utils.datastore import Datastore, load_values
+from knn_utils.distribution import label_probability
 from knn_utils.search import KNNSearcher
 from utils.errors import InputError, check_fraction, check_positive
 

@@ -84,7 +84,7 @@ def measure_search(keys: np.ndarray, sizes: Sizes) -> tuple[float, float]:
     """PQ look-ups per second of scanning, and hits per second of making distributions."""
     import faiss
 
-    from knn_utils.aggregate import aggregate
+    from knn_utils.distribution import aggregate
 
     random = np.random.default_rng(0)
     dim = keys.shape[1]
@@ -117,8 +117,8 @@ def measure_training(sizes: Sizes, device: Any) -> float:
     from transformers import AutoConfig
 
     from models import memory_class
-    from utils.training import MemoryWithLoss
-    from utils.training_rows import Rows
+    from training.rows import Rows
+    from training.trainer import MemoryWithLoss
 
     family = "llama" if sizes.gated else "gpt2"
     vocabulary = min(sizes.vocab, max(1024, MOST_WEIGHTS // (2 * sizes.dim)))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import flag, parse
+from utils.cli import flag, parse
 from utils.errors import InputError, command, one_line
 
 # Rows that are read for each comparison of labels, in so many blocks spread over the data.
@@ -224,7 +224,7 @@ def check_labels(path: object, opened: Opened, read: Any) -> None:
     """Compare labels that `read(start, stop)` gives with the windows', on blocks spread over the data."""
     import numpy as np
 
-    from knn_utils.row_sources import window_values
+    from training.row_sources import window_values
 
     if opened.windows is None:
         return
@@ -237,7 +237,7 @@ def check_labels(path: object, opened: Opened, read: Any) -> None:
 
 
 def open_datastore(path: str, opened: Opened) -> None:
-    from knn_utils.arrow_files import Datastore
+    from knn_utils.datastore import Datastore
 
     store = Datastore.open(path)
     opened.same_rows(path, store.rows)
@@ -249,7 +249,7 @@ def open_datastore(path: str, opened: Opened) -> None:
 
 
 def open_index(arguments: PreflightArguments, opened: Opened) -> None:
-    from knn_utils.index_files import find_index, rows_fingerprint
+    from knn_utils.faiss_files import find_index, rows_fingerprint
 
     path = arguments.index_path
     files = find_index(path)
@@ -259,7 +259,7 @@ def open_index(arguments: PreflightArguments, opened: Opened) -> None:
     opened.same_dim(path, files.record["dim"])
     opened.same_layer(path, files.record["datastore"].get("settings", {}).get("layer_position"))
     if arguments.dstore_path:
-        from knn_utils.arrow_files import Datastore
+        from knn_utils.datastore import Datastore
 
         opened.same_rows(path, files.record["rows"])
         found = rows_fingerprint(Datastore.open(arguments.dstore_path))
@@ -272,7 +272,7 @@ def open_index(arguments: PreflightArguments, opened: Opened) -> None:
 def open_targets(arguments: PreflightArguments, opened: Opened) -> None:
     import numpy as np
 
-    from knn_utils.arrow_files import KNNTargets
+    from knn_utils.datastore import KNNTargets
 
     path = arguments.knn_save_path
     targets = KNNTargets.open(path)

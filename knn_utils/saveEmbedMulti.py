@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from knn_utils.arrow_files import datastore_batch
+from knn_utils.datastore import datastore_batch
 from knn_utils.manifest import MANIFEST_NAME, plan_of, read_manifest
 from knn_utils.parts import PartedOutput, write_single_file
 from utils.distributed import decided_by_main

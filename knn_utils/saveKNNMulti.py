@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import flag, note_unused, parse, required
+from utils.cli import flag, note_unused, parse, required
 from utils.errors import InputError, check_positive, command
 
 # Rows of a part: small datastores get several parts, large ones at most so many.
@@ -85,8 +85,8 @@ class Job:
         """`TargetRows` of the datastore rows [start, stop) from their hits, (rows, k) each."""
         import numpy as np
 
-        from knn_utils.aggregate import aggregate, drop_own_row, hit_tokens
-        from knn_utils.arrow_files import TargetRows
+        from knn_utils.datastore import TargetRows
+        from knn_utils.distribution import aggregate, drop_own_row, hit_tokens
 
         start, stop = block
         if self.ignore_first and self.is_indexed:
@@ -151,8 +151,8 @@ def open_job(arguments: TargetArguments, share: tuple[int, int]) -> Job:
 
     Raises InputError where they do not.
     """
-    from knn_utils.arrow_files import Datastore, load_values
-    from knn_utils.index_files import rows_fingerprint
+    from knn_utils.datastore import Datastore, load_values
+    from knn_utils.faiss_files import rows_fingerprint
     from knn_utils.search import KNNSearcher
     from knn_utils.stored_scores import check_layer
 
@@ -210,7 +210,7 @@ def same_values(values: Any, dstore: Any) -> bool:
 
 def check_origin(arguments: TargetArguments, searcher: Any, indexed: Any, dstore: Any, fingerprint: str) -> bool:
     """Whether the queries are the indexed rows. Raises InputError where the index was built from other rows."""
-    from knn_utils.index_files import rows_fingerprint
+    from knn_utils.faiss_files import rows_fingerprint
 
     own = fingerprint if indexed is dstore else rows_fingerprint(indexed)
     record = searcher.record
@@ -261,7 +261,7 @@ def batches(job: Job, parts: list[tuple[int, int]], batch_size: int, bar: Any) -
 
 def joined(found: Iterator[Any], blocks: int, bar: Any) -> Iterator[Any]:
     """Record batches of the next `blocks` blocks, several blocks in each."""
-    from knn_utils.arrow_files import targets_batch
+    from knn_utils.datastore import targets_batch
 
     waiting: list[Any] = []
     for number in range(blocks):
@@ -277,7 +277,7 @@ def concatenate(blocks: list[Any]) -> Any:
     """One `TargetRows` of several."""
     import numpy as np
 
-    from knn_utils.arrow_files import TargetRows
+    from knn_utils.datastore import TargetRows
 
     if len(blocks) == 1:
         return blocks[0]
@@ -290,7 +290,7 @@ def save_parts(arguments: TargetArguments, job: Job, state: Any) -> int:
     from accelerate.utils import broadcast_object_list
     from tqdm import tqdm
 
-    from knn_utils.arrow_files import targets_schema
+    from knn_utils.datastore import targets_schema
     from knn_utils.parts import PartedOutput
 
     found: list[Any] = [look(arguments, job) if state.is_main_process else None]
@@ -340,7 +340,7 @@ def save_single_file(arguments: TargetArguments, job: Job) -> int:
     """Write the targets as one Arrow stream; returns the number of rows."""
     from tqdm import tqdm
 
-    from knn_utils.arrow_files import targets_schema
+    from knn_utils.datastore import targets_schema
     from knn_utils.parts import write_single_file
 
     path = Path(arguments.output_path)
@@ -381,7 +381,7 @@ def look(arguments: TargetArguments, job: Job) -> dict[str, Any]:
     Returns {"plan": parts to go on with or None, "extend": whether they are more than those there, "choice": a
     temperature that was chosen before, "settings", "has_grown"}.
     """
-    from knn_utils.index_files import rows_fingerprint
+    from knn_utils.faiss_files import rows_fingerprint
     from knn_utils.manifest import MANIFEST_NAME, plan_of, read_manifest
 
     folder = Path(arguments.output_path)
@@ -415,8 +415,8 @@ def look(arguments: TargetArguments, job: Job) -> dict[str, Any]:
 
 def choice_request(arguments: TargetArguments, job: Job) -> dict[str, Any]:
     """All that the choice of the temperature depends on."""
-    from knn_utils.arrow_files import Datastore
-    from knn_utils.index_files import rows_fingerprint
+    from knn_utils.datastore import Datastore
+    from knn_utils.faiss_files import rows_fingerprint
 
     return {
         "validation": rows_fingerprint(Datastore.open(arguments.validation_dstore_path)),

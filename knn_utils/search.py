@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from knn_utils.aggregate import float32_from_float16
-from knn_utils.index_files import Shard, faiss_reason, find_index, read_faiss
+from knn_utils.distribution import float32_from_float16
+from knn_utils.faiss_files import Shard, faiss_reason, find_index, read_faiss
 from utils.errors import InputError, one_line
 
 # Queries that go through FAISS at once on a CPU: their hits stay in the cache until they are aggregated.

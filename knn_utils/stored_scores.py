@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knn_utils.arrow_files import Datastore
+from knn_utils.datastore import Datastore
 from utils.errors import InputError
 
 ROWS_AT_A_TIME = 4096

@@ -14,8 +14,8 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from knn_utils.aggregate import label_probability
 from knn_utils.block_search import blocks_of, search_blocks
+from knn_utils.distribution import label_probability
 from knn_utils.search import BLOCK_ROWS, KNNSearcher
 from utils.errors import InputError, check_fraction, check_positive
 

@@ -28,7 +28,7 @@ def run_command(module: str, *arguments: str) -> None:
 
 def stop_after(checkpoint: str, module: str, *arguments: str) -> None:
     """Run a trainer until it has written `checkpoint`, and leave everything as it is then."""
-    from utils.training import MemoryTrainer
+    from training.trainer import MemoryTrainer
 
     save = MemoryTrainer._save
 
@@ -55,9 +55,9 @@ def shard(output: str) -> None:
     from transformers import AutoConfig
 
     from models import memory_class
+    from training.rows import Rows
+    from training.trainer import MemoryWithLoss
     from utils.distributed import whole_weights
-    from utils.training import MemoryWithLoss
-    from utils.training_rows import Rows
 
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     config = AutoConfig.from_pretrained(ROOT / "tests" / "golden" / "llama" / "memory")
@@ -124,8 +124,8 @@ def train_sharded(module: str, *arguments: str) -> None:
     import torch
     from torch.distributed.fsdp import fully_shard
 
-    from knn_utils import train_memory
-    from utils.trainer_arguments import make_accelerator
+    from training import run as train_memory
+    from training.arguments import make_accelerator
 
     class Sharding:
         """An `Accelerator` but for what it does to a model."""

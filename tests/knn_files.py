@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from knn_utils.arrow_files import datastore_batch, datastore_schema
+from knn_utils.datastore import datastore_batch, datastore_schema
 from knn_utils.manifest import plan_parts
 from knn_utils.parts import PartedOutput, write_single_file
 

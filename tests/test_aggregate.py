@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from knn_files import as_dicts, assert_same_distributions, exact_neighbours, plain_distribution
 from safetensors.numpy import load_file
 
-from knn_utils import aggregate as module
-from knn_utils.aggregate import aggregate, drop_own_row, float32_from_float16, hit_tokens, label_probability
+from knn_utils import distribution as module
+from knn_utils.distribution import aggregate, drop_own_row, float32_from_float16, hit_tokens, label_probability
 
 SETTINGS = json.loads((GOLDEN / "expected.json").read_text())["knn"]
 

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from knn_utils import arrow_files
-from knn_utils.arrow_files import (
+from knn_utils import datastore as arrow_files
+from knn_utils.datastore import (
     Datastore,
     KNNTargets,
     TargetRows,

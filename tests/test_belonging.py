@@ -12,7 +12,7 @@ import torch
 from conftest import command, make_base, refused_here
 from safetensors.torch import load_file, save_file
 
-from knn_utils.arrow_files import Datastore, KNNTargets, TargetRows, targets_batch
+from knn_utils.datastore import Datastore, KNNTargets, TargetRows, targets_batch
 from knn_utils.parts import write_single_file
 
 

@@ -11,8 +11,8 @@ import pytest
 from conftest import command, refused, refused_here
 from knn_files import DIM, exact_neighbours, random_rows, stops_at_rename, write_datastore, write_stream
 
-from knn_utils.arrow_files import Datastore
 from knn_utils.build_index import BuildArguments, choose_factory, default_names
+from knn_utils.datastore import Datastore
 from knn_utils.index_build import divide, training_sample
 from knn_utils.search import KNNSearcher
 

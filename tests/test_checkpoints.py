@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from utils import checkpoints
-from utils.checkpoints import STATE_FOLDER, Publisher
+from training.checkpoints import STATE_FOLDER, Publisher
+from training import checkpoints
 from utils.errors import InputError
 
 

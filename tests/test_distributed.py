@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, command
 
-from knn_utils.arrow_files import Datastore, KNNTargets
+from knn_utils.datastore import Datastore, KNNTargets
 
 COUNTS = (1, 2, 3)
 WINDOWS_PER_STEP = 6
@@ -243,7 +243,7 @@ def test_without_a_seed_all_processes_take_one_that_is_recorded(launched):
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_every_process_ends_every_step_once_though_windows_without_rows_are_left_out(processes):
-    from utils.training import MemoryTrainer
+    from training.trainer import MemoryTrainer
 
     rows = np.array([0, 5, 0, 0, 4, 0, 3, 2, 0, 0, 0, 1, 7])
     seen = []
@@ -262,7 +262,7 @@ def test_every_process_ends_every_step_once_though_windows_without_rows_are_left
 
 
 def test_processes_that_share_weights_make_as_many_passes_as_each_other():
-    from utils.training import MemoryTrainer
+    from training.trainer import MemoryTrainer
 
     passes = []
     for process in range(3):

@@ -94,7 +94,7 @@ def knn_flags(world, output, *more):
 
 
 def test_knn_lm_equals_the_formula_worked_out_in_full(world, tmp_path):
-    from knn_utils.arrow_files import Datastore
+    from knn_utils.datastore import Datastore
 
     command("train_base", *knn_flags(world, tmp_path, "--lmbda", 0.2, 0.6, "--knn_temp", 1, 5))
     train, test = (Datastore.open(world.dstore(split)) for split in ("train", "test"))

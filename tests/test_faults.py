@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT
 from warm import UNREADABLE, Command, kill_before, note_steps, pause_before, together
 
-from knn_utils.arrow_files import Datastore, datastore_batch
+from knn_utils.datastore import Datastore, datastore_batch
 from knn_utils.parts import write_single_file
 from utils.files import FolderLock
 
@@ -186,7 +186,7 @@ class TestFailureOfOneProcess:
 
     def test_what_only_one_other_process_finds_ends_all(self, llama_world, tmp_path):
         """NaN in rows that process 1 reads first."""
-        from utils.training_rows import epoch_order
+        from training.rows import epoch_order
 
         stage = STAGES["training"]
         llama_world.processes = 2

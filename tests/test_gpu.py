@@ -70,7 +70,7 @@ def test_fine_tuning_in_half_precision(gpu_world, tmp_path):
 def test_datastore_holds_what_the_cpu_would_write(gpu_world, tmp_path, monkeypatch):
     import numpy as np
 
-    from knn_utils.arrow_files import Datastore
+    from knn_utils.datastore import Datastore
 
     monkeypatch.setattr("utils.loading.default_device", lambda: torch.device("cpu"))
     flags = (*base_flags(gpu_world), "--save_knnlm_dstore", "--dstore_dir", tmp_path, "--output_dir", tmp_path / "tmp")
@@ -83,7 +83,7 @@ def test_datastore_holds_what_the_cpu_would_write(gpu_world, tmp_path, monkeypat
 def test_index_and_search_go_on_with_knn_gpu_whatever_faiss_this_is(gpu_world, tmp_path):
     import numpy as np
 
-    from knn_utils.arrow_files import KNNTargets
+    from knn_utils.datastore import KNNTargets
 
     store, index, targets = gpu_world.dstore("train"), tmp_path / "gpu.index", tmp_path / "targets"
     command(
@@ -126,7 +126,7 @@ def test_online_training_gives_the_losses_of_offline_training(gpu_world, tmp_pat
 
 
 def test_a_run_continues_on_the_gpu(gpu_world, tmp_path, monkeypatch, capsys):
-    from utils.training import MemoryTrainer
+    from training.trainer import MemoryTrainer
 
     flags = gpu_world.trainer(tmp_path, "--knn_dstore_path", gpu_world.dstore("train"), "--checkpointing_steps", 2)
     save = MemoryTrainer._save

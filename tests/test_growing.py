@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, command, refused_here
 
-from knn_utils.arrow_files import Datastore
+from knn_utils.datastore import Datastore
 from knn_utils.manifest import read_manifest
 from knn_utils.saveEmbedMulti import plan_parts
 

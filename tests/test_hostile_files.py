@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from knn_utils.arrow_files import (
+from knn_utils.datastore import (
     Datastore,
     KNNTargets,
     TargetRows,

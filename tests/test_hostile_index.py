@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from knn_utils.index_files import find_index, read_record, record_path
+from knn_utils.faiss_files import find_index, read_record, record_path
 from knn_utils.search import KNNSearcher
 from utils.errors import InputError
 

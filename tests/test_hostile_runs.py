@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from utils.checkpoints import latest_checkpoint, read_record, read_state
+from training.checkpoints import latest_checkpoint, read_record, read_state
 from utils.errors import InputError
 from utils.loading import load_windows
 

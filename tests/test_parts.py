@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 
 from knn_utils import part_writer
-from knn_utils.arrow_files import Datastore, datastore_batch, datastore_schema
+from knn_utils.datastore import Datastore, datastore_batch, datastore_schema
 from knn_utils.manifest import existing_part_rows, plan_parts
 from knn_utils.parts import PartedOutput, write_single_file
 from utils.errors import InputError

@@ -69,7 +69,7 @@ def flat(flags):
 
 
 def test_planned_bytes_are_those_of_real_files(llama_world):
-    from knn_utils.arrow_files import KNNTargets
+    from knn_utils.datastore import KNNTargets
 
     targets = KNNTargets.open(llama_world.targets)
     rows = targets.rows
@@ -172,7 +172,7 @@ def test_another_width_or_layer_is_refused(llama_world, capsys, tmp_path):
 
 
 def test_other_labels_are_refused(llama_world, capsys, tmp_path):
-    from knn_utils.arrow_files import Datastore, datastore_batch
+    from knn_utils.datastore import Datastore, datastore_batch
     from knn_utils.parts import write_single_file
 
     store = Datastore.open(llama_world.dstore("train"))

@@ -22,8 +22,8 @@ from knn_files import (
 )
 from safetensors.numpy import load_file
 
-from knn_utils.arrow_files import Datastore, KNNTargets
 from knn_utils.block_search import blocks_of
+from knn_utils.datastore import Datastore, KNNTargets
 from knn_utils.saveKNNMulti import plan_parts_of
 from knn_utils.search import KNNSearcher
 from knn_utils.temperature import choose_temperature

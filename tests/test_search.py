@@ -10,8 +10,8 @@ import pytest
 from knn_files import DIM, exact_neighbours, random_rows, write_datastore
 
 from knn_utils import search
-from knn_utils.arrow_files import Datastore
 from knn_utils.block_search import in_order
+from knn_utils.datastore import Datastore
 from knn_utils.search import BLOCK_ROWS, KNNSearcher, merge, order_ties, rank_exactly
 from utils.errors import InputError
 

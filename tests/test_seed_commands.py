@@ -149,7 +149,7 @@ def make_long_base(family: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_command_of_the_seed_does_its_job(family, tmp_path, capsys, monkeypatch):
-    from knn_utils.arrow_files import Datastore, KNNTargets
+    from knn_utils.datastore import Datastore, KNNTargets
     from models import load_memory
     from utils.loading import load_windows
 
@@ -270,8 +270,8 @@ def dataclasses_of(name: str) -> list[type]:
         "train_base": [("train_base", kind) for kind in ("ModelArguments", "DataArguments", "KNNArguments")],
         "build_index": [("knn_utils.build_index", "BuildArguments")],
         "saveKNNMulti": [("knn_utils.saveKNNMulti", "TargetArguments")],
-        "trainers": [("utils.trainer_arguments", "TrainerArguments")],
-        "ours": [("utils.trainer_arguments", "TrainerArguments")],
+        "trainers": [("training.arguments", "TrainerArguments")],
+        "ours": [("training.arguments", "TrainerArguments")],
         "offline": [("train_mlpmem_offline", "OfflineArguments")],
         "evaluate_joint": [("evaluate_joint", "JointArguments")],
         "eval_qa": [("downstream.eval_qa", "QAArguments"), ("downstream.model", "ModelArguments")],
@@ -291,7 +291,7 @@ def test_defaults_are_those_of_the_original(name):
 
 @pytest.mark.parametrize("name", KEPT)
 def test_flags_of_the_original_are_accepted(name):
-    from utils.arguments import make_parser
+    from utils.cli import make_parser
 
     known = make_parser(dataclasses_of(name), name)._option_string_actions
     assert [flag for flag in KEPT[name].split() if flag not in known] == []
@@ -398,7 +398,7 @@ def test_training_reads_the_files_of_the_original(llama_world, tmp_path):
     """One Arrow stream as datastore, `datasets` windows of another maker, several target shards, a .pkl name."""
     import datasets
 
-    from knn_utils.arrow_files import Datastore, KNNTargets, datastore_batch, load_values, targets_batch
+    from knn_utils.datastore import Datastore, KNNTargets, datastore_batch, load_values, targets_batch
     from knn_utils.parts import write_single_file
 
     world = llama_world

@@ -15,9 +15,9 @@ import pytest
 import torch
 from conftest import ROOT, command, refused, refused_here, run
 
-from knn_utils.arrow_files import Datastore, datastore_batch
+from knn_utils.datastore import Datastore, datastore_batch
 from knn_utils.parts import write_single_file
-from utils.training_rows import epoch_order
+from training.rows import epoch_order
 
 
 def record(folder):

@@ -23,8 +23,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("torch", "torch.distributed", "transformers.models.llama.modeling_llama", "accelerate", "datasets"),
-        *("matplotlib.figure", "knn_utils.train_memory", "knn_utils.saveKNNMulti", "knn_utils.index_build"),
-        *("knn_utils.row_sources", "utils.training", "utils.text_files", "models.mlpLlama", "train_base", "faiss"),
+        *("matplotlib.figure", "training.run", "knn_utils.saveKNNMulti", "knn_utils.index_build"),
+        *("training.row_sources", "training.trainer", "utils.text_files", "models.mlpLlama", "train_base", "faiss"),
     ]
 )
 # Calls that change what is on disk for good; a kill before the n-th of them hits each gap between two.

@@ -23,7 +23,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.arguments import flag, parse, required
+from utils.cli import flag, parse, required
 from utils.errors import InputError, check_fraction, command
 from utils.files import TEMPORARY_PREFIX, FolderLock, atomic_folder, ensure_folder, read_json, sha256_file, write_json
 

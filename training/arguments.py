@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import flag, note_unused
+from utils.cli import flag, note_unused
 from utils.errors import InputError, check_fraction, check_positive, one_line
 
 
@@ -127,8 +127,8 @@ class TrainerArguments:
 
 def previous_run(arguments: TrainerArguments) -> dict[str, Any]:
     """What is recorded of the run that is to be continued: by --resume_from_checkpoint, else in the output folder."""
-    from utils.checkpoints import names_checkpoint, read_record, trainer_state
-    from utils.training import RECORD
+    from training.checkpoints import names_checkpoint, read_record, trainer_state
+    from training.trainer import RECORD
 
     record = Path(arguments.output_dir) / RECORD
     if names_checkpoint(arguments.resume_from_checkpoint):
@@ -245,7 +245,7 @@ def build_memory(arguments: TrainerArguments, config: Any, base: Any, scale: Cal
 
 def training_settings(arguments: TrainerArguments, seed: int, memory_subfolder: str = "") -> Any:
     """The training core's settings from the flags."""
-    from utils.training import TrainingSettings
+    from training.trainer import TrainingSettings
 
     shared = {name for name in TrainingSettings.__dataclass_fields__ if hasattr(arguments, name)}
     values = {name: getattr(arguments, name) for name in shared} | {"seed": seed, "memory_subfolder": memory_subfolder}

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.cal_loss import fused_linear_distillation_loss
-from utils.checkpoints import (
+from training.checkpoints import (
     STATE_FOLDER,
     Publisher,
     checkpoint_name,
@@ -39,12 +38,13 @@ from utils.checkpoints import (
     read_state,
     trainer_state,
 )
+from training.rows import Rows, RowSource, epoch_order
+from utils.cal_loss import fused_linear_distillation_loss
 from utils.direct_gradients import gradients_in_place
 from utils.distributed import is_sharded, whole_weights
 from utils.errors import InputError
 from utils.files import FolderLock, ensure_folder, remove_temporary, write_json
 from utils.loading import say
-from utils.training_rows import Rows, RowSource, epoch_order
 
 RECORD = "training.json"
 

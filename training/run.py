@@ -11,6 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from training.arguments import (
+    TrainerArguments,
+    build_memory,
+    draw_seed,
+    make_accelerator,
+    memory_config,
+    training_settings,
+)
 from utils.errors import InputError, one_line
 from utils.loading import (
     from_pretrained,
@@ -21,14 +29,6 @@ from utils.loading import (
     resolve_dtype,
     say,
     windows_fingerprint,
-)
-from utils.trainer_arguments import (
-    TrainerArguments,
-    build_memory,
-    draw_seed,
-    make_accelerator,
-    memory_config,
-    training_settings,
 )
 
 
@@ -77,9 +77,9 @@ def train_memory(
     """Open everything, check that it belongs together, build the memory, train it. Returns the run's record."""
     from transformers import AutoConfig, set_seed
 
-    from knn_utils.validation import make_validation
     from models import memory_class
-    from utils.training import MemoryTrainer
+    from training.trainer import MemoryTrainer
+    from training.validation import make_validation
 
     quiet_libraries()
     windows = load_windows(arguments.dataset_name, arguments.dataset_split_name)

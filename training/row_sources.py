@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from knn_utils.arrow_files import Datastore, KNNTargets, TargetRows
+from knn_utils.datastore import Datastore, KNNTargets, TargetRows
 from knn_utils.saveEmbedMulti import count_rows
+from training.rows import Rows
 from utils.errors import InputError
 from utils.evaluation import predicted_positions
 from utils.loading import model_fingerprint
-from utils.training_rows import Rows
 
 CHECKED_ROWS = 1 << 22
 

@@ -1,0 +1,1 @@
+"""Training a memory: settings, rows, the loop, validation and checkpoints of both trainers."""
