@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from training.checkpoints import STATE_FOLDER, Publisher
 from training import checkpoints
+from training.checkpoints import STATE_FOLDER, Publisher
 from utils.errors import InputError
 
 
