@@ -1,8 +1,10 @@
-"""The files around the code agree with each other: launch configurations, versions, environment, licences."""
+"""The house: which room may import which, no circles, no long file; and the files around the code agree with it."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,116 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "accelerate_config").glob("*.yaml"))
 BLOCKS = {"gpt2": "GPT2MLPBlock", "llama_7B": "LlamaMLPBlock", "mistral_7B": "MistralMLPBlock"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+pytestmark = pytest.mark.unit
+# A room's imports run downward only: the rooms that each may import, beside itself.
+FLOORS = {
+    "models": set(),
+    "utils": {"models"},
+    "knn_utils": {"models", "utils"},
+    "training": {"models", "utils", "knn_utils"},
+    "downstream": {"models", "utils", "knn_utils"},
+    "demo": {"models", "utils", "knn_utils"},
+}
+ENTRIES = ("train_base", "train_mlpmem_offline", "train_mlpmem_online", "evaluate_joint")
+LONGEST_FILE = 450
+
+
+def product_files() -> list[Path]:
+    """The product's Python and shell files: everything but tests and benchmarks."""
+    rooms = [path for room in (*FLOORS, "scripts") for path in (ROOT / room).rglob("*.*")]
+    return [path for path in (*rooms, *ROOT.glob("*.py")) if path.suffix in (".py", ".sh")]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path: Path) -> Iterator[tuple[str, bool]]:
+    """(module of the project, whether the import is relative) of each import in a file, those in functions too.
+
+    What only type checkers read does not count.
+    """
+    modules = {module_name(each) for each in product_files() if each.suffix == ".py"}
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = module_name(path).split(".")
+            package = package if path.name == "__init__.py" else package[:-1]
+            above = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            origin = ".".join(filter(None, (above, node.module)))
+            submodules = [f"{origin}.{alias.name}" for alias in node.names]
+            found = [each if each in modules else origin for each in submodules]
+        else:
+            continue
+        for module in sorted(set(found)):
+            if module in modules:
+                yield module, isinstance(node, ast.ImportFrom) and node.level > 0
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_a_room_imports_only_the_rooms_below_it(room):
+    allowed = FLOORS[room] | {room}
+    upward = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in sorted((ROOT / room).rglob("*.py"))
+        for module, _ in imported_modules(path)
+        if module.split(".")[0] not in allowed
+    ]
+    assert upward == []
+
+
+def test_no_room_imports_an_entry_script():
+    files = [path for path in product_files() if path.suffix == ".py" and path.parent != ROOT]
+    assert not {module for path in files for module, _ in imported_modules(path)} & set(ENTRIES)
+
+
+def test_the_modules_of_models_import_each_other_relatively():
+    absolute = [
+        f"{path.name} imports {module}"
+        for path in sorted((ROOT / "models").glob("*.py"))
+        for module, relative in imported_modules(path)
+        if not relative
+    ]
+    assert absolute == []
+
+
+def test_there_is_no_circle_of_imports():
+    files = [path for path in product_files() if path.suffix == ".py"]
+    waits_for = {module_name(path): {module for module, _ in imported_modules(path)} for path in files}
+    while free := [module for module, others in waits_for.items() if not others & waits_for.keys() - {module}]:
+        for module in free:
+            del waits_for[module]
+    assert waits_for == {}
+
+
+def test_no_file_of_the_product_is_long():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in product_files()}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def test_the_trainer_stands_on_few_files():
+    """What must be read to change the loss, the memory's block or the kNN distribution."""
+    found, waiting = set(), ["train_mlpmem_offline"]
+    homes = {module_name(path): path for path in product_files() if path.suffix == ".py"}
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found.add(module)
+            waiting += [each for each, _ in imported_modules(homes[module])]
+    lines = sum(len(homes[module].read_text().splitlines()) for module in found)
+    assert len(found) <= 22 and lines <= 3900, (len(found), lines, sorted(found))
 
 
 def requirements(*extras: str) -> list[Requirement]:
