@@ -9,7 +9,7 @@ from utils.errors import InputError
 STAGE = "start"
 PACKAGES = (".", "utils", "knn_utils", "downstream", "demo", "benchmarks")
 # Not commands for people: they run what another command hands them.
-INNER = ("benchmarks.one", "benchmarks.memory", "benchmarks.index_memory")
+INNER = ("benchmarks.one", "benchmarks.memory")
 IMPORTS = (
     "import torch, datasets, transformers.modeling_utils; from transformers import AutoModelForCausalLM, AutoTokenizer"
 )

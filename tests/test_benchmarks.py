@@ -107,21 +107,6 @@ def test_unknown_stages_numbers_pages_and_missing_results_are_refused(inputs, tm
     assert str(nothing / "results.json") in told
 
 
-def test_ways_of_aggregating_hits_agree_and_are_listed():
-    small = ("--rows", 70, "--k", 16, "--vocab", 50, "--block_rows", 32, "--repeats", 1)
-    lines = run("-m", "benchmarks.aggregation_variants", *small).stdout.splitlines()
-    for name in (
-        "one sort of packed keys",
-        "numpy: unique",
-        "numpy: argsort",
-        "torch: sort",
-        "torch: dense",
-        "pyarrow",
-    ):
-        assert sum(line.startswith(name) for line in lines) == 1
-    assert "--zipf 1" in refused("-m", "benchmarks.aggregation_variants", "--zipf", 1)
-
-
 @pytest.mark.slow
 def test_scaling_measures_each_size_once_and_draws_it(inputs, tmp_path):
     words = ["-m", "benchmarks.scaling", "--sizes", 127, *flags(inputs, tmp_path, stride=64)]

@@ -300,31 +300,3 @@ def test_a_sharded_memory_has_the_losses_and_gradients_of_a_whole_one(launched):
     assert found["gradient"] <= 1e-5 * max(found["largest"], 1.0)
     assert found["weight"] <= 1e-5 and found["logits"] <= 1e-5
     assert 0.4 < found["kept"] < 0.6
-
-
-def test_the_comparison_of_process_counts_finds_what_differs():
-    from benchmarks.process_counts import compare, table
-
-    one = {
-        **{"rows": 3, "target_rows": 3, "shards": 1, "datastore": "a" * 64, "targets": "b" * 64},
-        **{"losses": [{"loss": 2.0, "kl": 1.0, "ce": 3.0}], "validation": [{"joint_perplexity": 9.0}]},
-        **{
-            "base": {"tokens": 5, "perplexity": 8.0},
-            "joint": {"tokens": 5, "perplexity": 7.0},
-            "seconds": {"base": 1.0},
-        },
-    }
-    near = one | {"shards": 2, "losses": [{"loss": 2.0, "kl": 1.00001, "ce": 3.0}]}
-    found = compare({1: one, 2: near})
-    assert found["same"] and found["loss_difference"] == pytest.approx(1e-5)
-    assert table({1: one, 2: near}, found).endswith("the same")
-    for other in (
-        {"datastore": "c" * 64},
-        {"target_rows": 4},
-        {"losses": [{"loss": 2.001, "kl": 1.0, "ce": 3.0}]},
-        {"joint": {"tokens": 6, "perplexity": 7.0}},
-        {"base": {"tokens": 5, "perplexity": 8.001}},
-    ):
-        found = compare({1: one, 3: one | other})
-        assert not found["same"], other
-        assert table({1: one, 3: one | other}, found).endswith("NOT the same")
