@@ -116,8 +116,9 @@ def evaluate(arguments: JointArguments, lmbda: list[float], knn_temp: list[float
 
 def rows(arguments: JointArguments, windows: Any, memory: Any, dtype: Any) -> Iterator[tuple[Any, Any, Any]]:
     """(hidden states, base log-probabilities, labels) by batch: from the base, or from a stored datastore."""
+    from utils.base_model import load_base, load_tokenizer
     from utils.evaluation import Scorer, check_token_ids
-    from utils.loading import check_pair, load_base, load_tokenizer
+    from utils.loading import check_pair
 
     if arguments.dstore_path:
         from knn_utils.stored_scores import stored_rows

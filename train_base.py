@@ -92,7 +92,8 @@ def main() -> None:
 
         knn.lmbda, knn.knn_temp = chosen(knn.choose_on)
     check_arguments(model, data, knn, training)
-    from utils.loading import load_base, load_tokenizer, load_windows, quiet_libraries, resolve_dtype
+    from utils.base_model import load_base, load_tokenizer
+    from utils.loading import load_windows, quiet_libraries, resolve_dtype
 
     quiet_libraries()
     windows = load_windows(data.dataset_name, data.eval_subset) if wants_evaluation(knn, training) else None

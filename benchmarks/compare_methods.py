@@ -118,7 +118,7 @@ class Bench:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        from utils.loading import load_tokenizer
+        from utils.base_model import load_tokenizer
 
         return load_tokenizer(self.work.model, required=True)
 
@@ -131,7 +131,8 @@ class Bench:
         return self.work.articles()
 
     def load_base(self, dtype: str | None = None) -> Any:
-        from utils.loading import load_base, resolve_dtype
+        from utils.base_model import load_base
+        from utils.loading import resolve_dtype
 
         return load_base(self.work.model, tokenizer=self.tokenizer, dtype=resolve_dtype(dtype or self.work.dtype))
 

@@ -93,7 +93,8 @@ class Setting:
         return load_windows(self.windows_path, split)
 
     def base(self, dtype: str = "float32") -> Any:
-        from utils.loading import load_base, load_tokenizer, quiet_libraries, resolve_dtype
+        from utils.base_model import load_base, load_tokenizer
+        from utils.loading import quiet_libraries, resolve_dtype
 
         quiet_libraries()
         base = load_base(
@@ -116,7 +117,7 @@ class Setting:
         from transformers import AutoConfig
 
         from models.stack import memory_config
-        from utils.loading import load_tokenizer
+        from utils.base_model import load_tokenizer
 
         config = memory_config(AutoConfig.from_pretrained(self.model), self.memory_layers)
         tokenizer = load_tokenizer(self.model)
@@ -240,8 +241,8 @@ def make_windows(setting: Setting) -> None:
     import datasets
     import numpy as np
 
+    from utils.base_model import load_tokenizer
     from utils.files import atomic_folder
-    from utils.loading import load_tokenizer
     from utils.windows import WindowSizes, windows_of_split
 
     tokenizer = load_tokenizer(setting.model, required=True)

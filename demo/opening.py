@@ -156,7 +156,8 @@ def open_pair(pair: Pair, arguments: PairArguments) -> tuple[Any, Any]:
     Raises:
         InputError: no model, tokenizer or memory where `pair` says, or a memory of another base.
     """
-    from utils.loading import load_base, load_tokenizer, open_memory_of, quiet_libraries, resolve_dtype
+    from utils.base_model import load_base, load_tokenizer
+    from utils.loading import open_memory_of, quiet_libraries, resolve_dtype
 
     quiet_libraries()
     dtype = resolve_dtype(arguments.torch_dtype)

@@ -78,7 +78,8 @@ def open_model(arguments: ModelArguments) -> tuple[Any, Any]:
     Raises:
         InputError: no model, no tokenizer or no memory there, or a memory of another base.
     """
-    from utils.loading import load_base, load_tokenizer, open_memory_of, quiet_libraries, say
+    from utils.base_model import load_base, load_tokenizer
+    from utils.loading import open_memory_of, quiet_libraries, say
 
     quiet_libraries()
     path = arguments.model_name_or_path

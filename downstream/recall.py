@@ -118,8 +118,9 @@ def main() -> None:
     check_grid([arguments.lmbda], [arguments.knn_temp])
     for name in ("max_cases", "answer_words", "batch_size"):
         check_positive(f"--{name}", getattr(arguments, name))
+    from utils.base_model import load_base, load_tokenizer
     from utils.evaluation import write_results
-    from utils.loading import load_base, load_tokenizer, open_memory_of, quiet_libraries, resolve_dtype, say
+    from utils.loading import open_memory_of, quiet_libraries, resolve_dtype, say
 
     started = time.time()
     quiet_libraries()

@@ -42,7 +42,7 @@ def measure_rates(model: str, sizes: Sizes, folder: str | Path, trust_remote_cod
     import torch
 
     from models.capture import hidden_states
-    from utils.loading import load_base, load_tokenizer
+    from utils.base_model import load_base, load_tokenizer
 
     remote = {"trust_remote_code": trust_remote_code}
     base = load_base(model, tokenizer=load_tokenizer(model, **remote), **remote)

@@ -181,7 +181,7 @@ def open_files(arguments: PreflightArguments) -> Opened:
 def open_model(path: str, opened: Opened, trust_remote_code: bool) -> None:
     from transformers import AutoConfig
 
-    from utils.loading import from_pretrained, load_tokenizer
+    from utils.base_model import from_pretrained, load_tokenizer
 
     remote = {"trust_remote_code": trust_remote_code}
     config = from_pretrained(AutoConfig.from_pretrained, path, "--model_name_or_path", **remote)

@@ -442,7 +442,7 @@ def test_a_memory_for_another_base_is_refused(saved, tmp_path, family, changes, 
 
 @pytest.fixture(scope="module")
 def opened(llama_world):
-    from utils.loading import load_base, load_tokenizer
+    from utils.base_model import load_base, load_tokenizer
 
     tokenizer = load_tokenizer(llama_world.base, required=True)
     base = load_base(llama_world.base, tokenizer=tokenizer)

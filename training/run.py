@@ -19,17 +19,9 @@ from training.arguments import (
     memory_config,
     training_settings,
 )
+from utils.base_model import from_pretrained, load_base, load_tokenizer
 from utils.errors import InputError, one_line
-from utils.loading import (
-    from_pretrained,
-    load_base,
-    load_tokenizer,
-    load_windows,
-    quiet_libraries,
-    resolve_dtype,
-    say,
-    windows_fingerprint,
-)
+from utils.loading import load_windows, quiet_libraries, resolve_dtype, say, windows_fingerprint
 
 
 @dataclass

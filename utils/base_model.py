@@ -1,16 +1,24 @@
-"""The base model of a command, said once: its flags, and opening it.
+"""The base model of a command: its flags, and opening it and its tokenizer.
 
-Every command that needs a base has a dataclass that inherits `BaseArguments`. Imports no torch, so that `--help`
-answers at once.
+Every command that needs a base has a dataclass that inherits `BaseArguments`. Torch is imported only when something is
+opened, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from utils.cli import flag
-from utils.errors import InputError
+from utils.errors import InputError, one_line
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json"),
+    *("tokenizer.model", "spiece.model", "vocab.txt"),
+)
 
 
 @dataclass
@@ -40,15 +48,11 @@ class BaseArguments:
 
     def open_tokenizer(self, *, required: bool = False) -> Any:
         """The base's tokenizer; None where it has none and it is not `required`."""
-        from utils.loading import load_tokenizer
-
         path = self.tokenizer_name or self.require_base()
         return load_tokenizer(path, required=required, trust_remote_code=self.trust_remote_code)
 
     def open_base(self, tokenizer: Any = None, *, dtype: Any = None, device: Any = None, **options: Any) -> Any:
         """The base in evaluation mode, its embeddings resized to `tokenizer`; `options` are `load_base`'s others."""
-        from utils.loading import load_base
-
         return load_base(
             self.require_base(),
             tokenizer=tokenizer,
@@ -68,3 +72,135 @@ class BaseArguments:
         return open_memory_of(
             base, path, layer_position=self.layer_position, dtype=self.dtype() if dtype is None else dtype
         )
+
+
+def load_tokenizer(path: str | os.PathLike, *, required: bool = False, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in folder or hub repository `path`; None if there is none and it is not `required`."""
+    from transformers import AutoTokenizer
+
+    folder = Path(path)
+    problem = f"holds no tokenizer (expected {' or '.join(TOKENIZER_FILES[:2])})"
+    if not folder.is_dir() or any((folder / name).exists() for name in TOKENIZER_FILES):
+        try:
+            return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        except Exception as error:
+            problem = f"no tokenizer could be loaded ({one_line(error, 200)})"
+    if required:
+        raise InputError(f"{path}: {problem}")
+    return None
+
+
+def from_pretrained(call: Callable[..., Any], path: str | os.PathLike, flag: str, **options: Any) -> Any:
+    """Call a library's loader; anything it raises about `path` becomes one line naming `flag`."""
+    import torch
+
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise InputError(f"{flag} {path}: is a file, expected a model folder or hub name")
+    if os.path.isdir(path) and not (Path(path) / "config.json").exists():
+        raise InputError(f"{flag} {path}: holds no config.json, expected a model folder or hub name")
+    try:
+        return call(str(path), **options)
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"{flag} {path}: does not fit in memory ({one_line(error, 160)})") from None
+    except Exception as error:
+        known = isinstance(error, (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError))
+        if not known and not type(error).__module__.startswith(("safetensors", "huggingface_hub", "httpx", "requests")):
+            raise
+        if "trust_remote_code" in str(error) and not options.get("trust_remote_code"):
+            raise InputError(
+                f"{flag} {path}: comes with code of its own, which is not run; give --trust_remote_code if you trust it"
+            ) from None
+        # Libraries say of a file that may not be read that it is not there.
+        closed = [file for file in Path(path).glob("*") if not os.access(file, os.R_OK)]
+        if closed:
+            raise InputError(f"{flag} {closed[0]}: cannot be read (permission denied); check its permissions") from None
+        raise InputError(
+            f"{flag} {path}: cannot be loaded as a causal language model ({one_line(error, 240)})"
+        ) from None
+
+
+def load_base(
+    path: str | os.PathLike,
+    *,
+    tokenizer: Any = None,
+    dtype: Any = None,
+    device: Any = None,
+    device_map: str | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    config_name: str | None = None,
+    from_scratch: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The base language model, in evaluation mode, embeddings resized to the tokenizer's length.
+
+    Args:
+        path: folder or hub name of any decoder that `AutoModelForCausalLM` loads.
+        tokenizer: when given and its length differs from the embeddings, the base is resized and that is said.
+        dtype: the weights' dtype, float32 by default. Quantised bases keep it as their compute dtype.
+        device: where to put it; `device_map` (accelerate's placement over several devices) overrides it.
+        config_name: config to use in place of the checkpoint's.
+        from_scratch: random weights from the config instead of the checkpoint's.
+
+    Raises:
+        InputError: `path` is not a causal language model, or a quantisation library is missing.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from utils.allocator import keep_freed_memory
+    from utils.loading import default_device
+
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    dtype = dtype or torch.float32
+    remote = {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype, **remote}
+    if device_map:
+        options["device_map"] = device_map
+    if load_in_4bit or load_in_8bit:
+        options["quantization_config"] = _quantization(load_in_4bit, load_in_8bit, dtype)
+        options.setdefault("device_map", {"": default_device()})
+    if config_name:
+        options["config"] = from_pretrained(AutoConfig.from_pretrained, config_name, "--config_name", **remote)
+    if from_scratch:
+        config = options.get("config")
+        config = config or from_pretrained(AutoConfig.from_pretrained, path, "--model_name_or_path", **remote)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
+    else:
+        load = AutoModelForCausalLM.from_pretrained
+        model, info = from_pretrained(load, path, "--model_name_or_path", output_loading_info=True, **options)
+        missing = sorted(info.get("missing_keys") or ())
+        if missing:
+            raise InputError(
+                f"--model_name_or_path {path}: the checkpoint lacks {len(missing)} weights ({missing[0]}, …), "
+                "expected a complete causal language model"
+            )
+    if tokenizer is not None:
+        resize_to_tokenizer(model, tokenizer, path)
+    if "device_map" not in options:
+        model.to(device if device is not None else default_device())
+    return model.eval()
+
+
+def resize_to_tokenizer(model: Any, tokenizer: Any, path: object) -> None:
+    """Resize `model`'s embeddings to `len(tokenizer)` as the original does everywhere; says so when it does."""
+    from utils.loading import say
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows != len(tokenizer):
+        verb = "cut" if rows > len(tokenizer) else "grown"
+        say(f"{path}: vocabulary of {rows} {verb} to the tokenizer's {len(tokenizer)} tokens")
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def _quantization(four: bool, eight: bool, dtype: Any) -> Any:
+    from importlib.util import find_spec
+
+    if four and eight:
+        raise InputError("--load_in_4bit and --load_in_8bit: expected one of them")
+    if find_spec("bitsandbytes") is None:
+        raise InputError("--load_in_4bit/--load_in_8bit: need the package bitsandbytes; pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=eight, bnb_4bit_compute_dtype=dtype)

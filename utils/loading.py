@@ -1,7 +1,4 @@
-"""Opening what a stage reads: the base model, its tokenizer, the windows. Each failure is one clear line.
-
-Knows nothing of datastores, FAISS or command lines.
-"""
+"""Opening what a stage reads besides the base: windows and memories; devices and dtypes; what a command says."""
 
 from __future__ import annotations
 
@@ -9,24 +6,14 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils.allocator import keep_freed_memory
 from utils.errors import InputError, one_line
 
 WINDOW_COLUMNS = ("input_ids", "labels", "attention_mask", "dstore_range")
-DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def say(text: str) -> None:
@@ -56,7 +43,7 @@ def resolve_dtype(name: str | None, *, bf16: bool = False, fp16: bool = False) -
         return fastest_dtype(default_device())
     if name not in DTYPES:
         raise InputError(f"--torch_dtype {name}: expected one of auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return getattr(torch, name)
 
 
 def default_device() -> torch.device:
@@ -95,150 +82,6 @@ def _timed_dtype() -> torch.dtype:
             times.append(time.perf_counter() - start)
         seconds[dtype] = min(times)
     return torch.bfloat16 if seconds[torch.bfloat16] * 1.2 < seconds[torch.float32] else torch.float32
-
-
-def load_tokenizer(path: str | os.PathLike, *, required: bool = False, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in folder or hub repository `path`; None if there is none and it is not `required`."""
-    from transformers import AutoTokenizer
-
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
-        if required:
-            raise InputError(f"{path}: holds no tokenizer (expected {' or '.join(TOKENIZER_FILES[:2])})")
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        if required:
-            raise InputError(f"{path}: no tokenizer could be loaded ({one_line(error, 200)})") from None
-        return None
-
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.txt",
-)
-
-
-def from_pretrained(call: Callable[..., Any], path: str | os.PathLike, flag: str, **options: Any) -> Any:
-    """Call a library's loader; anything it raises about `path` becomes one line naming `flag`."""
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise InputError(f"{flag} {path}: is a file, expected a model folder or hub name")
-    if os.path.isdir(path) and not (Path(path) / "config.json").exists():
-        raise InputError(f"{flag} {path}: holds no config.json, expected a model folder or hub name")
-    try:
-        return call(str(path), **options)
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"{flag} {path}: does not fit in memory ({one_line(error, 160)})") from None
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
-        if "trust_remote_code" in str(error) and not options.get("trust_remote_code"):
-            raise InputError(
-                f"{flag} {path}: comes with code of its own, which is not run; give --trust_remote_code if you trust it"
-            ) from None
-        # Libraries say of a file that may not be read that it is not there.
-        closed = [file for file in Path(path).glob("*") if not os.access(file, os.R_OK)]
-        if closed:
-            raise InputError(f"{flag} {closed[0]}: cannot be read (permission denied); check its permissions") from None
-        raise InputError(
-            f"{flag} {path}: cannot be loaded as a causal language model ({one_line(error, 240)})"
-        ) from None
-    except Exception as error:
-        if type(error).__module__.startswith(("safetensors", "huggingface_hub", "httpx", "requests")):
-            raise InputError(f"{flag} {path}: cannot be loaded ({one_line(error, 240)})") from None
-        raise
-
-
-def load_base(
-    path: str | os.PathLike,
-    *,
-    tokenizer: Any = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    device_map: str | None = None,
-    load_in_4bit: bool = False,
-    load_in_8bit: bool = False,
-    config_name: str | None = None,
-    from_scratch: bool = False,
-    trust_remote_code: bool = False,
-) -> Any:
-    """The base language model, in evaluation mode, embeddings resized to the tokenizer's length.
-
-    Args:
-        path: folder or hub name of any decoder that `AutoModelForCausalLM` loads.
-        tokenizer: when given and its length differs from the embeddings, the base is resized and that is said.
-        dtype: the weights' dtype. Quantised bases keep it as their compute dtype.
-        device: where to put it; `device_map` (accelerate's placement over several devices) overrides it.
-        from_scratch: random weights from the config instead of the checkpoint's.
-
-    Raises:
-        InputError: `path` is not a causal language model, or a quantisation library is missing.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if not torch.cuda.is_available():
-        keep_freed_memory()
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    if device_map:
-        options["device_map"] = device_map
-    if load_in_4bit or load_in_8bit:
-        options["quantization_config"] = _quantization(load_in_4bit, load_in_8bit, dtype)
-        options.setdefault("device_map", {"": default_device()})
-    if config_name:
-        options["config"] = from_pretrained(
-            AutoConfig.from_pretrained, config_name, "--config_name", trust_remote_code=trust_remote_code
-        )
-    if from_scratch:
-        config = options.get("config") or from_pretrained(
-            AutoConfig.from_pretrained, path, "--model_name_or_path", trust_remote_code=trust_remote_code
-        )
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    else:
-        model = from_pretrained(
-            AutoModelForCausalLM.from_pretrained,
-            path,
-            "--model_name_or_path",
-            output_loading_info=True,
-            **options,
-        )
-        model, info = model
-        missing = sorted(info.get("missing_keys") or ())
-        if missing:
-            raise InputError(
-                f"--model_name_or_path {path}: the checkpoint lacks {len(missing)} weights ({missing[0]}, …), "
-                "expected a complete causal language model"
-            )
-    if tokenizer is not None:
-        resize_to_tokenizer(model, tokenizer, path)
-    if device_map is None and not (load_in_4bit or load_in_8bit):
-        model.to(device if device is not None else default_device())
-    return model.eval()
-
-
-def resize_to_tokenizer(model: Any, tokenizer: Any, path: object) -> None:
-    """Resize `model`'s embeddings to `len(tokenizer)` as the original does everywhere; says so when it does."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows != len(tokenizer):
-        verb = "cut" if rows > len(tokenizer) else "grown"
-        say(f"{path}: vocabulary of {rows} {verb} to the tokenizer's {len(tokenizer)} tokens")
-        model.resize_token_embeddings(len(tokenizer))
-
-
-def _quantization(four: bool, eight: bool, dtype: torch.dtype) -> Any:
-    if four and eight:
-        raise InputError("--load_in_4bit and --load_in_8bit: expected one of them")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "--load_in_4bit/--load_in_8bit: need the package bitsandbytes; pip install bitsandbytes"
-        ) from None
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=eight, bnb_4bit_compute_dtype=dtype)
 
 
 def load_windows(path: str | os.PathLike, split: str) -> Any:

@@ -385,7 +385,8 @@ def main() -> None:
     (arguments,) = parse(Arguments, description="Tokenize text and cut it into windows.")
     check_arguments(arguments)
 
-    from utils.loading import load_tokenizer, quiet_libraries, say
+    from utils.base_model import load_tokenizer
+    from utils.loading import quiet_libraries, say
     from utils.windows import WindowSizes
 
     sizes = WindowSizes(arguments.block_size, arguments.stride, arguments.padding_index).check()
