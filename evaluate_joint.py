@@ -121,9 +121,14 @@ def rows(arguments: JointArguments, windows: Any, memory: Any, dtype: Any) -> It
     from utils.loading import check_pair
 
     if arguments.dstore_path:
-        from knn_utils.stored_scores import stored_rows
+        from knn_utils.datastore import count_rows, open_scored_datastore, stored_rows
 
-        return stored_rows(arguments.dstore_path, windows, arguments.layer_position, dim=memory.input_dim)
+        expected = int(count_rows(windows).sum())
+        return stored_rows(
+            open_scored_datastore(
+                arguments.dstore_path, rows=expected, dim=memory.input_dim, layer_position=arguments.layer_position
+            )
+        )
     base = load_base(
         arguments.model_name_or_path,
         tokenizer=load_tokenizer(

@@ -283,9 +283,10 @@ def scored_rows(
     from utils.evaluation import Scorer, check_token_ids
 
     if knn.dstore_path:
-        from knn_utils.stored_scores import stored_rows
+        from knn_utils.datastore import count_rows, open_scored_datastore, stored_rows
 
-        return stored_rows(knn.dstore_path, windows, model.layer_position)
+        expected = int(count_rows(windows).sum())
+        return stored_rows(open_scored_datastore(knn.dstore_path, rows=expected, layer_position=model.layer_position))
     check_token_ids(windows, base.get_input_embeddings().weight.shape[0], data.dataset_name)
     scorer = Scorer(base, model.layer_position)
     return scorer.batches(windows, training.per_device_eval_batch_size, description=f"score {data.eval_subset}")

@@ -21,7 +21,8 @@ WINDOWS, BATCH = 4, 2
 def measure(setting: Setting) -> list[Row]:
     import torch
 
-    from knn_utils.saveEmbedMulti import count_rows, save_datastore
+    from knn_utils.datastore import count_rows
+    from knn_utils.saveEmbedMulti import save_datastore
     from utils.evaluation import window_batches
 
     windows = setting.windows()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from knn_utils.datastore import Datastore
+from knn_utils.datastore import Datastore, check_belongs, count_rows
 from knn_utils.search import KNNSearcher
 from utils.errors import InputError
 from utils.loading import load_windows
@@ -60,23 +60,9 @@ class Passages:
         self._searcher = KNNSearcher(index_path, probe=PROBE, datastore=self._datastore)
         self._windows = load_windows(dataset_name, split)
         self._tokenizer = tokenizer
-        if self._datastore.dim != dim:
-            raise InputError(
-                f"--dstore_path {dstore_path}: keys are {self._datastore.dim} wide, the base's hidden states {dim}; "
-                "give the datastore of this base"
-            )
-        made_with = self._datastore.settings.get("layer_position")
-        if made_with is not None and made_with != layer_position:
-            raise InputError(
-                f"--dstore_path {dstore_path}: holds hidden states of block {made_with}, not {layer_position}"
-            )
-        ranges = np.asarray(self._windows["dstore_range"][:], dtype=np.int64)  # (windows, 2)
-        self._starts = ranges[:, 0]
-        if int(ranges[-1, 1]) != self._datastore.rows:
-            raise InputError(
-                f"--dataset_name {dataset_name}: split {split} has {int(ranges[-1, 1])} datastore rows, the datastore "
-                f"{dstore_path} holds {self._datastore.rows}; give the windows it was written from"
-            )
+        counts = count_rows(self._windows)
+        check_belongs(self._datastore, rows=int(counts.sum()), dim=dim, layer_position=layer_position)
+        self._starts = np.cumsum(counts) - counts
 
     def nearest(self, hidden: Any, count: int) -> list[list[Passage]]:
         """For each hidden state (n, hidden) the `count` nearest training positions, nearest first."""

@@ -58,13 +58,11 @@ def main() -> None:
             raise InputError(f"--{name} {value}: expected 1 or more")
     from knn_utils.datastore import Datastore
     from knn_utils.index_build import IndexBuild
+    from utils.made_with import check_layer
 
     path = Path(arguments.dstore_path)
     datastore = Datastore.open(path)
-    if arguments.layer_position is not None:
-        from knn_utils.stored_scores import check_layer
-
-        check_layer(datastore, path, arguments.layer_position)
+    check_layer(datastore.settings, path, arguments.layer_position)
     index_path, values_path = default_names(path, arguments.index_path)
     factory, remarks = ("", []) if arguments.extend else choose_factory(arguments, datastore.rows, datastore.dim)
     # What the request was, not what became of it: a datastore that grows must not look like a changed request.

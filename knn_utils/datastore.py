@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,13 @@ from knn_utils.arrow_stream import (
 )
 from knn_utils.manifest import Part, find_parts, require_file, verify_parts
 from utils.errors import InputError
+from utils.made_with import check_layer
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Rows that a scorer reads at a time.
+SCORED_ROWS = 4096
 # Parts and batches kept open, each part with a map and a file descriptor. Outputs of more parts than this are checked
 # part by part when first read.
 _OPEN_PARTS = 128
@@ -482,3 +488,99 @@ def _load_npy(path: Path) -> np.ndarray:
     # Any exception: on a damaged header NumPy passes on whatever Python's own tokenizer and parser raise.
     except Exception as error:
         raise InputError(f"{path}: not the values of a datastore ({error}); build the index again") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What belongs together
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def count_rows(windows: Any) -> np.ndarray:
+    """(windows,) int64: datastore rows of each window, from its `dstore_range`."""
+    found = windows.with_format("numpy")["dstore_range"][:]
+    try:
+        ranges = np.asarray(found, dtype=np.int64).reshape(len(windows), 2)
+    except (TypeError, ValueError):
+        raise InputError("--dataset_name: a window's dstore_range is not two numbers; make the windows again") from None
+    rows = ranges[:, 1] - ranges[:, 0]
+    longest = len(windows[0]["input_ids"]) if len(windows) else 0
+    wrong = (rows < 0) | (rows > longest) | (np.concatenate([[0], ranges[:-1, 1]]) != ranges[:, 0])
+    if wrong.any():
+        bad = int(np.argmax(wrong))
+        raise InputError(
+            f"--dataset_name: window {bad} has the dstore_range {ranges[bad].tolist()}, which does not follow the window "
+            f"before it, or holds more rows than its {longest} tokens; make the windows again"
+        )
+    return rows
+
+
+def check_belongs(
+    stored: Datastore | KNNTargets,
+    *,
+    rows: int | None = None,
+    dim: int | None = None,
+    layer_position: int | None = None,
+) -> None:
+    """Refuse a datastore or kNN targets that do not belong to the windows or the model at hand.
+
+    Args:
+        rows: the windows' datastore rows (see `count_rows`).
+        dim: the width of the model's hidden states.
+        layer_position: the block whose MLP input they are.
+
+    Raises:
+        InputError: one of those that are given is another one; the line names the file and both values.
+    """
+    if rows is not None and stored.rows != rows:
+        low, high = sorted((stored.rows, rows))
+        raise InputError(
+            f"{stored.path}: holds {stored.rows} rows, but the windows' dstore_range goes to {rows} (rows {low} to "
+            f"{high - 1} are in one of them only); make it from these windows"
+        )
+    if dim is not None and stored.dim != dim:
+        raise InputError(
+            f"{stored.path}: keys are {stored.dim} wide, but the model's hidden states {dim}; "
+            "name the datastore of this base model"
+        )
+    check_layer(stored.settings, stored.path, layer_position)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scored rows: a datastore with log-probabilities stands for a run of the base
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_scored_datastore(
+    path: str | os.PathLike,
+    *,
+    rows: int | None = None,
+    dim: int | None = None,
+    layer_position: int | None = None,
+) -> Datastore:
+    """A datastore that holds the base's log-probabilities; `rows`, `dim` and `layer_position` as in `check_belongs`.
+
+    Raises InputError where it holds none, or does not belong to the windows or the model.
+    """
+    datastore = Datastore.open(path)
+    if datastore.logprob(0, 1) is None:
+        raise InputError(f"{path}: holds no log-probabilities; write it with --save_knnlm_dstore --save_logprob")
+    check_belongs(datastore, rows=rows, dim=dim, layer_position=layer_position)
+    return datastore
+
+
+def stored_rows(datastore: Datastore) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (hidden states (rows, dim) float16, base log-probabilities (rows,) float32, values (rows,) int64).
+
+    Under several processes block b goes to process b mod N.
+    """
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState()
+    for start in range(0, datastore.rows, SCORED_ROWS)[state.process_index :: state.num_processes]:
+        stop = min(start + SCORED_ROWS, datastore.rows)
+        yield (
+            torch.from_numpy(np.array(datastore.keys(start, stop))),
+            torch.from_numpy(np.array(datastore.logprob(start, stop))),
+            torch.from_numpy(datastore.vals(start, stop).astype(np.int64)),
+        )

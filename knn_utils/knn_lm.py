@@ -18,6 +18,7 @@ from knn_utils.datastore import Datastore, load_values
 from knn_utils.distribution import label_probability
 from knn_utils.search import KNNSearcher
 from utils.errors import InputError, check_fraction, check_positive
+from utils.made_with import check_layer
 
 
 class Neighbours:
@@ -43,13 +44,11 @@ class Neighbours:
         refine_factor: int = 0,
         layer_position: int | None = None,
     ) -> None:
-        from knn_utils.stored_scores import check_layer
-
         self.values = load_values(val_file)
         datastore = None
         if Path(val_file).suffix not in (".npy", ".pkl") and Path(val_file).exists():
             datastore = Datastore.open(val_file)
-            check_layer(datastore, val_file, layer_position)
+            check_layer(datastore.settings, val_file, layer_position)
         if refine_factor and datastore is None:
             raise InputError(
                 f"--refine_factor: needs the datastore's keys, but --val_file {val_file} holds values only"

@@ -193,7 +193,7 @@ def open_model(path: str, opened: Opened, trust_remote_code: bool) -> None:
 
 
 def open_windows(arguments: PreflightArguments, opened: Opened) -> None:
-    from knn_utils.saveEmbedMulti import count_rows
+    from knn_utils.datastore import count_rows
     from utils.evaluation import check_token_ids
     from utils.loading import load_windows
 
@@ -209,7 +209,7 @@ def sampled_windows(opened: Opened) -> list[tuple[int, int, int, int]]:
     """Blocks of windows spread over the data: (first, past-last, their first row, past-last row)."""
     import numpy as np
 
-    from knn_utils.saveEmbedMulti import count_rows
+    from knn_utils.datastore import count_rows
 
     counts = count_rows(opened.windows)
     ends = np.cumsum(counts)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from knn_utils.datastore import datastore_batch
+from knn_utils.datastore import count_rows, datastore_batch
 from knn_utils.manifest import MANIFEST_NAME, plan_of, read_manifest
 from knn_utils.parts import PartedOutput, write_single_file
 from utils.distributed import decided_by_main
@@ -97,25 +97,6 @@ def continued_plan(
         return plan, False
     further = plan_parts(window_rows[stops[-1] :], dim, batch_size)
     return plan + [(stops[-1] + first, stops[-1] + last) for first, last in further], True
-
-
-def count_rows(windows: Any) -> np.ndarray:
-    """(windows,) int64: datastore rows of each window, from its `dstore_range`."""
-    found = windows.with_format("numpy")["dstore_range"][:]
-    try:
-        ranges = np.asarray(found, dtype=np.int64).reshape(len(windows), 2)
-    except (TypeError, ValueError):
-        raise InputError("--dataset_name: a window's dstore_range is not two numbers; make the windows again") from None
-    rows = ranges[:, 1] - ranges[:, 0]
-    longest = len(windows[0]["input_ids"]) if len(windows) else 0
-    wrong = (rows < 0) | (rows > longest) | (np.concatenate([[0], ranges[:-1, 1]]) != ranges[:, 0])
-    if wrong.any():
-        bad = int(np.argmax(wrong))
-        raise InputError(
-            f"--dataset_name: window {bad} has the dstore_range {ranges[bad].tolist()}, which does not follow the window "
-            f"before it, or holds more rows than its {longest} tokens; make the windows again"
-        )
-    return rows
 
 
 def capture_rows(

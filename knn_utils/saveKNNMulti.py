@@ -154,10 +154,10 @@ def open_job(arguments: TargetArguments, share: tuple[int, int]) -> Job:
     from knn_utils.datastore import Datastore, load_values
     from knn_utils.faiss_files import rows_fingerprint
     from knn_utils.search import KNNSearcher
-    from knn_utils.stored_scores import check_layer
+    from utils.made_with import check_layer
 
     dstore = Datastore.open(arguments.dstore_path)
-    check_layer(dstore, arguments.dstore_path, arguments.layer_position)
+    check_layer(dstore.settings, arguments.dstore_path, arguments.layer_position)
     fingerprint = rows_fingerprint(dstore)
     if arguments.val_path is None:
         values, indexed = dstore.vals(), dstore
@@ -434,10 +434,12 @@ def choose(arguments: TargetArguments, job: Job) -> dict[str, Any]:
     """Choose the temperature on validation rows (a collective call); prints the table, returns it for the manifest."""
     from accelerate import PartialState
 
-    from knn_utils.stored_scores import open_scored_datastore
+    from knn_utils.datastore import open_scored_datastore
     from knn_utils.temperature import choose_temperature
 
-    validation = open_scored_datastore(arguments.validation_dstore_path, job.dstore.settings.get("layer_position"))
+    validation = open_scored_datastore(
+        arguments.validation_dstore_path, layer_position=job.dstore.settings.get("layer_position")
+    )
     request = choice_request(arguments, job)
     if job.is_indexed and request["validation"] == job.fingerprint:
         raise InputError(

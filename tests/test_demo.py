@@ -477,11 +477,11 @@ def test_passages_refuse_what_does_not_belong_together(llama_world, opened, tmp_
     _, tokenizer = opened
     with pytest.raises(InputError, match="--index_path: is needed"):
         Passages("dstore", None, "windows", tokenizer, dim=32, layer_position=-1)
-    with pytest.raises(InputError, match="32 wide, the base's hidden states 64"):
+    with pytest.raises(InputError, match="32 wide, but the model's hidden states 64"):
         passages_of(llama_world, tokenizer, dim=64)
-    with pytest.raises(InputError, match="hidden states of block -1, not 0"):
+    with pytest.raises(InputError, match="hidden states of block -1, but --layer_position is 0"):
         passages_of(llama_world, tokenizer, layer_position=0)
-    with pytest.raises(InputError, match="datastore rows"):
+    with pytest.raises(InputError, match="dstore_range goes to"):
         passages_of(llama_world, tokenizer, split="test")
     with pytest.raises(InputError, match=r"indexes \d+ rows"):
         passages_of(llama_world, tokenizer, dstore=llama_world.dstore("test"))

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from knn_utils.datastore import Datastore, KNNTargets, TargetRows
-from knn_utils.saveEmbedMulti import count_rows
+from knn_utils.datastore import Datastore, KNNTargets, TargetRows, check_belongs, count_rows
 from training.rows import Rows
 from utils.errors import InputError
 from utils.evaluation import predicted_positions
@@ -49,16 +48,6 @@ def check_values(windows: Any, row_counts: np.ndarray, path: object, read: Any) 
             )
 
 
-def check_rows(path: object, rows: int, expected: int, of: str) -> None:
-    """Refuse a file with another row count than the windows'."""
-    if rows != expected:
-        low, high = sorted((rows, expected))
-        raise InputError(
-            f"{path}: holds {rows} rows, but {of} {expected} (rows {low} to {high - 1} are in one of them only); "
-            "make it from these windows"
-        )
-
-
 class _Targets:
     """The part that both sources share: kNN targets of windows, by row ranges."""
 
@@ -69,14 +58,8 @@ class _Targets:
         self.vocabulary = vocabulary
         self.counts = count_rows(windows)
         self.ends = np.cumsum(self.counts)
-        check_rows(targets_path, self.targets.rows, int(self.counts.sum()), "the windows' dstore_range goes to")
+        check_belongs(self.targets, rows=int(self.counts.sum()), layer_position=layer_position)
         check_values(windows, self.counts, targets_path, self.targets.labels)
-        made_with = self.targets.settings.get("layer_position")
-        if made_with is not None and made_with != layer_position:
-            raise InputError(
-                f"--knn_save_path {targets_path}: was made from hidden states of block {made_with}, but --layer_position "
-                f"is {layer_position}; give --layer_position {made_with}"
-            )
 
     def window_rows(self) -> np.ndarray:
         return self.counts
@@ -137,17 +120,9 @@ class OfflineRows(_Targets):
         layer_position: int,
     ) -> None:
         super().__init__(windows, targets_path, vocabulary, layer_position)
-        from knn_utils.stored_scores import check_layer
-
         self.datastore = Datastore.open(dstore_path)
         self.dstore_path = dstore_path
-        check_layer(self.datastore, dstore_path, layer_position)
-        check_rows(dstore_path, self.datastore.rows, int(self.counts.sum()), "the windows' dstore_range goes to")
-        if self.datastore.dim != dim:
-            raise InputError(
-                f"--knn_dstore_path {dstore_path}: keys are {self.datastore.dim} wide, but the memory takes {dim}; "
-                "save the datastore with the student's own base model"
-            )
+        check_belongs(self.datastore, rows=int(self.counts.sum()), dim=dim, layer_position=layer_position)
         check_values(windows, self.counts, dstore_path, self.datastore.vals)
 
     def read(self, windows: np.ndarray) -> Any:

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from knn_utils.stored_scores import open_scored_datastore, stored_rows
-from utils.errors import InputError
+from knn_utils.datastore import open_scored_datastore, stored_rows
 from utils.evaluation import MixtureScore, label_log_probabilities
 
 LAMBDAS = tuple(round(0.05 * step, 2) for step in range(1, 20))
@@ -27,15 +26,13 @@ def stored_validation(path: str | Path, dim: int, layer_position: int) -> Callab
     Raises:
         InputError: no log-probabilities in the datastore, or another width or layer.
     """
-    datastore = open_scored_datastore(path, layer_position)
-    if datastore.dim != dim:
-        raise InputError(f"--validation_dstore_path {path}: keys are {datastore.dim} wide, but the memory takes {dim}")
+    datastore = open_scored_datastore(path, dim=dim, layer_position=layer_position)
 
     @torch.inference_mode()
     def validate(memory: torch.nn.Module) -> dict[str, Any]:
         score, alone = MixtureScore(LAMBDAS, [1.0]), MixtureScore([1.0], [1.0])
         weight = memory.lm_head.weight
-        for hidden, base, values in stored_rows(path):
+        for hidden, base, values in stored_rows(datastore):
             hidden = hidden.to(weight.device, weight.dtype)
             logprob = label_log_probabilities(memory.hidden(hidden), weight, values.to(weight.device)).cpu()
             score.add(base, logprob)
