@@ -224,7 +224,7 @@ def check_labels(path: object, opened: Opened, read: Any) -> None:
     """Compare labels that `read(start, stop)` gives with the windows', on blocks spread over the data."""
     import numpy as np
 
-    from training.row_sources import window_values
+    from utils.evaluation import window_values
 
     if opened.windows is None:
         return

@@ -15,16 +15,10 @@ import torch
 from knn_utils.datastore import Datastore, KNNTargets, TargetRows, check_belongs, count_rows
 from training.rows import Rows
 from utils.errors import InputError
-from utils.evaluation import predicted_positions
+from utils.evaluation import predicted_positions, window_values
 from utils.loading import model_fingerprint
 
 CHECKED_ROWS = 1 << 22
-
-
-def window_values(windows: Any, start: int, stop: int) -> np.ndarray:
-    """The datastore values that windows [start, stop) stand for, in order, int32."""
-    labels = np.asarray(windows[start:stop]["labels"])[:, 1:]  # (windows, time - 1)
-    return labels[labels != -100].astype(np.int32)
 
 
 def check_values(windows: Any, row_counts: np.ndarray, path: object, read: Any) -> None:

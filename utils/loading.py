@@ -54,34 +54,14 @@ def default_device() -> torch.device:
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device computes matrix products faster in it than in float32, else float32.
-
-    CPUs may list bf16 instructions and yet run them no faster than float32, so on a CPU a product of a
-    decoder's size is timed in both (a tenth of a second).
-    """
+    """bfloat16 where the device has matrix products in it: a GPU of compute capability 8.0 or more, a CPU with
+    AVX512_BF16 or AMX; else float32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if not torch.cpu._is_avx512_bf16_supported():
-        return torch.float32
-    from utils.distributed import decided_by_main
-
-    return decided_by_main(_timed_dtype)  # timed by itself, each process might come to another
-
-
-def _timed_dtype() -> torch.dtype:
-    """bfloat16 if a product takes clearly less time in it on this CPU, else float32."""
-    import time
-
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        rows, weight = torch.ones(512, 1024, dtype=dtype), torch.ones(2048, 1024, dtype=dtype)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            rows @ weight.T
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return torch.bfloat16 if seconds[torch.bfloat16] * 1.2 < seconds[torch.float32] else torch.float32
+        # Not torch.cuda.is_bf16_supported(), which is true of older GPUs that only imitate it.
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    # Older versions of torch do not say what a CPU has.
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
 
 
 def load_windows(path: str | os.PathLike, split: str) -> Any:
