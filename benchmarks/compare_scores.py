@@ -20,7 +20,7 @@ from torch import Tensor
 
 from downstream.recall import Case
 from downstream.scoring import context_length
-from models.capture import hidden_and_logits
+from models.capture import base_logits, hidden_and_head_input
 from utils.evaluation import perplexity, predicted_positions, temperature_grid
 
 ROWS = 256  # positions whose distributions over the vocabulary are held at once
@@ -75,13 +75,14 @@ def score_rows(method: Method, ids: Tensor, positions: Tensor, wanted: Tensor) -
     `ids` (batch, time) may be padded on the right; `positions` (batch, time) marks where `wanted` are predicted.
     """
     device = method.base.get_input_embeddings().weight.device
-    hidden, logits = hidden_and_logits(
-        method.base, ids.to(device), layer_position=method.layer_position, positions=positions.to(device)
-    )  # (rows, hidden), (rows, V)
+    hidden, head_input = hidden_and_head_input(
+        method.base, ids.to(device), positions.to(device), method.layer_position
+    )  # (rows, hidden) each
     found, hits = [], []
     for start in range(0, len(wanted), ROWS):
         rows = slice(start, start + ROWS)
-        scores = logits[rows] if method.mix is None else method.mix(hidden[rows], logits[rows])  # (rows, V)
+        logits = base_logits(method.base, head_input[rows])  # (rows, V)
+        scores = logits if method.mix is None else method.mix(hidden[rows], logits)  # (rows, V)
         labels = wanted[rows].to(scores.device)
         found.append(temperature_grid(scores, labels, (1.0,))[:, 0].cpu())
         hits.append((scores.argmax(-1) == labels).cpu())

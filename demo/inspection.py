@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from models import MLPMemory
-from models.capture import hidden_and_logits
+from models.capture import base_logits, hidden_and_head_input
 from models.mlpMemory import joint_log_probs
 from utils.errors import InputError
 
@@ -67,28 +67,27 @@ def inspect_tokens(
     ids = torch.tensor([token_ids[:-1]], device=joint.get_input_embeddings().weight.device)  # (1, time)
     positions = torch.zeros_like(ids, dtype=torch.bool)
     positions[:, first - 1 :] = True
-    hidden, base_logits = hidden_and_logits(
-        joint.base_lm, ids, layer_position=joint.layer_position, positions=positions
-    )  # (n, hidden), (n, V)
+    hidden, head_input = hidden_and_head_input(joint.base_lm, ids, positions, joint.layer_position)  # (n, hidden) each
     inspected: list[InspectedToken] = []
     for start in range(0, len(hidden), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
         chosen = token_ids[first:][rows]
-        inspected.extend(_inspect_rows(joint, hidden[rows], base_logits[rows], chosen, first + start, top))
+        logits = base_logits(joint.base_lm, head_input[rows])  # (rows, V)
+        inspected.extend(_inspect_rows(joint, hidden[rows], logits, chosen, first + start, top))
     return inspected, hidden
 
 
 def _inspect_rows(
-    joint: MLPMemory, hidden: torch.Tensor, base_logits: torch.Tensor, chosen: list[int], position: int, top: int
+    joint: MLPMemory, hidden: torch.Tensor, logits: torch.Tensor, chosen: list[int], position: int, top: int
 ) -> list[InspectedToken]:
-    """Inspect consecutive rows: hidden (n, hidden), base_logits (n, V), the n tokens that came, the first's position."""
-    memory_logits = joint.memory_logits(hidden).to(base_logits.device)  # (n, V)
+    """Inspect consecutive rows: hidden (n, hidden), base logits (n, V), the n tokens that came, the first's position."""
+    memory_logits = joint.memory_logits(hidden).to(logits.device)  # (n, V)
     scores = {
-        "base": joint_log_probs(base_logits, memory_logits, 0.0, 1.0),
-        "memory": joint_log_probs(base_logits, memory_logits, 1.0, joint.knn_temp),
-        "mixture": joint_log_probs(base_logits, memory_logits, joint.lmbda, joint.knn_temp),
+        "base": joint_log_probs(logits, memory_logits, 0.0, 1.0),
+        "memory": joint_log_probs(logits, memory_logits, 1.0, joint.knn_temp),
+        "mixture": joint_log_probs(logits, memory_logits, joint.lmbda, joint.knn_temp),
     }  # (n, V) each
-    wanted = torch.tensor(chosen, device=base_logits.device).unsqueeze(-1)  # (n, 1)
+    wanted = torch.tensor(chosen, device=logits.device).unsqueeze(-1)  # (n, 1)
     own = {name: values.gather(-1, wanted).squeeze(-1).tolist() for name, values in scores.items()}
     best = {}
     for name, values in scores.items():

@@ -178,8 +178,8 @@ def recall(
     """
     import torch
 
+    from models.capture import base_logits, hidden_and_head_input
     from models.mlpMemory import joint_log_probs
-    from utils.evaluation import hidden_and_head_input
 
     encoded = []
     for case in cases:
@@ -205,10 +205,10 @@ def recall(
             captured, final = hidden_and_head_input(
                 base, ids.to(base.device), positions.to(base.device), arguments.layer_position
             )
-            base_logits = base.get_output_embeddings()(final)  # (answer tokens, V)
-            learned = memory(captured).logits.to(base_logits.device)
-            joint = joint_log_probs(base_logits, learned, arguments.lmbda, arguments.knn_temp)
-            for name, scores in (("base", base_logits), ("memory", joint)):
+            logits = base_logits(base, final)  # (answer tokens, V)
+            learned = memory(captured).logits.to(logits.device)
+            joint = joint_log_probs(logits, learned, arguments.lmbda, arguments.knn_temp)
+            for name, scores in (("base", logits), ("memory", joint)):
                 hit = scores.argmax(-1).cpu() == wanted
                 for row, number in enumerate(numbers):
                     right[name][number] = bool(hit[owner == row].all())

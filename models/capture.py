@@ -1,18 +1,18 @@
-"""The one place that knows where a decoder keeps its blocks and their `.mlp`, and how to read what goes into one.
+"""The one place that knows where a decoder keeps its blocks and their `.mlp`, and what it does to its logits.
 
 The captured hidden state x is the INPUT of the `.mlp` module of one decoder block (after that block's pre-MLP norm):
 the key of the datastore and the input of the memory (paper section 3). Blocks are found by structure, not by a
-table of family names. Knows nothing of memories, files or datasets.
+table of family names.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import torch
 from torch import nn
-
-from models.cpu_forward import quick_forward
+from transformers import PretrainedConfig
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
@@ -92,7 +92,7 @@ class HiddenCapture:
 
     @classmethod
     def on(cls, module: nn.Module) -> HiddenCapture:
-        """A capture on a module that `captured_module` found before: no search of the model at each decoding step."""
+        """A capture of this module's input: no search of the model at each decoding step."""
         capture = cls.__new__(cls)
         capture._attach(module)
         return capture
@@ -127,13 +127,19 @@ class _CapturedError(Exception):
     """Ends a forward pass once the captured input is known. Never leaves this module."""
 
 
-class _StoppingCapture(HiddenCapture):
-    """Captures, then stops the pass before the `.mlp` runs: nothing after the captured input is computed."""
+class _LastCapture(HiddenCapture):
+    """Captures, then ends the pass: neither the module nor anything after it is computed."""
 
     def _keep(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         super()._keep(module, args, kwargs)
         if self.hidden is not None:
             raise _CapturedError
+
+    def run(self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Run `model` up to the captured input and return it."""
+        with contextlib.suppress(_CapturedError):
+            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return self.take()
 
 
 @torch.no_grad()
@@ -145,45 +151,44 @@ def hidden_states(
 ) -> torch.Tensor:
     """Captured hidden states (batch, time, hidden) of `input_ids` (batch, time), in the model's dtype, without gradient.
 
-    The values are those of a full forward pass (to rounding where models.cpu_forward is at work), but the pass ends at
-    the captured input: no MLP of that block, no later block, no head, no logits, no cache. Raises ValueError as
-    `captured_module` does.
+    The values are those of a full forward pass, but the pass ends at the captured input: no MLP of that block, no
+    later block, no head, no logits, no cache. Raises ValueError as `captured_module` does.
     """
-    with _StoppingCapture(model, layer_position) as capture, quick_forward(input_ids.device):
-        try:
-            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        except _CapturedError:
-            return capture.take()
-    raise RuntimeError("the captured module did not run in this forward pass")
+    with _LastCapture(model, layer_position) as capture:
+        return capture.run(model, input_ids, attention_mask)
 
 
-def hidden_and_logits(
-    model: nn.Module,
+def hidden_and_head_input(
+    base: nn.Module,
     input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
+    positions: torch.Tensor,
     layer_position: int = -1,
-    positions: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One forward pass: captured hidden states and the base's logits, both at the selected positions only.
+    """One pass of the base up to its head: captured hidden states and the head's input, at the selected positions.
 
-    `positions` is a boolean mask (batch, time) with n true entries; the result is (n, hidden) and (n, vocabulary), in
-    row order. Without it: (batch, time, hidden) and (batch, time, vocabulary). The head runs on the selected positions
-    alone; what a family does to its logits afterwards (soft-capping, scaling) is applied as usual.
+    `positions` is a boolean mask (batch, time) with n true entries; both results are (n, hidden), in row order. The
+    head is left to `base_logits`, which can be called with a block of these rows at a time.
     """
-    with HiddenCapture(model, layer_position) as capture, quick_forward(input_ids.device):
-        if positions is None:
-            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-            return capture.take(), logits
-        head = model.get_output_embeddings()
+    with HiddenCapture(base, layer_position) as capture, _LastCapture.on(base.get_output_embeddings()) as end:
+        head_input = end.run(base, input_ids, attention_mask)  # (batch, time, hidden)
+        hidden = capture.take()  # (batch, time, hidden)
+    return hidden[positions.to(hidden.device)], head_input[positions.to(head_input.device)]
 
-        def select(module: nn.Module, args: tuple) -> tuple:
-            hidden = args[0]  # (batch, time, hidden)
-            return (hidden[positions.to(hidden.device)].unsqueeze(0),)  # (1, n, hidden)
 
-        handle = head.register_forward_pre_hook(select)
-        try:
-            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[0]
-        finally:
-            handle.remove()
-        hidden = capture.take()
-        return hidden[positions.to(hidden.device)], logits  # (n, hidden), (n, vocabulary)
+def base_logits(base: nn.Module, head_input: torch.Tensor) -> torch.Tensor:
+    """The base's logits (…, vocabulary) from its head's input (…, hidden): the head, then the family's scale and cap."""
+    logits = base.get_output_embeddings()(head_input)
+    config = base.config.get_text_config()
+    scale, cap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
+    if scale != 1.0:
+        logits = logits.float() * scale
+    if cap is not None:
+        logits = torch.tanh(logits.float() / cap) * cap
+    return logits
+
+
+def logit_scale(config: PretrainedConfig) -> float:
+    """The factor between the head's output and the logits; 1 for most families."""
+    factor = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    return factor / (getattr(config, "logits_scaling", None) or 1.0)  # Granite

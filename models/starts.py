@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from models.capture import HiddenCapture, captured_block, captured_module, final_norm, is_norm
+from models.capture import HiddenCapture, captured_block, captured_module, final_norm, is_norm, logit_scale
 
 # A norm weight below this share of the typical one carries no signal that could be divided out again.
 SMALLEST_WEIGHT = 1e-3
@@ -74,8 +74,7 @@ def init_lm_head(memory: nn.Module, base: nn.Module) -> None:
     head, norm = base.get_output_embeddings().weight, final_norm(base)
     _check_same_shape("head", memory.lm_head.weight, head)
     memory.lm_head.weight.copy_(head)
-    if (factor := _logit_factor(base)) != 1.0:
-        memory.lm_head.weight.mul_(factor)
+    memory.lm_head.weight.mul_(logit_scale(base.config.get_text_config()))
     for name, value in memory.final_norm.named_parameters():
         source = dict(norm.named_parameters()).get(name)
         if source is None:
@@ -191,19 +190,6 @@ def _observe(
     norm = next((each for each in norms if each in passed and passed[each][1] is captured), None)
     hidden = passed[norm][0] if norm is not None else captured
     return _Observation(norm, hidden, captured, passed[block.mlp][1], passed[block][1])
-
-
-def _logit_factor(base: nn.Module) -> float:
-    """The constant between the head's output and the logits; 1 where there is none, or no constant (soft-capping)."""
-    raw: list[torch.Tensor] = []
-    handle = base.get_output_embeddings().register_forward_hook(lambda module, args, output: raw.append(output))
-    try:
-        logits = base(input_ids=_some_tokens(base), use_cache=False).logits.float()
-    finally:
-        handle.remove()
-    before = raw[0].float()
-    factor = ((logits * before).sum() / before.square().sum()).item()
-    return factor if abs(factor - 1) > 1e-3 and torch.allclose(logits, before * factor, rtol=1e-2, atol=1e-4) else 1.0
 
 
 def _some_tokens(base: nn.Module) -> torch.Tensor:

@@ -9,10 +9,11 @@ from torch import nn
 
 from models.capture import (
     HiddenCapture,
+    base_logits,
     captured_module,
     decoder_blocks,
     final_norm,
-    hidden_and_logits,
+    hidden_and_head_input,
     hidden_states,
 )
 
@@ -67,7 +68,7 @@ def test_nothing_after_the_captured_input_runs(base):
 
 def test_no_hook_stays_behind(base):
     hidden_states(base, some_ids())
-    hidden_and_logits(base, some_ids(), positions=torch.ones(2, 12, dtype=torch.bool))
+    hidden_and_head_input(base, some_ids(), torch.ones(2, 12, dtype=torch.bool))
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in base.modules())
 
 
@@ -78,25 +79,13 @@ def test_no_hook_stays_behind_after_an_error(base):
 
 
 @torch.no_grad()
-def test_logits_at_selected_positions_are_the_full_logits_there(base):
-    ids = some_ids()
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3_text", "cohere", "granite"])
+def test_states_and_logits_at_selected_positions_are_those_of_a_full_forward_there(family):
+    base, ids = tiny_base(family), some_ids()
     positions = torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.4
-    hidden, logits = hidden_and_logits(base, ids, positions=positions)
-    everything, all_logits = hidden_and_logits(base, ids)
-    torch.testing.assert_close(hidden, everything[positions], rtol=0, atol=0)
-    torch.testing.assert_close(logits, all_logits[positions], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(all_logits, base(ids).logits, rtol=0, atol=0)
-
-
-@torch.no_grad()
-def test_the_head_sees_the_selected_positions_only(base):
-    seen = []
-    handle = base.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    positions = torch.zeros(2, 12, dtype=torch.bool)
-    positions[0, 3] = positions[1, 7] = True
-    hidden_and_logits(base, some_ids(), positions=positions)
-    handle.remove()
-    assert seen == [(1, 2, VOCABULARY)]
+    hidden, head_input = hidden_and_head_input(base, ids, positions)
+    assert torch.equal(hidden, captured_by_a_full_forward(base, -1, input_ids=ids)[positions])
+    torch.testing.assert_close(base_logits(base, head_input), base(ids).logits[positions], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layer_position", [2, -3, 99])

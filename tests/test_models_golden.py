@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from models import MLPMemory, load_memory
-from models.capture import hidden_and_logits, hidden_states
+from models.capture import base_logits, hidden_and_head_input, hidden_states
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
@@ -66,10 +66,10 @@ def test_datastore_rows_are_captured_states_and_next_labels(golden):
     base, _, tensors, _ = golden
     labelled = tensors["labels"][:, 1:] != -100
     positions = torch.nn.functional.pad(labelled, (0, 1))
-    keys, logits = hidden_and_logits(base, tensors["input_ids"], positions=positions)
+    keys, head_input = hidden_and_head_input(base, tensors["input_ids"], positions)
     torch.testing.assert_close(keys.half(), tensors["dstore_keys"], rtol=2e-3, atol=1e-6)
     assert torch.equal(tensors["labels"][:, 1:][labelled].int(), tensors["dstore_vals"])
-    torch.testing.assert_close(logits, tensors["base_logits"][positions], **TOLERANCE)
+    torch.testing.assert_close(base_logits(base, head_input), tensors["base_logits"][positions], **TOLERANCE)
 
 
 @torch.no_grad()

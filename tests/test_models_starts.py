@@ -8,7 +8,7 @@ from tiny_models import HIDDEN, some_ids, tiny_base, tiny_memory
 from torch import nn
 
 from models import LlamaMLPModel, memory_config
-from models.capture import captured_module, final_norm, hidden_and_logits
+from models.capture import captured_module, final_norm, hidden_states
 from models.starts import BaseScale, init_from_base, init_lm_head, measure_scale
 
 FAMILIES = ["gpt2", "llama", "mistral"]
@@ -18,7 +18,7 @@ FAMILIES = ["gpt2", "llama", "mistral"]
 def world(request):
     base = tiny_base(request.param)
     with torch.no_grad():
-        states, logits = hidden_and_logits(base, some_ids(8, 32))
+        states, logits = hidden_states(base, some_ids(8, 32)), base(some_ids(8, 32)).logits
     return SimpleNamespace(base=base, states=states, logits=logits, scale=measure_scale(base, some_ids(4, 32)))
 
 
@@ -59,7 +59,7 @@ def test_the_first_block_without_its_norm_is_exactly_the_bases_last_step(world):
     """With the typical sizes replaced by a position's own, the first block gives w/r ⊙ (h + MLP(x)) exactly."""
     base, ids = world.base, some_ids(1, 6)
     with torch.no_grad():
-        states, _ = hidden_and_logits(base, ids)
+        states = hidden_states(base, ids)
         scale = measure_scale(base, ids[:, :1])
         memory = tiny_memory(base, layers=1)
         init_from_base(memory, base, scale)

@@ -224,6 +224,8 @@ class Scorer:
 
     def score(self, input_ids: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Captured hidden states (rows, hidden) and base log-probabilities (rows,) of `labels` (rows,)."""
+        from models.capture import hidden_and_head_input
+
         captured, final = hidden_and_head_input(
             self.base, input_ids.to(self.device), positions.to(self.device), self.layer_position
         )
@@ -252,61 +254,15 @@ class Scorer:
         bar.close()
 
 
-class _ReachedHead(Exception):
-    """Raised by the hook on the head: everything that is needed has been computed."""
-
-
-def hidden_and_head_input(
-    base: Any, input_ids: Tensor, positions: Tensor, layer_position: int
-) -> tuple[Tensor, Tensor]:
-    """One pass of the base up to its head.
-
-    Args:
-        base: a causal language model.
-        input_ids: (batch, time).
-        positions: (batch, time) boolean, the positions to return.
-
-    Returns:
-        the captured input of the block's MLP (rows, hidden) and the input of the head (rows, hidden). The head
-        itself is left to the caller, who can run it by blocks of rows.
-    """
-    from models.capture import HiddenCapture
-    from models.cpu_forward import quick_forward
-
-    kept: list[Tensor] = []
-
-    def stop(_module: Any, inputs: tuple[Tensor, ...]) -> None:
-        kept.append(inputs[0])
-        raise _ReachedHead
-
-    handle = base.get_output_embeddings().register_forward_pre_hook(stop)
-    capture = HiddenCapture(base, layer_position)
-    try:
-        with quick_forward(input_ids.device):
-            base(input_ids=input_ids, use_cache=False)
-    except _ReachedHead:
-        pass
-    finally:
-        handle.remove()
-        captured = capture.hidden
-        capture.remove()
-    return captured[positions], kept[0][positions]  # (rows, hidden) each
-
-
 def base_label_log_probabilities(base: Any, final: Tensor, labels: Tensor) -> Tensor:
     """The base's log-probabilities (rows,) of `labels` from the input of its head (rows, hidden)."""
-    head = base.get_output_embeddings()
-    config = base.config
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    from models.capture import base_logits
+
     out = torch.empty(final.shape[0], dtype=torch.float32, device=final.device)
-    block = max(1, (64 << 20) // (4 * config.vocab_size)) if final.device.type == "cpu" else 4096
+    block = max(1, (64 << 20) // (4 * base.config.vocab_size)) if final.device.type == "cpu" else 4096
     for start in range(0, final.shape[0], block):
         rows = slice(start, start + block)
-        logits = head(final[rows]).float() * scale if scale != 1.0 else head(final[rows])  # (block, V)
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        out[rows] = temperature_grid(logits, labels[rows], (1.0,))[:, 0]
+        out[rows] = temperature_grid(base_logits(base, final[rows]), labels[rows], (1.0,))[:, 0]
     return out
 
 
