@@ -235,9 +235,9 @@ def evaluate(
     score = MixtureScore(knn.lmbda, knn.knn_temp)
     neighbours = None
     if knn.knn:
-        from knn_utils.knn_lm import LabelNeighbours
+        from knn_utils.knn_lm import Neighbours
 
-        neighbours = LabelNeighbours(
+        neighbours = Neighbours(
             knn.index_file,
             knn.val_file,
             k=knn.k,

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.compare_scores import Method, score_windows
@@ -196,25 +195,13 @@ def knnlm(bench: Bench) -> Method:
     bytes_of_index = sum(path.stat().st_size for path in files if path.is_file())
     return Method(
         base,
-        functools.partial(mix_neighbours, retriever),
+        retriever.mixture,
         generator=generator,
         # To answer it needs the index, which holds the keys, and the values; not the datastore.
         bytes=bytes_of_index + 4 * len(retriever.values),
         settings={**settings, "rows": len(retriever.values)},
         layer_position=work.layer_position,
     )
-
-
-def mix_neighbours(retriever: Any, hidden: Tensor, logits: Tensor) -> Tensor:
-    """Log-probabilities (rows, V) of the mixture of base and neighbours, from hidden (rows, dim), logits (rows, V)."""
-    distances, ids = retriever.search(hidden)  # (rows, k) each
-    found = torch.from_numpy(ids)
-    weights = torch.from_numpy(distances).double().neg_().div_(retriever.knn_temp)
-    # A query without a hit has weights of 0 and keeps the base's order.
-    weights = torch.softmax(weights.masked_fill(found < 0, -torch.inf), dim=-1).nan_to_num_(0.0)
-    tokens = torch.from_numpy(retriever.values[ids.clip(min=0)].astype("int64"))
-    mixed = torch.softmax(logits.double(), dim=-1).mul_(1 - retriever.lmbda)  # (rows, V)
-    return mixed.scatter_add_(1, tokens.to(mixed.device), weights.mul_(retriever.lmbda).to(mixed.device)).log_()
 
 
 def bm25(bench: Bench) -> tuple[Any, int]:

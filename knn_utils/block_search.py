@@ -121,11 +121,14 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int
     aggregates and the caller writes; inside a thread each of them keeps to that thread.
     """
     import faiss
+    import torch
+
+    def keep_to_this_thread() -> None:
+        faiss.omp_set_num_threads(1)
+        torch.set_num_threads(1)
 
     source = iter(items)
-    pool = ThreadPoolExecutor(
-        threads, thread_name_prefix="search", initializer=faiss.omp_set_num_threads, initargs=(1,)
-    )
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="search", initializer=keep_to_this_thread)
     try:
         waiting: deque[Future[Result]] = deque(pool.submit(work, item) for item in islice(source, threads + 2))
         while waiting:

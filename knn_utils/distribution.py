@@ -1,14 +1,8 @@
-"""From neighbours to distributions: hits of a search become kNN probabilities, row by row, without a loop over rows.
+"""From neighbours to probabilities: the one place where the hits of a search become a kNN distribution.
 
-Knows nothing of files, FAISS or datastores: it is handed distances, row numbers and the values (next tokens)
-of the indexed rows. No array here grows with the vocabulary, and rows are worked on in blocks that fit the
-cache, so that memory does not grow with the number of rows either.
-
-How the sum by token is made was chosen by measurement (8,192 rows of k = 1,024, one thread, seconds):
-sorting `token << 32 | bits of the weight` with np.sort, whose int64 kernel is vectorised, 0.06 (the weights
-come out of the sorted keys, nothing is gathered); np.sort on `token << bits | position` and a gather 0.19;
-np.argsort 0.26; np.unique + bincount 0.35; torch.sort 0.42; torch.unique + index_add 0.54; pyarrow group_by 1.1.
-The same trick orders each row by probability. float32 to float16 goes through torch: NumPy takes 60 times as long.
+`log_weights` is the kernel. Everything else here adds its weights up: by token into sparse targets (`aggregate`), for
+one label at several temperatures (`label_probability`), over the whole vocabulary (`dense_probability`). Only the last
+makes an array that grows with the vocabulary, and rows are worked on in blocks that fit the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +16,24 @@ import torch
 BLOCK_HITS = 1 << 18
 PROBABILITY_BITS = 30
 ONE_BELOW_TWO = (1 << PROBABILITY_BITS) - 1
-TORCH_SERIAL = 32767
+
+
+def log_weights(above: np.ndarray, nearest: np.ndarray, knn_temp: float) -> np.ndarray:
+    """The kernel: the logarithm of each hit's weight, p ∝ exp(-distance / knn_temp) (Khandelwal et al. 2020, eq. 2).
+
+    A constant of a row does not change its distribution, so this one leaves out the nearest hit's distance: nothing
+    underflows. Another kernel, or a temperature that follows the distance, is a change of this function alone.
+
+    Args:
+        above: (n, k) float32, squared L2 distance of each hit less that of the row's nearest; infinity where there is
+            no hit, which must get a weight of 0.
+        nearest: (n, 1) float32, squared distance of the row's nearest hit, 0 for a row without hits.
+        knn_temp: temperature, above 0.
+
+    Returns:
+        (n, k) float32.
+    """
+    return above * np.float32(-1 / knn_temp)
 
 
 class Distributions(NamedTuple):
@@ -41,27 +52,11 @@ class Distributions(NamedTuple):
     distance: np.ndarray
 
 
-def float16_from_float32(values: np.ndarray) -> np.ndarray:
-    """`values` rounded to float16 (to nearest, ties to even)."""
-    return _converted(values, np.float16)
-
-
 def float32_from_float16(values: np.ndarray) -> np.ndarray:
-    """`values` as float32, exactly; read-only input is fine."""
-    return np.ascontiguousarray(values, np.float32) if values.dtype != np.float16 else _converted(values, np.float32)
-
-
-def _converted(values: np.ndarray, dtype: type) -> np.ndarray:
-    result = np.empty(values.shape, dtype)
-    source = np.ascontiguousarray(values)
-    if not source.flags.writeable:
-        # torch warns about read-only memory, which mapped files are; a copy of the half-size input is cheap.
-        source = source.copy()
-    source, target = torch.from_numpy(source.reshape(-1)), torch.from_numpy(result.reshape(-1))
-    # Pieces that torch does not divide among threads of its own: the callers are threads already.
-    for start in range(0, len(source), TORCH_SERIAL):
-        target[start : start + TORCH_SERIAL].copy_(source[start : start + TORCH_SERIAL])
-    return result
+    """`values` as float32, exactly; read-only input is fine. (NumPy's own conversion takes 60 times as long.)"""
+    if values.dtype != np.float16:
+        return np.ascontiguousarray(values, np.float32)
+    return torch.from_numpy(np.array(values)).float().numpy()  # a copy, since torch wants memory that it may write
 
 
 def drop_own_row(ids: np.ndarray, own_rows: np.ndarray) -> None:
@@ -77,8 +72,6 @@ def drop_own_row(ids: np.ndarray, own_rows: np.ndarray) -> None:
     first = ids[:, 0] == own_rows
     ids[first, 0] = -1
     elsewhere = np.flatnonzero(~first)
-    if not len(elsewhere):
-        return
     rest = ids[elsewhere]  # (m, k)
     own = rest == own_rows[elsewhere, None]
     own[~own.any(axis=1), -1] = True
@@ -88,7 +81,7 @@ def drop_own_row(ids: np.ndarray, own_rows: np.ndarray) -> None:
 
 def hit_tokens(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Tokens of the hits: (n, k) int32 from row numbers `ids` and the indexed rows' `values`; -1 stays -1."""
-    if ids.size and ids.min() >= 0:
+    if not ids.size or ids.min() >= 0:
         return np.take(values, ids)
     tokens = np.take(values, np.maximum(ids, 0))
     tokens[ids < 0] = -1
@@ -96,10 +89,10 @@ def hit_tokens(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def aggregate(distances: np.ndarray, tokens: np.ndarray, *, knn_temp: float, threshold: float) -> Distributions:
-    """kNN distribution of each row: p(token) ∝ Σ over its hits of exp(-distance / knn_temp).
+    """kNN distribution of each row: p(token) ∝ sum of the kernel's weights over the hits that carry the token.
 
-    This is the retriever's distribution that the memory learns (paper, section 3; Khandelwal et al. 2020,
-    equation 2). Entries of `threshold` or less are dropped, and the rest is not normalised again.
+    This is the retriever's distribution that the memory learns (paper, section 3). Entries of `threshold` or less are
+    dropped, and the rest is not normalised again.
 
     Args:
         distances: (n, k) float32 squared L2 distances.
@@ -108,18 +101,12 @@ def aggregate(distances: np.ndarray, tokens: np.ndarray, *, knn_temp: float, thr
         threshold: entries with a probability up to this are left out (0 or more), judged in float32.
     """
     n, k = tokens.shape
-    widest = max(int(tokens.max(initial=0)).bit_length(), 1)
-    rows = max(min(BLOCK_HITS // max(k, 1), 1 << (63 - PROBABILITY_BITS - widest)), 1)
+    token_bits = max(int(tokens.max(initial=0)).bit_length(), 1)
+    rows = max(min(BLOCK_HITS // max(k, 1), 1 << (63 - PROBABILITY_BITS - token_bits)), 1)
     blocks = [
-        _aggregate_block(distances[start : start + rows], tokens[start : start + rows], knn_temp, threshold, widest)
-        for start in range(0, n, rows)
+        _aggregate_block(distances[start : start + rows], tokens[start : start + rows], knn_temp, threshold, token_bits)
+        for start in range(0, max(n, 1), rows)
     ]
-    if len(blocks) == 1:
-        return blocks[0]
-    if not blocks:
-        return Distributions(
-            np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float16), np.empty(0, np.float32)
-        )
     return Distributions(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
 
 
@@ -127,11 +114,13 @@ def _aggregate_block(
     distances: np.ndarray, tokens: np.ndarray, knn_temp: float, threshold: float, token_bits: int
 ) -> Distributions:
     n, k = tokens.shape
-    weights, nearest = _weights(distances, tokens, knn_temp)  # (n, k), (n,)
+    above, nearest = _above_nearest(distances, tokens)
+    weights = np.exp(log_weights(above, _finite(nearest), knn_temp))  # (n, k)
     totals = weights.sum(axis=1)
     totals[totals == 0] = 1
 
-    # A weight is not negative, so its bits order as an integer and fit under the token in one int64.
+    # The sum by token is one sort of `token << 32 | bits of the weight`, several times as fast as np.argsort: a weight
+    # is not negative, so its bits order as an integer does, and it is read back from the sorted keys.
     keys = np.empty((n, k), dtype="<i8")
     halves = keys.view("<i4").reshape(n, k, 2)
     halves[..., 0] = weights.view(np.int32)
@@ -150,7 +139,7 @@ def _aggregate_block(
 
     kept = prob > threshold
     kept &= token >= 0
-    return Distributions(*by_falling_probability(row[kept], token[kept], prob[kept], n, token_bits), nearest)
+    return Distributions(*by_falling_probability(row[kept], token[kept], prob[kept], n, token_bits), nearest[:, 0])
 
 
 def by_falling_probability(
@@ -169,23 +158,19 @@ def by_falling_probability(
     token = (order & ((1 << token_bits) - 1)).astype(np.int32)
     order >>= token_bits
     prob = (ONE_BELOW_TWO - (order & ONE_BELOW_TWO)).astype(np.int32).view(np.float32)
-    return id_cnt, token, float16_from_float32(prob)
+    return id_cnt, token, torch.from_numpy(prob).half().numpy()
 
 
-def _weights(distances: np.ndarray, tokens: np.ndarray, knn_temp: float) -> tuple[np.ndarray, np.ndarray]:
-    """exp(-(d - nearest) / T), 0 for missing hits, (n, k) float32; and the nearest distance, (n,) float32."""
-    shifted, nearest = _shifted(distances, tokens)
-    shifted *= np.float32(-1 / knn_temp)
-    return np.exp(shifted, out=shifted), nearest
-
-
-def _shifted(distances: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distances above each row's nearest, infinity for missing hits: the softmax is unchanged and cannot underflow."""
+def _above_nearest(distances: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distances above each row's nearest hit (n, k), infinity for missing hits; and the nearest's (n, 1)."""
     if tokens.size and tokens.min() < 0:
         distances = np.where(tokens < 0, np.float32(np.inf), distances)
-    nearest = distances.min(axis=1, initial=np.float32(np.inf))
-    base = np.where(np.isfinite(nearest), nearest, np.float32(0))
-    return distances - base[:, None], nearest
+    nearest = distances.min(axis=1, initial=np.float32(np.inf), keepdims=True)
+    return distances - _finite(nearest), nearest
+
+
+def _finite(nearest: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(nearest), nearest, np.float32(0))
 
 
 def label_probability(
@@ -209,14 +194,27 @@ def label_probability(
     for start in range(0, n, rows):
         block = slice(start, min(start + rows, n))
         tokens = hit_tokens(ids[block], values)  # (b, k)
-        shifted, _ = _shifted(distances[block], tokens)
+        above, nearest = _above_nearest(distances[block], tokens)
+        nearest = _finite(nearest)
         match = (tokens == np.asarray(labels)[block, None]).astype(np.float32)
-        weights = np.empty_like(shifted)
         for column, temperature in enumerate(temperatures):
-            np.multiply(shifted, np.float32(-1 / temperature), out=weights)
+            weights = log_weights(above, nearest, temperature)
             np.exp(weights, out=weights)
             total = weights.sum(axis=1, dtype=np.float64)
             np.multiply(weights, match, out=weights)
             hit = weights.sum(axis=1, dtype=np.float64)
             np.divide(hit, total, out=result[block, column], where=total > 0)
     return result
+
+
+def dense_probability(distances: np.ndarray, tokens: np.ndarray, vocabulary: int, knn_temp: float) -> np.ndarray:
+    """The kNN distribution over the whole vocabulary, for mixing into logits: (n, vocabulary) float64.
+
+    `distances` (n, k) float32, `tokens` (n, k) int32 with -1 where there is no hit. A row without hits is all 0.
+    """
+    n = len(tokens)
+    above, nearest = _above_nearest(distances, tokens)
+    weights = np.exp(log_weights(above, _finite(nearest), knn_temp)).astype(np.float64)  # (n, k)
+    weights /= np.maximum(weights.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    place = np.arange(n)[:, None] * vocabulary + np.maximum(tokens, 0)  # (n, k) in the flattened result
+    return np.bincount(place.ravel(), weights.ravel(), minlength=n * vocabulary).reshape(n, vocabulary)

@@ -1,6 +1,6 @@
 """The kNN-LM (Khandelwal et al., 2020): what MLP Memory imitates, as a baseline.
 
-`LabelNeighbours` scores labels for perplexity; `KNNLM` puts the mixture on a model's logits with two hooks and
+`Neighbours` searches and scores labels for perplexity; `KNNLM` puts the mixture on a model's logits with two hooks and
 takes it off again.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from knn_utils.datastore import Datastore, load_values
-from knn_utils.distribution import label_probability
+from knn_utils.distribution import dense_probability, hit_tokens, label_probability
 from knn_utils.search import KNNSearcher
 from utils.errors import InputError, check_fraction, check_positive
 from utils.made_with import check_layer
@@ -46,10 +46,10 @@ class Neighbours:
     ) -> None:
         self.values = load_values(val_file)
         datastore = None
-        if Path(val_file).suffix not in (".npy", ".pkl") and Path(val_file).exists():
+        if Path(val_file).suffix not in (".npy", ".pkl"):
             datastore = Datastore.open(val_file)
             check_layer(datastore.settings, val_file, layer_position)
-        if refine_factor and datastore is None:
+        elif refine_factor:
             raise InputError(
                 f"--refine_factor: needs the datastore's keys, but --val_file {val_file} holds values only"
             )
@@ -65,15 +65,10 @@ class Neighbours:
         queries = hidden.detach().to(torch.float16).cpu().numpy()
         return self.searcher.search(queries, self.k)
 
-
-class LabelNeighbours(Neighbours):
-    """kNN probabilities of given labels, for several temperatures from one search."""
-
     def probability(self, hidden: Tensor, labels: Tensor, knn_temp: Sequence[float]) -> Tensor:
-        """(rows, temperatures) float64 kNN probability of `labels` (rows,) at `hidden` (rows, dim)."""
+        """kNN probability (rows, temperatures) float64 of `labels` (rows,) at `hidden` (rows, dim), from one search."""
         distances, ids = self.search(hidden)
-        found = label_probability(distances, ids, self.values, labels.cpu().numpy(), list(knn_temp))
-        return torch.from_numpy(np.asarray(found, dtype=np.float64))
+        return torch.from_numpy(label_probability(distances, ids, self.values, labels.cpu().numpy(), knn_temp))
 
 
 class KNNLM(Neighbours):
@@ -91,6 +86,13 @@ class KNNLM(Neighbours):
         self.layer_position = layer_position
         self._capture: Any = None
         self._hook: Any = None
+
+    def mixture(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        """log((1-lambda)·softmax(logits) + lambda·p_kNN): (rows, V) float64 of hidden (rows, dim), logits (rows, V)."""
+        distances, ids = self.search(hidden)  # (rows, k) each
+        knn = dense_probability(distances, hit_tokens(ids, self.values), logits.shape[-1], self.knn_temp)
+        base = torch.softmax(logits.double(), dim=-1)  # (rows, V)
+        return base.mul_(1 - self.lmbda).add_(torch.from_numpy(knn).to(base.device), alpha=self.lmbda).log_()
 
     def on(self, model: Any) -> KNNLM:
         """Put the wrapper on `model`. Raises InputError when it is on one already."""
@@ -117,13 +119,5 @@ class KNNLM(Neighbours):
 
     def _mix(self, _module: Any, _inputs: Any, logits: Tensor) -> Tensor:
         query = self._capture.hidden[:, -logits.shape[1] :]  # (batch, positions, hidden)
-        rows = logits.shape[:-1].numel()
-        distances, ids = self.search(query.reshape(rows, -1))
-        weights = torch.from_numpy(distances).double().neg_().div_(self.knn_temp)  # (rows, k)
-        found = torch.from_numpy(ids)
-        weights = torch.softmax(weights.masked_fill(found < 0, -torch.inf), dim=-1).nan_to_num_(0.0)
-        tokens = torch.from_numpy(self.values[ids.clip(min=0)].astype(np.int64))
-        knn = torch.zeros(rows, logits.shape[-1], dtype=torch.float64).scatter_add_(1, tokens, weights)
-        base = torch.log_softmax(logits.double(), dim=-1)
-        mixed = (1 - self.lmbda) * base.exp() + self.lmbda * knn.view(logits.shape).to(logits.device)
-        return mixed.log().to(logits.dtype)
+        mixed = self.mixture(query.flatten(0, 1), logits.flatten(0, 1))  # (batch · positions, V)
+        return mixed.view(logits.shape).to(logits.dtype)
