@@ -204,6 +204,21 @@ def test_sharding_wraps_the_blocks_of_the_memory(name, monkeypatch):
     assert {type(module).__name__ for module in wrapped} == {BLOCKS[name]}
 
 
+def test_two_machines_started_by_hand_get_ranks_of_their_own():
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    path = ROOT / "accelerate_config" / "multi_node.yaml"
+    documented = [line.lstrip("# ") for line in path.read_text().splitlines() if "accelerate launch" in line]
+    assert len(documented) == 2
+    for rank, line in enumerate(documented):
+        words = line.replace("…", "-m train_mlpmem_offline").split()[2:]
+        arguments = _validate_launch_command(launch_command_parser().parse_args(words))[0]
+        prepare_multi_gpu_env(arguments)
+        assert (arguments.node_rank, arguments.nnodes, arguments.nproc_per_node) == (rank, "2", "8")
+        assert arguments.rdzv_endpoint == "HOST:29500" and arguments.rdzv_backend == "static"
+
+
 def test_the_cpu_configuration_hides_gpus():
     assert launch_environment(ROOT / "accelerate_config" / "cpu.yaml")["CUDA_VISIBLE_DEVICES"] == "-1,-1"
 
