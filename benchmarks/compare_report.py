@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import put_in_page
+from benchmarks.page import put_in_page
 from utils.errors import InputError
 from utils.files import atomic_file, read_json, write_json
 
@@ -17,7 +17,7 @@ MARKERS = "osD^vP"
 
 def report(output: Path, order: Sequence[str], description: dict[str, Any], identity: dict[str, Any]) -> None:
     """Write results.json, compare.md and compare.png from the methods measured so far with the same `identity`."""
-    from benchmarks.report import machine
+    from benchmarks.page import machine
     from utils.loading import say
 
     methods = {}

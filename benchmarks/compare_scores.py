@@ -239,7 +239,7 @@ def measure_speed(method: Method, prompts: Sequence[str], tokenizer: Any, new_to
 
 def generate_once(method: Method, prompt: str, tokenizer: Any, new_tokens: int) -> tuple[float, float, int]:
     """(seconds to the first token, tokens a second after it, prompt tokens) of one greedy generation."""
-    from benchmarks.generating import Clock, generate
+    from benchmarks.inference import Clock, generate
 
     weight = method.base.get_input_embeddings().weight
     clock = Clock(weight.device.type)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import importlib
 import sys
-from pathlib import Path
 
 from utils.errors import command
 
 
 def main() -> None:
-    from benchmarks.setting import read_setting
+    """Write the rows of a stage, at the setting in one file, into another."""
+    from benchmarks.run import STAGES
+    from benchmarks.setting import Setting
     from utils.allocator import keep_freed_memory
-    from utils.files import write_json
+    from utils.files import read_json, write_json
 
     # As every command does: the stage and the bare operation it is compared with gain alike.
     keep_freed_memory()
-
     stage, setting, rows = sys.argv[1:]
-    found = importlib.import_module(f"benchmarks.{stage}").measure(read_setting(Path(setting)))
-    write_json(rows, [row.record() for row in found])
+    measure = getattr(importlib.import_module(f"benchmarks.{STAGES[stage]}"), stage)
+    write_json(rows, [vars(row) | {"stage": stage} for row in measure(Setting(**read_json(setting)))])
 
 
 if __name__ == "__main__":

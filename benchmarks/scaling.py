@@ -13,12 +13,13 @@ import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from benchmarks.run import BenchmarkArguments
-from benchmarks.run import check as check_setting
+from benchmarks.setting import STEPS, BenchmarkArguments, Setting
 from utils.cli import flag, parse
 from utils.errors import InputError, command
+from utils.files import ensure_folder, read_json, write_json
 
 NAMES = {"embed": "embedding", "index": "index", "targets": "kNN targets", "train": "training", "joint": "evaluation"}
 TOKENS = 32
@@ -38,74 +39,47 @@ class ScalingArguments(BenchmarkArguments):
 def main() -> None:
     """Entry point of `python -m benchmarks.scaling`."""
     (arguments,) = parse(ScalingArguments, description="Time and memory of every stage against tokens.")
-    check_setting(arguments)
+    arguments.check()
     if not arguments.sizes or min(arguments.sizes) < 1:
         raise InputError("--sizes: expected one or several numbers above 0")
-    from utils.files import ensure_folder, read_json, write_json
-
     output = ensure_folder(arguments.output_dir)
-    results_path = output / "scaling.json"
-    results = read_json(results_path) if results_path.exists() else {}
-    sizes = sorted(set(arguments.sizes))
-    for size in sizes:
-        identity = identity_of(arguments, size)
-        if results.get(str(size), {}).get("setting") != identity:
-            results[str(size)] = {"setting": identity, **measure_size(arguments, size, output)}
-            write_json(results_path, results)
-        print(line_of(results[str(size)]), flush=True)
-    chosen = [results[str(size)] for size in sizes]
-    tokens = generation([setting_of(arguments, size, output) for size in sizes])
-    for result, found in zip(chosen, tokens, strict=True):
+    path, plot_path = output / "scaling.json", output / "scaling.png"
+    results = read_json(path) if path.exists() else {}
+    settings = [Setting.of(dataclasses.replace(arguments, rows=size)) for size in sorted(set(arguments.sizes))]
+    for setting in settings:
+        identity = {name: value for name, value in setting.record().items() if name != "repeats"}
+        result = results.get(str(setting.rows), {})
+        if result.get("setting") != identity:
+            result = {"setting": identity, "rows": setting.rows, "stages": measure_stages(setting)}
+            results[str(setting.rows)] = result
+            write_json(path, results)
+        stages = (
+            f"{NAMES[step]} {figures['seconds']:.1f} s {figures['peak_bytes'] / 1e9:.2f} GB"
+            for step, figures in result["stages"].items()
+        )
+        print(f"{setting.rows:,} rows: {', '.join(stages)}", flush=True)
+    chosen = [results[str(setting.rows)] for setting in settings]
+    for result, found in zip(chosen, generation(settings), strict=True):
         result["milliseconds_a_token"] = found
         listed = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
         print(f"{result['rows']:,} rows: milliseconds a token: {listed}", flush=True)
-    write_json(results_path, results)
-    plot(chosen, output / "scaling.png")
-    print(f"{results_path}, {output / 'scaling.png'}")
+    write_json(path, results)
+    plot(chosen, plot_path)
+    print(f"{path}, {plot_path}")
 
 
-def setting_of(arguments: ScalingArguments, size: int, output: Path) -> Any:
-    from benchmarks.setting import make_setting
-
-    return make_setting(dataclasses.replace(arguments, rows=size), output)
-
-
-def identity_of(arguments: ScalingArguments, size: int) -> dict[str, Any]:
-    """What a size's figures depend on, without paths."""
-    left_out = ("output_dir", "sizes", "rows", "page", "model", "text", "repeats")
-    values = {name: value for name, value in vars(arguments).items() if name not in left_out}
-    return values | {"size": size, "model": Path(arguments.model).name if arguments.model else None}
+def measure_stages(setting: Setting) -> dict[str, dict[str, float]]:
+    """Seconds and peak anonymous memory of each stage."""
+    setting.windows()
+    folder = setting.chain_folder()
+    shutil.rmtree(folder, ignore_errors=True)
+    changes = {"train": {"num_train_epochs": 1}, "joint": {"knn_generator_path": folder / "memory" / "epoch_1"}}
+    return {step: setting.watched(*setting.step(step, **changes.get(step, {}))) for step in STEPS}
 
 
-def measure_size(arguments: ScalingArguments, size: int, output: Path) -> dict[str, Any]:
-    """Seconds and peak anonymous memory of each stage at `size` rows."""
-    from benchmarks.setting import STEPS
-    from utils.files import ensure_folder
-
-    setting = setting_of(arguments, size, output)
-    ensure_folder(setting.folder)
-    windows = setting.windows()
-    shutil.rmtree(setting.chain_folder(), ignore_errors=True)
-    stages = {}
-    for step in STEPS:
-        module, *flags = setting.step_command(step)
-        flags = [word.replace("epoch_2", "epoch_1") for word in flags]
-        if step == "train":
-            flags[flags.index("--num_train_epochs") + 1] = "1"
-        found = setting.watched(module, *flags)
-        stages[step] = {"seconds": found["seconds"], "peak_bytes": found["peak_bytes"]}
-        (setting.chain_folder() / f"{step}.done").touch()
-    return {
-        "rows": setting.rows,
-        "tokens": len(windows) * setting.block_size,
-        "stages": stages,
-    }
-
-
-def generation(settings: list[Any]) -> list[dict[str, float]]:
+def generation(settings: list[Setting]) -> list[dict[str, float]]:
     """Milliseconds a token for each size: base alone, with memory, with kNN-LM; one token of each in turn."""
-    from benchmarks.generating import in_turn, joint_model, prompt
-    from benchmarks.measure import median
+    from benchmarks.inference import in_turn, joint_model, prompt
     from knn_utils.knn_lm import KNNLM
 
     base = settings[0].base()
@@ -113,29 +87,21 @@ def generation(settings: list[Any]) -> list[dict[str, float]]:
     models = {"base": (base, ids), "memory": (joint_model(settings[0], base), ids)}
     for setting in settings:
         options = {"k": min(setting.k, setting.rows), "probe": setting.probe, "lmbda": 0.25, "knn_temp": 16.0}
-        near = KNNLM(setting.index_path, setting.dstore_path, **options)
-        models[setting.rows] = (_with(near, base), ids)
+        near = KNNLM(setting.chain_folder() / "train.index", setting.datastore(), **options)
+        models[setting.rows] = (with_neighbours(near, base), ids)
     rounds = [in_turn(models, TOKENS, settings[0].device) for _ in range(settings[0].repeats)]
-    found = {name: 1000 * median([median(seconds[name]) for seconds in rounds]) for name in models}
+    found = {name: 1000 * median(median(seconds[name]) for seconds in rounds) for name in models}
     return [{"base": found["base"], "memory": found["memory"], "kNN-LM": found[setting.rows]} for setting in settings]
 
 
-def _with(neighbours: Any, base: Any) -> Any:
+def with_neighbours(near: Any, base: Any) -> Any:
     """The base as a kNN-LM, for one call at a time."""
 
     def call(**given: Any) -> Any:
-        with neighbours.on(base):
+        with near.on(base):
             return base(**given)
 
     return call
-
-
-def line_of(result: dict[str, Any]) -> str:
-    stages = ", ".join(
-        f"{NAMES[step]} {figures['seconds']:.1f} s {figures['peak_bytes'] / 1e9:.2f} GB"
-        for step, figures in result["stages"].items()
-    )
-    return f"{result['rows']:,} rows: {stages}"
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
@@ -155,12 +121,9 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         (memory_axes, "memory of each stage", "peak anonymous memory, GB"),
         (token_axes, "generation", "milliseconds a token"),
     ):
-        axes.set_xscale("log")
+        axes.set(title=title, xlabel="datastore rows", ylabel=label, xscale="log")
         axes.set_xticks(rows, [f"{count:,}" for count in rows])
         axes.minorticks_off()
-        axes.set_xlabel("datastore rows")
-        axes.set_ylabel(label)
-        axes.set_title(title)
         if axes is time_axes:
             axes.set_yscale("log")
         else:

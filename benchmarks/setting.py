@@ -6,6 +6,8 @@ project's own commands, in a folder named by what determines them.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,181 +15,213 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from utils.errors import InputError, one_line
+from utils.cli import flag
+from utils.errors import InputError, check_positive, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = Path("dataset/embedded")
-STEPS = ("embed", "index", "targets", "train", "joint")
+PRECISIONS = {"no": "float32", "bf16": "bfloat16"}
+OPEN = "--model_name_or_path {model} --dataset_name {windows} --report_to none"
+SEARCHED = "--dstore_path {dstore} --index_path {folder}/train.index --probe {probe}"
+# The stages of the chain, in order: module and flags.
+STEPS = {
+    "embed": f"train_base {OPEN} --do_eval --eval_subset train --per_device_eval_batch_size 4 --torch_dtype {{dtype}} "
+    "--save_knnlm_dstore --dstore_dir {folder}/dstore --output_dir {folder}/embed",
+    "index": f"knn_utils.build_index {SEARCHED} --ncentroids {{ncentroids}} --code_size {{code_size}}",
+    "targets": f"knn_utils.saveKNNMulti {SEARCHED} --output_path {{folder}}/targets --k {{k}} --knn_temp 16 "
+    "--ignore_first True",
+    "train": f"train_mlpmem_offline {OPEN} --knn_save_path {{folder}}/targets --knn_dstore_path {{dstore}} "
+    "--output_dir {folder}/memory --memory_layers {memory_layers} --num_train_epochs 2 --learning_rate 5e-4 --seed 0 "
+    "--per_device_train_batch_size {step_windows} --validation_split_name none --mixed_precision {precision}",
+    "joint": f"evaluate_joint {OPEN} --do_test --dataset_split_name test --output_dir {{folder}}/joint "
+    "--knn_generator_path {folder}/memory/epoch_2 --per_device_eval_batch_size 4 --torch_dtype {dtype}",
+}
+SAMPLE_SECONDS = 0.005
+SIZES = ("repeats", "rows", "block_size", "stride", "memory_layers", "k", "ncentroids", "probe", "code_size")
 
 
 @dataclass
-class Setting:
-    """What is measured, and where its files are.
+class BenchmarkArguments:
+    """Where, how often, how large. The defaults are the setting of the targets."""
 
-    Attributes:
-        model, text: folder of the base model; a text file.
-        rows: datastore rows of the training windows, one less than a multiple of `block_size`.
-        test_rows: the same of the windows that joint evaluation scores.
-        block_size, stride: of the windows; 1,024 and 512 are the original's.
-        memory_layers, k, probe, ncentroids, code_size: of the memory and the index.
-        repeats: timed rounds.
-        work: folder of the files.
+    output_dir: str = flag("results/benchmarks", "folder of results.json, targets.png and the stages' files (work/)")
+    model: str | None = flag(None, "folder of the base model; default: SmolLM2-135M of utils.embedded_default")
+    text: str | None = flag(None, "text file; default: the Wikipedia articles of utils.embedded_default")
+    device: str = flag("cpu", "cpu or cuda")
+    repeats: int = flag(3, "timed rounds, after one of warm-up")
+    rows: int = flag(24575, "datastore rows; taken to a multiple of --block_size less one")
+    block_size: int = flag(1024, "tokens of a window")
+    stride: int = flag(512, "tokens from one window to the next")
+    memory_layers: int = flag(8, "layers of the memory")
+    k: int = flag(1024, "neighbours")
+    ncentroids: int = flag(128, "inverted lists")
+    probe: int = flag(16, "inverted lists searched")
+    code_size: int = flag(64, "bytes of a compressed key")
+
+    def check(self) -> None:
+        """Refuse what cannot be measured. Raises InputError."""
+        for name in SIZES:
+            check_positive(f"--{name}", getattr(self, name))
+        if self.device not in ("cpu", "cuda"):
+            raise InputError(f"--device {self.device}: expected cpu or cuda")
+        if self.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise InputError("--device cuda: torch sees no GPU here; leave the flag out")
+
+
+@dataclass
+class Setting(BenchmarkArguments):
+    """The flags made definite: whole windows, absolute paths; and the files that are measured.
+
+    `rows` is one less than a multiple of `block_size`, and so is `test_rows`, of the windows that evaluation scores.
     """
 
-    model: str
-    text: str
-    rows: int
-    test_rows: int
-    block_size: int
-    stride: int
-    memory_layers: int
-    k: int
-    probe: int
-    ncentroids: int
-    code_size: int
-    device: str
-    repeats: int
-    work: str
+    test_rows: int = 0
 
-    # -- folders ----------------------------------------------------------------------------------------
+    @classmethod
+    def of(cls, arguments: BenchmarkArguments) -> Setting:
+        """The setting that the flags ask for; fetches the embedded model and text where none are named."""
+        paths = {"model": arguments.model or EMBEDDED / "model", "text": arguments.text or EMBEDDED / "wiki.txt"}
+        if not (arguments.model and arguments.text) and not all(Path(path).exists() for path in paths.values()):
+            subprocess.run([sys.executable, "-m", "utils.embedded_default", "--output_dir", EMBEDDED], check=True)
+        for name, path in paths.items():
+            if not Path(path).exists():
+                raise InputError(f"--{name} {path}: no such file or folder")
+        values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(BenchmarkArguments)}
+        values |= {name: str(Path(path).resolve()) for name, path in paths.items()}
+        values["output_dir"] = str(Path(arguments.output_dir).resolve())
+        values["rows"] = whole_windows(arguments.rows, arguments.block_size)
+        values["test_rows"] = whole_windows(max(arguments.rows // 3, arguments.block_size), arguments.block_size)
+        return cls(**values)
+
+    def record(self) -> dict[str, Any]:
+        """The setting without the machine's folders."""
+        names = {name: Path(getattr(self, name)).name for name in ("model", "text")}
+        return {name: value for name, value in vars(self).items() if name != "output_dir"} | names
+
+    # -- files ------------------------------------------------------------------------------------------
 
     @property
     def folder(self) -> Path:
-        return Path(self.work)
-
-    @property
-    def windows_path(self) -> Path:
-        return self.folder / "windows"
+        """Of the stages' files, named by what they depend on."""
+        identity = {
+            name: value for name, value in vars(self).items() if name not in ("output_dir", "device", "repeats")
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+        return Path(self.output_dir) / "work" / digest
 
     def chain_folder(self, precision: str = "no") -> Path:
-        """Where the chain's files of a precision are ("no": float32, "bf16")."""
-        return self.folder / {"no": "float32", "bf16": "bfloat16"}[precision]
+        """Where the chain's files of a precision are."""
+        return self.folder / PRECISIONS[precision]
 
-    @property
-    def dstore_path(self) -> Path:
-        return next((self.chain_folder() / "dstore").glob("dstore_*_train_*.arrow"))
-
-    @property
-    def index_path(self) -> Path:
-        return self.chain_folder() / "train.index"
-
-    @property
-    def values_path(self) -> Path:
-        return self.chain_folder() / "train_vals.npy"
-
-    @property
-    def targets_path(self) -> Path:
-        return self.chain_folder() / "targets"
-
-    # -- what is opened ---------------------------------------------------------------------------------
+    def datastore(self, precision: str = "no") -> Path:
+        """The chain's datastore, or where it would be."""
+        folder = self.chain_folder(precision) / "dstore"
+        return next(folder.glob("dstore_*_train_*.arrow"), folder / "dstore.arrow")
 
     def windows(self, split: str = "train") -> Any:
+        """The windows of a split, a `datasets.Dataset`; made where they are missing."""
         from utils.loading import load_windows
 
-        make_windows(self)
-        return load_windows(self.windows_path, split)
+        if not (self.folder / "windows").exists():
+            make_windows(self)
+        return load_windows(self.folder / "windows", split)
 
     def base(self, dtype: str = "float32") -> Any:
+        """The base model, in evaluation mode, without gradients."""
         from utils.base_model import load_base, load_tokenizer
         from utils.loading import quiet_libraries, resolve_dtype
 
         quiet_libraries()
-        base = load_base(
-            self.model, tokenizer=load_tokenizer(self.model), dtype=resolve_dtype(dtype), device=self.device
-        )
+        tokenizer = load_tokenizer(self.model)
+        base = load_base(self.model, tokenizer=tokenizer, dtype=resolve_dtype(dtype), device=self.device)
         return base.requires_grad_(False)
 
-    def memory(self, dtype: str = "float32") -> Any:
-        """A memory with random weights: time and memory do not depend on their values."""
+    def memory(self) -> Any:
+        """A memory with random float32 weights: time and memory do not depend on their values."""
         import torch
-
-        from models import memory_class
-        from utils.loading import resolve_dtype
-
-        torch.manual_seed(0)
-        config = self.memory_config()
-        return memory_class(config)(config).to(self.device, resolve_dtype(dtype)).eval()
-
-    def memory_config(self) -> Any:
         from transformers import AutoConfig
 
+        from models import memory_class
         from models.stack import memory_config
         from utils.base_model import load_tokenizer
 
         config = memory_config(AutoConfig.from_pretrained(self.model), self.memory_layers)
         tokenizer = load_tokenizer(self.model)
         config.vocab_size = config.vocab_size if tokenizer is None else len(tokenizer)
-        return config
+        torch.manual_seed(0)
+        return memory_class(config)(config).to(self.device, torch.float32).eval()
 
     # -- commands ---------------------------------------------------------------------------------------
 
-    def step_command(self, step: str, precision: str = "no") -> list[str]:
-        """Module and flags of one stage of the chain."""
-        folder = self.chain_folder(precision)
-        dtype = folder.name
-        dstore = next((folder / "dstore").glob("dstore_*_train_*.arrow"), folder / "dstore")
-        common = {"model_name_or_path": self.model, "dataset_name": self.windows_path, "report_to": "none"}
-        windows_per_step = max(2048 // self.stride, 1)
-        flags: dict[str, dict[str, Any]] = {
-            "embed": common
-            | {"do_eval": True, "eval_subset": "train", "per_device_eval_batch_size": 4, "torch_dtype": dtype}
-            | {"save_knnlm_dstore": True, "dstore_dir": folder / "dstore", "output_dir": folder / "embed"},
-            "index": {"dstore_path": dstore, "index_path": folder / "train.index", "probe": self.probe}
-            | {"ncentroids": self.ncentroids, "code_size": self.code_size},
-            "targets": {"dstore_path": dstore, "index_path": folder / "train.index", "k": self.k, "knn_temp": 16}
-            | {"probe": self.probe, "ignore_first": True, "output_path": folder / "targets"},
-            "train": common
-            | {"knn_save_path": folder / "targets", "knn_dstore_path": dstore, "output_dir": folder / "memory"}
-            | {"memory_layers": self.memory_layers, "num_train_epochs": 2, "learning_rate": 5e-4, "seed": 0}
-            | {"per_device_train_batch_size": windows_per_step, "validation_split_name": "none"}
-            | {"mixed_precision": precision},
-            "joint": common
-            | {"do_test": True, "dataset_split_name": "test", "knn_generator_path": folder / "memory" / "epoch_2"}
-            | {"per_device_eval_batch_size": 4, "torch_dtype": dtype, "output_dir": folder / "joint"},
+    def step(self, step: str, precision: str = "no", **changes: object) -> list[str]:
+        """Module and flags of one stage of the chain; of a flag that is there twice, as a changed one, the last counts."""
+        values = vars(self) | {
+            "windows": self.folder / "windows",
+            "folder": self.chain_folder(precision),
+            "dstore": self.datastore(precision),
+            "dtype": PRECISIONS[precision],
+            "precision": precision,
+            "step_windows": max(2048 // self.stride, 1),
         }
-        modules = {"embed": "train_base", "index": "knn_utils.build_index", "targets": "knn_utils.saveKNNMulti"}
-        modules |= {"train": "train_mlpmem_offline", "joint": "evaluate_joint"}
-        pairs = ((f"--{name}", str(value)) for name, value in flags[step].items())
-        return [modules[step], *(word for pair in pairs for word in pair)]
+        words = [word.format(**values) for word in STEPS[step].split()]
+        return words + [str(word) for name, value in changes.items() for word in (f"--{name}", value)]
 
-    def environment(self) -> dict[str, str]:
+    def run_step(self, step: str, precision: str = "no", **changes: object) -> float:
+        """Run one stage of the chain; returns its seconds. Raises InputError when it fails."""
+        return self.run("-m", *self.step(step, precision, **changes))
+
+    def run(self, *command: object, watch: Callable[[int], None] | None = None) -> float:
+        """Run `python …` from the repository's root, on the setting's device; returns its seconds.
+
+        Args:
+            watch: called with the process's number, again and again until it ends.
+
+        Raises:
+            InputError: it failed; the end of what it said.
+        """
         hidden = {} if self.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-        return {**os.environ, **hidden, "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**os.environ, **hidden, "TOKENIZERS_PARALLELISM": "false"}
+        with tempfile.TemporaryFile("w+") as said:
+            start = time.perf_counter()
+            words = [sys.executable, *map(str, command)]
+            process = subprocess.Popen(
+                words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said
+            )
+            while watch and process.poll() is None:
+                watch(process.pid)
+                time.sleep(SAMPLE_SECONDS)
+            status, seconds = process.wait(), time.perf_counter() - start
+            if status:
+                said.seek(0)
+                lines = [line for line in said if line.strip()] or [f"exit status {status}"]
+                raise InputError(f"{command[1]}: failed, {one_line(lines[-1], 400)}")
+        return seconds
 
-    def run(self, *command: object) -> float:
-        """Run `python …` from the repository's root; returns its seconds. Raises InputError when it fails."""
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, *map(str, command)],
-            cwd=ROOT,
-            env=self.environment(),
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-        )
-        if done.returncode:
-            raise InputError(f"{' '.join(map(str, command[:3]))}: failed, {one_line(done.stderr[-500:])}")
-        return time.perf_counter() - start
+    def watched(self, *command: str) -> dict[str, float]:
+        """Run a module with flags: its seconds, and its peak of anonymous memory (what is not mapped from files)."""
+        peak = 0
 
-    def run_step(self, step: str, precision: str = "no") -> float:
-        return self.run("-m", *self.step_command(step, precision))
+        def watch(process: int) -> None:
+            nonlocal peak
+            # No such line: a process that has just ended; no such file: another system than Linux.
+            with contextlib.suppress(OSError):
+                lines = Path(f"/proc/{process}/status").read_text().splitlines()
+                peak = max(peak, *(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon")), 0)
 
-    def watched(self, module: str, *flags: object) -> dict[str, float]:
-        """Run a command in a process of its own: its seconds, and its peak of anonymous memory in bytes."""
-        with tempfile.TemporaryDirectory() as folder:
-            result = Path(folder) / "memory.json"
-            self.run("-m", "benchmarks.memory", result, module, *flags)
-            return json.loads(result.read_text())
+        return {"seconds": self.run("-m", *command, watch=watch), "peak_bytes": peak}
 
     def prepare(self, upto: str) -> Setting:
         """Make the windows and the float32 files of the stages up to `upto`, where they are missing."""
-        make_windows(self)
-        for step in STEPS[: STEPS.index(upto) + 1]:
+        self.windows()
+        for step in [*STEPS][: [*STEPS].index(upto) + 1]:
             # Complete outputs are recognised by the commands themselves; the mark spares starting them.
             mark = self.chain_folder() / f"{step}.done"
             if not mark.exists():
@@ -196,85 +230,40 @@ class Setting:
         return self
 
 
-def make_setting(arguments: Any, output_dir: Path) -> Setting:
-    """The setting that the flags ask for; fetches the embedded model and text where none are named."""
-    model, text = arguments.model, arguments.text
-    if model is None or text is None:
-        if not (EMBEDDED / "model" / "config.json").exists() or not (EMBEDDED / "wiki.txt").exists():
-            subprocess.run([sys.executable, "-m", "utils.embedded_default", "--output_dir", EMBEDDED], check=True)
-        model, text = model or EMBEDDED / "model", text or EMBEDDED / "wiki.txt"
-    for name, path in (("--model", model), ("--text", text)):
-        if not Path(path).exists():
-            raise InputError(f"{name} {path}: no such file or folder")
-    names = set(Setting.__dataclass_fields__) - {"model", "text", "test_rows", "work"}
-    values: dict[str, Any] = {name: getattr(arguments, name) for name in names}
-    values |= {"model": str(Path(model).resolve()), "text": str(Path(text).resolve())}
-    values["rows"] = whole_windows(arguments.rows, arguments.block_size)
-    values["test_rows"] = whole_windows(max(arguments.rows // 3, arguments.block_size), arguments.block_size)
-    identity = {name: value for name, value in values.items() if name not in ("repeats", "device")}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
-    return Setting(**values, work=str((output_dir / "work" / digest).resolve()))
-
-
 def whole_windows(rows: int, block_size: int) -> int:
     """The nearest number of rows that whole windows of overlapping text have: a multiple of `block_size` less one."""
     return max(round((rows + 1) / block_size), 1) * block_size - 1
 
 
-def read_setting(path: Path) -> Setting:
-    return Setting(**json.loads(path.read_text()))
-
-
-def record(setting: Setting) -> dict[str, Any]:
-    """The setting without the machine's paths."""
-    values = asdict(setting)
-    for name in ("model", "text"):
-        values[name] = Path(values[name]).name
-    del values["work"]
-    return values
-
-
 def make_windows(setting: Setting) -> None:
     """Write the windows folder: train, test, exactly as many tokens as the rows ask for."""
-    if setting.windows_path.exists():
-        return
     import datasets
     import numpy as np
 
     from utils.base_model import load_tokenizer
     from utils.files import atomic_folder
-    from utils.windows import WindowSizes, windows_of_split
+    from utils.windows import WindowSizes, cut_windows
 
+    sizes = WindowSizes(setting.block_size, setting.stride).check()
     tokenizer = load_tokenizer(setting.model, required=True)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     wanted = setting.rows + 1 + setting.test_rows + 1
     text = Path(setting.text).read_text(encoding="utf-8")
-    ids: list[int] = []
+    found: list[int] = []
     # A token has about four characters; no more of the text is tokenized than is needed.
     for start in range(0, len(text), 1 << 18):
-        ids += tokenizer(text[start : start + (1 << 18)], verbose=False)["input_ids"]
-        if len(ids) >= wanted:
-            break
-    if len(ids) < wanted:
-        raise InputError(f"--text {setting.text}: has {len(ids)} tokens, {wanted} are needed; ask for fewer --rows")
-    tokens = np.asarray(ids[:wanted], dtype=np.int32)
-    pieces = {"train": tokens[: setting.rows + 1], "test": tokens[setting.rows + 1 :]}
-    sizes = WindowSizes(setting.block_size, setting.stride)
+        if len(found) < wanted:
+            found += tokenizer(text[start : start + (1 << 18)], verbose=False)["input_ids"]
+    if len(found) < wanted:
+        raise InputError(f"--text {setting.text}: has {len(found)} tokens, {wanted} are needed; ask for fewer --rows")
+    train, test = np.split(np.asarray(found[:wanted], dtype=np.int32), [setting.rows + 1])
     splits = {}
-    with tempfile.TemporaryDirectory() as work:
-        for split, piece in pieces.items():
-            counted = _Counted(tokenizer, piece)
-            folder = Path(work) / split
-            folder.mkdir()
-            splits[split], _ = windows_of_split(datasets.Dataset.from_dict({"text": [""]}), counted, sizes, 1, folder)
-        with atomic_folder(setting.windows_path) as folder:
-            datasets.DatasetDict(splits).save_to_disk(str(folder))
-
-
-class _Counted(SimpleNamespace):
-    """Stands for a tokenizer whose one text has exactly these tokens."""
-
-    def __init__(self, tokenizer: Any, tokens: Any) -> None:
-        super().__init__(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, tokens=tokens)
-
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, Any]:
-        return {"input_ids": [self.tokens]}
+    for split, tokens in (("train", train), ("test", test)):
+        pieces = list(cut_windows(tokens, sizes, pad))
+        ids, labels = (np.concatenate(column) for column in zip(*pieces, strict=True))  # (windows, block_size) each
+        ends = (labels[:, 1:] != sizes.padding_index).sum(1).cumsum()
+        columns = {"input_ids": ids, "labels": labels, "attention_mask": np.ones(ids.shape, dtype=np.int8)}
+        columns["dstore_range"] = np.stack([[0, *ends[:-1]], ends], axis=1)
+        splits[split] = datasets.Dataset.from_dict(columns)
+    with atomic_folder(setting.folder / "windows") as folder:
+        datasets.DatasetDict(splits).save_to_disk(str(folder))

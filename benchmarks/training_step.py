@@ -6,65 +6,57 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.measure import Row, median, ratio, rounds, timed
-from benchmarks.setting import Setting
+from benchmarks import plain
+from benchmarks.setting import PRECISIONS, Setting
+from benchmarks.timing import Row, rounds, timed
 
-STAGE = "training_step"
 STEP_ROWS = 2048
 ROUNDS = 7  # at least: a ratio of two long runs is as noisy as the machine
 
 
-def measure(setting: Setting) -> list[Row]:
+def training_step(setting: Setting) -> list[Row]:
+    """`MemoryTrainer`'s step in float32 and bfloat16 beside the bare products of the same shapes."""
     import torch
 
-    from benchmarks import plain
-
     source = offline_rows(setting.prepare("targets"))
-    first, last = step_windows(setting, source)[-1]
-    load = [*range(first, last)]
-    rows_of = {}
+    load = [*step_windows(setting, source)[-1]]
+    rows = int(source.window_rows()[load].sum())
     runs: dict[str, Callable[[], Any]] = {}
-    for precision, dtype in (("no", "float32"), ("bf16", "bfloat16")):
+    for precision, dtype in PRECISIONS.items():
         trainer = make_trainer(setting, source, precision)
-        rows_of[dtype] = rows = int(source.window_rows()[load].sum())
-        runs[f"step {dtype}"] = lambda trainer=trainer, rows=rows: step(trainer, load, rows)
+        runs[f"step {dtype}"] = lambda trainer=trainer: step(trainer, load, rows)
         runs[f"bare {dtype}"] = bare_products(trainer, rows, getattr(torch, dtype))
-    seconds = rounds(runs, max(setting.repeats, ROUNDS), device=setting.device)
+    seconds = rounds(runs, max(setting.repeats, ROUNDS), setting.device)
     found = []
     for dtype, target in (("float32", 0.9), ("bfloat16", 0.8)):
-        share = ratio(seconds, f"bare {dtype}", f"step {dtype}")
-        rate = rows_of[dtype] / median(seconds[f"step {dtype}"])
-        detail = f"{rate:.0f} of {rows_of[dtype] / median(seconds[f'bare {dtype}']):.0f} tokens/s, optimiser included"
+        rates = [rows / seconds.median(f"{kind} {dtype}") for kind in ("step", "bare")]
+        detail = f"{rates[0]:.0f} of {rates[1]:.0f} tokens/s, optimiser included"
         if dtype == "float32":
-            detail += f"; dense textbook step {plain_rate(setting, source, plain):.0f} tokens/s"
-        found.append(Row(STAGE, f"rate of the bare products, {dtype}", share, ">=", target, "x", detail))
-    gain = ratio(seconds, "step float32", "step bfloat16")
-    bare_gain = ratio(seconds, "bare float32", "bare bfloat16")
+            detail += f"; dense textbook step {plain_rate(setting, source):.0f} tokens/s"
+        share = seconds.ratio(f"bare {dtype}", f"step {dtype}")
+        found.append(Row(f"rate of the bare products, {dtype}", share, ">=", target, "x", detail))
+    gain = seconds.ratio("step float32", "step bfloat16")
+    bare_gain = seconds.ratio("bare float32", "bare bfloat16")
     detail = f"the bare products themselves give {bare_gain:.2f} here"
-    found.append(Row(STAGE, "bf16 step, of float32", gain, ">=", 1.5, "x", detail, applies=bare_gain >= 1.5))
+    found.append(Row("bf16 step, of float32", gain, ">=", 1.5, "x", detail, applies=bare_gain >= 1.5))
     return found
 
 
-def step_windows(setting: Setting, source: Any) -> list[tuple[int, int]]:
-    """Window ranges whose rows are about STEP_ROWS."""
+def step_windows(setting: Setting, source: Any) -> list[range]:
+    """Windows, load by load, whose rows are about STEP_ROWS."""
     windows = len(source.window_rows())
     size = max(STEP_ROWS // setting.stride, 1)
-    return [(start, min(start + size, windows)) for start in range(0, windows - windows % size or windows, size)]
+    whole = windows - windows % size or windows
+    return [range(start, min(start + size, windows)) for start in range(0, whole, size)]
 
 
 def offline_rows(setting: Setting) -> Any:
     """The trainer's own source of rows."""
     from training.row_sources import OfflineRows
 
-    config = setting.memory_config()
-    return OfflineRows(
-        setting.windows(),
-        setting.targets_path,
-        setting.dstore_path,
-        vocabulary=config.vocab_size,
-        dim=config.hidden_size,
-        layer_position=-1,
-    )
+    config = setting.memory().config
+    sizes = {"vocabulary": config.vocab_size, "dim": config.hidden_size, "layer_position": -1}
+    return OfflineRows(setting.windows(), setting.chain_folder() / "targets", setting.datastore(), **sizes)
 
 
 def make_trainer(setting: Setting, source: Any, precision: str) -> Any:
@@ -103,43 +95,35 @@ def bare_products(trainer: Any, rows: int, dtype: Any) -> Callable[[], None]:
     memory = trainer.memory_for_reading()
     device = memory.lm_head.weight.device
     micro = min(trainer.micro_rows, rows)
-    head = memory.lm_head.weight.detach().to(dtype)
-    bounds = _row_bounds(micro, head.shape[0] * head.element_size(), None, device.type)
-    chunk = max(b - a for a, b in itertools.pairwise(bounds))
-    layers = []
+
+    def random(*shape: int) -> Any:
+        return torch.randn(shape, device=device).to(dtype)
+
+    layers = []  # of each: weight, input, output, the gradients of weight and, unless it is the first, of input
     for number, block in enumerate(memory.blocks):
         # (out, in) whatever the family's layer class stores
         shapes = [matrix_shape(module) for module in block.modules() if is_matrix(module)]
         for place, (out, width) in enumerate(shapes):
-            layers.append(
-                (
-                    torch.randn(out, width, device=device).to(dtype),
-                    torch.randn(micro, width, device=device).to(dtype),
-                    torch.randn(micro, out, device=device).to(dtype),
-                    number > 0 or place == len(shapes) - 1,
-                )
-            )
-    outputs = [torch.empty_like(grad) for _, _, grad, _ in layers]
-    input_grads = [torch.empty_like(x) for _, x, _, _ in layers]
-    weight_grads = [torch.empty_like(weight) for weight, *_ in layers]
-    hidden = torch.randn(micro, head.shape[1], device=device).to(dtype)
-    logits = torch.empty(chunk, head.shape[0], device=device, dtype=dtype)
+            needs_input = number > 0 or place == len(shapes) - 1
+            weight, x = random(out, width), random(micro, width)
+            grads = torch.empty_like(weight), torch.empty_like(x) if needs_input else None
+            layers.append((weight, x, random(micro, out), random(micro, out), *grads))
+    head = memory.lm_head.weight.detach().to(dtype)
+    bounds = _row_bounds(micro, head.shape[0] * head.element_size(), None, device.type)
+    hidden, logits = random(micro, head.shape[1]), random(max(b - a for a, b in itertools.pairwise(bounds)), len(head))
     hidden_grad, head_grad = torch.empty_like(hidden), torch.empty_like(head)
-    logits.normal_()
 
     def run() -> None:
         for _ in range(max(round(rows / micro), 1)):
-            for (weight, x, _, _), output in zip(layers, outputs, strict=True):
+            for weight, x, _, output, _, _ in layers:
                 torch.mm(x, weight.t(), out=output)
             for start, stop in itertools.pairwise(bounds):
                 piece, z = hidden[start:stop], logits[: stop - start]
                 torch.mm(piece, head.t(), out=z)
                 torch.mm(z, head, out=hidden_grad[start:stop])
                 torch.mm(z.t(), piece, out=head_grad)
-            for (weight, x, grad, needs_input), input_grad, weight_grad in zip(
-                layers, input_grads, weight_grads, strict=True
-            ):
-                if needs_input:
+            for weight, x, grad, _, weight_grad, input_grad in layers:
+                if input_grad is not None:
                     torch.mm(grad, weight, out=input_grad)
                 torch.mm(grad.t(), x, out=weight_grad)
 
@@ -157,15 +141,14 @@ def matrix_shape(module: Any) -> tuple[int, int]:
     return shape if hasattr(module, "out_features") else shape[::-1]
 
 
-def plain_rate(setting: Setting, source: Any, plain: Any, windows: int = 1) -> float:
-    """Tokens/s of the dense textbook step, building its target included."""
+def plain_rate(setting: Setting, source: Any) -> float:
+    """Tokens/s of the dense textbook step on the last window, building its target included."""
     import numpy as np
     import torch
 
     memory = setting.memory().train()
     optimizer = torch.optim.AdamW(memory.parameters(), lr=1e-4)
-    chosen = np.arange(len(source.window_rows()) - windows, len(source.window_rows()))
-    rows = source.rows(source.read(chosen))
+    rows = source.rows(source.read(np.array([len(source.window_rows()) - 1])))
     ends = [0, *rows.id_cnt.cumsum(0).tolist()]
     lists = [(rows.token_id[a:b].tolist(), rows.prob[a:b].float().tolist()) for a, b in itertools.pairwise(ends)]
 

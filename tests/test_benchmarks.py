@@ -8,6 +8,8 @@ import json
 import pytest
 from conftest import make_base, make_text, refused, run
 
+from benchmarks.run import STAGES
+
 STAGE_ROWS = {
     "whole_chain": 4,
     "embedding": 3,
@@ -43,11 +45,10 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def setting(inputs, tmp_path_factory):
-    from benchmarks.run import BenchmarkArguments
-    from benchmarks.setting import make_setting
+    from benchmarks.setting import BenchmarkArguments, Setting
 
     values = SMALL | {name: str(path) for name, path in inputs.items()}
-    return make_setting(BenchmarkArguments(**values), tmp_path_factory.mktemp("out"))
+    return Setting.of(BenchmarkArguments(**values, output_dir=str(tmp_path_factory.mktemp("out"))))
 
 
 def flags(inputs, output, **changes):
@@ -57,8 +58,8 @@ def flags(inputs, output, **changes):
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGE_ROWS if stage not in SLOW])
 def test_a_stage_gives_its_rows(stage, setting):
-    rows = importlib.import_module(f"benchmarks.{stage}").measure(setting)
-    assert [row.stage for row in rows] == [stage] * STAGE_ROWS[stage]
+    rows = getattr(importlib.import_module(f"benchmarks.{STAGES[stage]}"), stage)(setting)
+    assert len(rows) == STAGE_ROWS[stage]
     assert all(row.reached is not None and row.detail for row in rows)
 
 
@@ -82,6 +83,13 @@ def test_one_command_prints_a_table_and_writes_results_chart_and_page_though_a_s
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert results["rows"][0]["name"] in text and "| knn_targets | did not run" in text
+    marks = "<!-- before and after: begin -->\n<!-- before and after: end -->\n"
+    page.write_text(text + marks)
+    earlier = tmp_path / "earlier.json"
+    rows = [row | {"reached": 2 * row["reached"]} for row in results["rows"]]
+    earlier.write_text(json.dumps(results | {"rows": rows}))
+    run("-m", "benchmarks.run", "--page", page, "--output_dir", tmp_path, "--before", earlier)
+    assert "| -50.0% |" in page.read_text()
     page.write_text("no marks\n")
     assert str(page) in refused("-m", "benchmarks.run", "--page", page, "--output_dir", tmp_path)
     assert page.read_text() == "no marks\n"

@@ -1,0 +1,125 @@
+"""What a run of the benchmarks leaves to look at: table, bar chart, and the tables of a page."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import Row
+from utils.errors import InputError
+from utils.files import atomic_file
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a figure depends on beside the code."""
+    import torch
+
+    from utils.evaluation import versions
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    found = {"cpu": next(names, platform.processor()), "threads": torch.get_num_threads(), "versions": versions()}
+    return found | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
+
+
+def read_rows(results: dict[str, Any]) -> list[Row]:
+    return [Row(**values) for values in results["rows"]]
+
+
+def figure(value: float | None, unit: str) -> str:
+    """A figure with its unit, to three digits."""
+    if value is None:
+        return "–"
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{text} {unit}".removesuffix(" x")
+
+
+def target(row: Row) -> str:
+    return f"{'≤' if row.sign == '<=' else '≥'} {figure(row.target, row.unit)}"
+
+
+def line(*cells: str) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def setting_line(results: dict[str, Any]) -> str:
+    """What was measured, and where."""
+    setting, here = results["setting"], results["machine"]
+    return (
+        f"Measured on {here.get('gpu', here['cpu'])}, {here['threads']} threads, device {setting['device']}, "
+        f"torch {here['versions'].get('torch')}: {setting['model']}, {setting['rows']:,} rows "
+        f"(windows of {setting['block_size']:,}, stride {setting['stride']}), {setting['memory_layers']} memory layers, "
+        f"{setting['ncentroids']} lists, {setting['probe']} probed, {setting['code_size']}-byte codes, "
+        f"k = {setting['k']:,}; medians of {setting['repeats']}."
+    )
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The page's table, with its setting and machine."""
+    lines = [setting_line(results), "", line("stage", "figure", "reached", "target", "", "of what"), line(*["---"] * 6)]
+    for row in read_rows(results):
+        reached = figure(row.reached, row.unit)
+        lines.append(line(row.stage, row.name, reached, target(row), row.verdict(), row.detail))
+    lines += [line(stage, "did not run", "–", "–", "", problem) for stage, problem in results["failed"].items()]
+    return "\n".join(lines)
+
+
+def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Each figure of two runs; the change is in percent of the first, worse or better by the target's direction."""
+    earlier = {(row.stage, row.name): row for row in read_rows(before)}
+    lines = [setting_line(before), "", line("stage", "figure", "before", "after", "change"), line(*["---"] * 5)]
+    for row in read_rows(after):
+        old = earlier.get((row.stage, row.name))
+        then = old.reached if old else None
+        change = "–"
+        if then is not None and row.reached is not None and then > 0:
+            percent = 100 * (row.reached / then - 1)
+            better = percent == 0 or (percent < 0) == (row.sign == "<=")
+            change = f"{percent:+.1f}%" + ("" if better else " (worse)")
+        lines.append(line(row.stage, row.name, figure(then, row.unit), figure(row.reached, row.unit), change))
+    return "\n".join(lines)
+
+
+def put_in_page(page: Path, text: Callable[[], str], mark: str = "table") -> None:
+    """Put `text()` between the lines `<!-- MARK: begin -->` and `<!-- MARK: end -->` of `page`.
+
+    Raises InputError where there are none.
+    """
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    old = page.read_text(encoding="utf-8") if page.exists() else ""
+    if begin not in old or end not in old.split(begin, 1)[1]:
+        raise InputError(f"--page {page}: expected a page with the lines {begin} and {end}")
+    head, rest = old.split(begin, 1)
+    tail = rest.split(end, 1)[1]
+    with atomic_file(page) as temporary:
+        temporary.write_text(f"{head}{begin}\n{text()}\n{end}{tail}", encoding="utf-8")
+
+
+def bar_chart(rows: Sequence[Row], path: Path) -> None:
+    """How much of each target is used: a bar up to the line reaches it, whichever way the target points."""
+    from matplotlib.ticker import NullFormatter
+
+    from utils.plots import figure_of, save_figure
+
+    shown = [row for row in rows if row.share() is not None][::-1]
+    chart, (axes,) = figure_of(1)
+    chart.set_size_inches(9, 1.2 + 0.3 * max(len(shown), 1))
+    colours = ["tab:blue" if row.met() else "tab:red" if row.applies else "tab:grey" for row in shown]
+    # A log scale shows the far and the near; nothing is drawn below a hundredth of a target.
+    shares = [min(max(row.share(), 0.011), 100) for row in shown]
+    axes.barh(range(len(shown)), shares, color=colours)
+    axes.set_yticks(range(len(shown)), [f"{row.stage}: {row.name}" for row in shown], fontsize=7)
+    for place, (row, share) in enumerate(zip(shown, shares, strict=True)):
+        axes.text(share * 1.05, place, figure(row.reached, row.unit), va="center", fontsize=7)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlim(0.01, max([2.0, *(3 * share for share in shares)]))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("share of the target used: up to 1 it is reached")
+    save_figure(chart, path)
