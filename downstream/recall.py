@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.cli import check_grid, flag, parse
-from utils.errors import InputError, check_positive, command
+from utils.cli import flag, parse
+from utils.errors import InputError, check_grid, check_positive, command
 
 RULE = (
     "an article's title and its first sentence up to 'is a', 'was an', 'are the' and the like, answered by the next "

@@ -26,7 +26,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOK
 def launcher(processes: int) -> list[str]:
     """The beginning of a command line that runs on so many processes of this machine's CPU."""
     start = [sys.executable, "-m", "accelerate.commands.launch"]
-    if processes != 2:
+    if processes == 1:
         return [*start, "--cpu", "--num_processes", str(processes)]
     config = ROOT / "accelerate_config" / "cpu.yaml"
     return [*start, "--config_file", str(config), "--num_processes", str(processes), "--main_process_port", "0"]

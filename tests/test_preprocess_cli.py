@@ -168,7 +168,7 @@ def test_the_same_run_again_does_nothing_and_other_settings_need_overwrite(tmp_p
     assert capsys.readouterr().out == f"{out}: these windows are there already; --overwrite makes them again\n"
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == made
 
-    assert "stride was 4, is 2" in refuse(moved, leaves=out, stride=2)
+    assert "stride 4 there, 2 now" in refuse(moved, leaves=out, stride=2)
     assert len(make(moved, out, "--overwrite", stride=2)["train"]) == 8
     moved.write_text("so " * 20)
     assert "text_sha256" in refuse(moved, leaves=out, stride=2)
@@ -226,7 +226,8 @@ def test_an_empty_file_is_refused(refuse, tmp_path, name):
         pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
     else:
         path.write_text("\n \n" if name.endswith("txt") else "")
-    assert f"{path}: is empty" in refuse(path)
+    line = refuse(path)
+    assert str(path) in line and ("no data" if name.endswith("parquet") else "is empty") in line
 
 
 BAD_FILES = {
@@ -235,7 +236,7 @@ BAD_FILES = {
     "list.jsonl": (b'["so"]\n', "line 1 is not a JSON object"),
     "number.jsonl": (b'{"text": "so"}\n\n{"text": 3}\n', "line 3: 'text' holds int, expected text"),
     "column.jsonl": (b'{"body": "so", "id": 1}\n', "--text_column text: "),
-    "not.parquet": (b"PAR1 no", "is not a readable parquet file"),
+    "not.parquet": (b"PAR1 no", "cannot be loaded"),
     "words.docx": (b"so", "expected a file that ends in .txt"),
 }
 
@@ -259,7 +260,7 @@ def test_a_text_column_that_is_not_there_lists_those_that_are(refuse, tmp_path):
 
 def test_rows_without_text_are_refused(refuse, tmp_path):
     pq.write_table(pa.table({"text": ["so", None]}), tmp_path / "a.parquet")
-    assert "row 1 of 'text' is null" in refuse(tmp_path / "a.parquet")
+    assert "rows without text" in refuse(tmp_path / "a.parquet")
     datasets.Dataset.from_dict({"text": ["so", None]}).save_to_disk(str(tmp_path / "saved"))
     assert "rows without text" in refuse(tmp_path / "saved")
 

@@ -267,7 +267,7 @@ def dataclasses_of(name: str) -> list[type]:
 
     where = {
         "preprocess": [("utils.preprocess_dataset", "Arguments")],
-        "train_base": [("train_base", kind) for kind in ("ModelArguments", "DataArguments", "KNNArguments")],
+        "train_base": [("train_base", "StageArguments")],
         "build_index": [("knn_utils.build_index", "BuildArguments")],
         "saveKNNMulti": [("knn_utils.saveKNNMulti", "TargetArguments")],
         "trainers": [("training.arguments", "TrainerArguments")],

@@ -1,6 +1,6 @@
 """Command lines from dataclasses: a field is a flag, its `help` metadata the text, its default the default.
 
-Knows nothing of what the flags mean. Imports no torch, so that `--help` answers at once.
+Imports no torch, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, NoReturn
 
-from utils.errors import EXIT_BAD_INPUT, InputError, check_fraction, check_positive, one_line
+from utils.errors import EXIT_BAD_INPUT, one_line
 
 
 def flag(default: Any, text: str, **metadata: Any) -> Any:
@@ -67,14 +67,3 @@ def note_unused(names: Sequence[str], why: str) -> None:
     for name in names:
         if given(name):
             say(f"--{name}: has no use {why}")
-
-
-def check_grid(lmbda: Sequence[float], knn_temp: Sequence[float]) -> None:
-    """Check the values of `--lmbda` (each in [0, 1]) and `--knn_temp` (each above 0). Raises InputError."""
-    for name, values in (("--lmbda", lmbda), ("--knn_temp", knn_temp)):
-        if not values:
-            raise InputError(f"{name}: expected at least one value")
-    for value in lmbda:
-        check_fraction("--lmbda", value)
-    for value in knn_temp:
-        check_positive("--knn_temp", value)

@@ -1,29 +1,25 @@
 """Several processes of one run: how they find each other, and how all of them end when one fails.
 
 A launcher (accelerate launch, torchrun) starts them and sets WORLD_SIZE; `join` connects them, over NCCL where there
-are GPUs and over gloo where there are none. Knows nothing of what they compute.
+are GPUs and over gloo where there are none. Torch is imported only where there are several.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 # A process may work for days on its parts while the others wait for it at the end.
 PATIENCE = timedelta(days=7)
 # Time for the launcher to end this process, which has nothing of its own to say.
 GRACE_SECONDS = 2.0
-# Where MPI tells its processes how many they are.
-MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_T = TypeVar("_T")
 LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Socket Timeout")
+_T = TypeVar("_T")
 
 
 def started_together() -> bool:
@@ -36,53 +32,18 @@ def process_number() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
-def start_those_asked_for() -> None:
-    """Where accelerate was asked for several processes and started this one alone, start them; else return.
+def note_lone_process() -> None:
+    """Say so where `accelerate launch` was asked for several processes, but started this one alone.
 
-    `accelerate launch --cpu --num_processes 3` (or without --cpu and without a GPU) starts one process whatever the
-    number is, and sets the address of a main process in it. The number stands in the launcher's command line, where
-    the system shows it. This process then becomes torch's launcher of its own command.
+    It does so with --cpu, and without a GPU; it sets the address of a main process then, though there is none to find.
     """
-    environment = os.environ
-    alone = not any(name in environment for name in ("WORLD_SIZE", *MPI_SIZES))
-    if not (alone and "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment):
-        return
-    count = _processes_of_launcher()
-    if count == 1:
-        return
-    if count is None or not _runs_on_cpu():
+    alone = "WORLD_SIZE" not in os.environ and not any(name.endswith("_SIZE") for name in os.environ if "MPI" in name)
+    if alone and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
         print(
             "accelerate started one process only; for several on the CPU: "
             "accelerate launch --config_file accelerate_config/cpu.yaml --num_processes N",
             file=sys.stderr,
         )
-        return
-    # The address is torch's launcher's to choose; the last would bind all processes to the same cores.
-    for name in ("MASTER_ADDR", "MASTER_PORT", "KMP_AFFINITY"):
-        environment.pop(name, None)
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count))
-    sys.stdout.flush()
-    os.execv(sys.executable, [*launcher, *sys.orig_argv[1:]])
-
-
-def _runs_on_cpu() -> bool:
-    import torch
-
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.cuda.is_available()
-
-
-def _processes_of_launcher() -> int | None:
-    """--num_processes in the command line of this process's parent, an `accelerate launch` on one machine, or None."""
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return None
-    line = " ".join(words)
-    machines = re.search(r" --num[_-]machines[ =]([0-9]+)", line)
-    found = re.search(r"accelerate.*? --num[_-]processes[ =]([0-9]+)", line)
-    if found is None or (machines is not None and int(machines[1]) > 1):
-        return None
-    return int(found[1])
 
 
 def join() -> Any:
@@ -160,31 +121,21 @@ def _forget_passes(module: Any) -> None:
             group._post_forward_indices.clear()
 
 
-def let_main_speak() -> None:
-    """Before a process other than the main one reports bad input: time for the main one to report the same.
+def let_others_speak(lost: bool = False) -> None:
+    """Before a process tells why it ends: time for the one that knows best to tell it first.
 
-    What is wrong is mostly wrong for all; the launcher ends the other processes as soon as the first has ended, so that
-    the line appears once. A process whose trouble is its own comes to speak after this.
+    What is wrong is mostly wrong for all, and the main process tells it at once; the launcher ends the other processes
+    as soon as the first has ended, so that the line appears once. A process whose trouble is its own comes to speak
+    after this. One that only `lost` another waits on the main process too.
     """
-    if started_together() and process_number() > 0:
+    if lost or (started_together() and process_number() > 0):
         time.sleep(GRACE_SECONDS)
 
 
-def is_lost_connection(error: BaseException) -> bool:
+def is_lost_connection(error: RuntimeError) -> bool:
     """Whether `error` says that another process of this run has ended in the middle of an exchange."""
+    if not started_together():
+        return False
     import torch
 
-    if not started_together() or not isinstance(error, RuntimeError):
-        return False
-    kinds = tuple(
-        kind
-        for kind in (getattr(torch.distributed, name, None) for name in ("DistBackendError", "DistNetworkError"))
-        if kind is not None
-    )
-    return isinstance(error, kinds) or any(text in str(error) for text in LOST)
-
-
-def report_lost_connection() -> str:
-    """The line for a process that lost another one, after the time in which the launcher ends it silently."""
-    time.sleep(GRACE_SECONDS)
-    return f"process {process_number()} ends: another process of this run has ended, its own line says why"
+    return isinstance(error, torch.distributed.DistError) or any(text in str(error) for text in LOST)

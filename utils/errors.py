@@ -1,20 +1,19 @@
-"""How a command ends when its input is bad: one clear line, exit status 2, no traceback.
+"""How a command ends when its input is bad: one clear line, exit status 2, no traceback. And checks of plain values.
 
-Knows nothing of models or files. Code below the entry scripts raises `InputError` with a line
-that names the file, flag or value, what was expected and what to do; `command` prints it.
+Code below the entry scripts raises `InputError` with a line that names the file, flag or value, what was expected and
+what to do; `command` prints it.
 """
 
 from __future__ import annotations
 
-import atexit
 import errno
 import functools
-import gc
 import math
 import os
 import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from utils import distributed
 
 EXIT_BAD_INPUT = 2
 EXIT_LOST_PROCESS = 1
@@ -47,76 +46,40 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     Handles `InputError`, operating-system errors on files, and Ctrl-C. Any other exception is a
     fault of ours and keeps its traceback. `MLPMEM_TRACEBACK=1` keeps the traceback of all.
     Where a launcher started several processes they are connected first, and one that fails ends them all.
-    A command that is the process's main program starts and ends it quickly (`_hurry`, `_end`).
     """
-    is_program = main.__module__ == "__main__"
 
     @functools.wraps(main)
     def run() -> None:
-        several = int(os.environ.get("WORLD_SIZE") or 1) > 1
-        if is_program:
-            _hurry()
         try:
-            if several:
-                from utils.distributed import join
-
-                join()
-            elif "MASTER_ADDR" in os.environ:
-                from utils.distributed import start_those_asked_for
-
-                start_those_asked_for()
+            if distributed.started_together():
+                distributed.join()
+            else:
+                distributed.note_lone_process()
             main()
+        except KeyboardInterrupt:
+            leave(EXIT_INTERRUPTED, "interrupted; run the same command again to continue")
         except (InputError, OSError) as error:
             if os.environ.get("MLPMEM_TRACEBACK") or isinstance(error, BrokenPipeError):
                 raise
+            distributed.let_others_speak()
             text = describe_os_error(error) if isinstance(error, OSError) and error.errno else error
-            if several:
-                from utils.distributed import let_main_speak
-
-                let_main_speak()
-            sys.stdout.flush()
-            print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
-            leave(EXIT_BAD_INPUT)
-        except KeyboardInterrupt:
-            print("interrupted; run the same command again to continue", file=sys.stderr, flush=True)
-            leave(EXIT_INTERRUPTED)
+            leave(EXIT_BAD_INPUT, f"error: {one_line(text)}")
         except RuntimeError as error:
-            if not several or os.environ.get("MLPMEM_TRACEBACK"):
+            if os.environ.get("MLPMEM_TRACEBACK") or not distributed.is_lost_connection(error):
                 raise
-            from utils.distributed import is_lost_connection, report_lost_connection
-
-            if not is_lost_connection(error):
-                raise
-            print(report_lost_connection(), file=sys.stderr, flush=True)
-            leave(EXIT_LOST_PROCESS)
-        if is_program and not several:
-            _end()
+            distributed.let_others_speak(lost=True)
+            line = "another process of this run has ended, its own line says why"
+            leave(EXIT_LOST_PROCESS, f"process {distributed.process_number()} ends: {line}")
 
     return run
 
 
-def _hurry() -> None:
-    """Look for unreachable objects less often: importing the libraries makes millions that stay."""
-    gc.set_threshold(50_000, 20, 20)
-
-
-def _end() -> None:
-    """End this process, whose work is done, without taking thousands of modules apart (more than a second)."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
-    atexit._run_exitfuncs()
+def leave(status: int, line: str) -> None:
+    """Exit with `status` after `line` on stderr; a process of a distributed run does not wait for the others."""
     sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def leave(status: int) -> None:
-    """Exit with `status`; a process of a distributed run does not wait for the others at exit."""
+    print(line, file=sys.stderr, flush=True)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        sys.stderr.flush()
-        sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
 
@@ -133,3 +96,12 @@ def check_positive(flag: str, value: float) -> float:
     if not (math.isfinite(value) and value > 0):
         raise InputError(f"{flag} {value:g}: expected a number above 0")
     return value
+
+
+def check_grid(lmbda: Sequence[float], knn_temp: Sequence[float]) -> None:
+    """Check the values of `--lmbda` (each in [0, 1]) and `--knn_temp` (each above 0). Raises InputError."""
+    for name, values, check in (("--lmbda", lmbda, check_fraction), ("--knn_temp", knn_temp, check_positive)):
+        if not values:
+            raise InputError(f"{name}: expected at least one value")
+        for value in values:
+            check(name, value)

@@ -1,10 +1,11 @@
 """Perplexity of mixtures: base alone, base + memory, base + kNN, for grids of lambda and temperature in one pass.
 
-Knows nothing of FAISS or of files beyond `results.json`. Every token counts once, on any number of processes.
+Every token counts once, on any number of processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -188,23 +189,17 @@ def check_token_ids(windows: Any, vocabulary: int, path: object) -> None:
     """Refuse windows whose token ids lie outside a model's vocabulary. Raises InputError naming the window."""
     import pyarrow.compute as pc
 
-    column = windows.with_format("arrow").data.column("input_ids")
-    if getattr(windows, "_indices", None) is not None:
-        column = windows.with_format("arrow")[:]["input_ids"]
-    row = 0
-    for chunk in column.chunks:
-        ids = chunk.flatten()
-        low, high = pc.min_max(ids).values() if len(ids) else (None, None)
-        low, high = (low.as_py(), high.as_py()) if low is not None else (0, 0)
-        if low is not None and (low < 0 or high >= vocabulary):
-            values = ids.to_numpy(zero_copy_only=False)
+    for number, table in enumerate(windows.with_format("arrow").iter(1000)):
+        ids = pc.list_flatten(table.column("input_ids"))
+        bounds = pc.min_max(ids).as_py()
+        if len(ids) and (bounds["min"] < 0 or bounds["max"] >= vocabulary):
+            values = ids.to_numpy()
             bad = int(np.argmax((values < 0) | (values >= vocabulary)))
-            window = row + bad * len(chunk) // max(len(values), 1)
             raise InputError(
-                f"--dataset_name {path}: window {window} holds token id {int(values[bad])}, but the model's vocabulary "
-                f"has {vocabulary} tokens; make the windows with this model's tokenizer"
+                f"--dataset_name {path}: window {1000 * number + bad * len(table) // len(values)} holds token id "
+                f"{values[bad]}, but the model's vocabulary has {vocabulary} tokens; make the windows with this "
+                "model's tokenizer"
             )
-        row += len(chunk)
 
 
 class Scorer:
@@ -274,12 +269,46 @@ def chosen(path: str) -> tuple[list[float], list[float]]:
     return [float(results["lmbda"])], [float(results["knn_temp"])]
 
 
-def best_line(name: str, row: dict[str, float], tokens: int) -> str:
-    """A line that states a perplexity and the combination it was reached with."""
-    return (
-        f"{name}: perplexity {row['perplexity']:.4f} at lambda {row['lmbda']:g}, temperature {row['knn_temp']:g} "
-        f"({tokens} tokens, token-weighted)"
-    )
+def report_scores(
+    score: MixtureScore, mixture: str | None, output_dir: str | Path, started: float, **about: Any
+) -> dict[str, Any]:
+    """Add up the processes' scores, print what they come to, and write `results.json` into `output_dir`.
+
+    Args:
+        score: this process's sums.
+        mixture: what was mixed into the base, as "kNN-LM"; None where the base was scored alone.
+        started: `time.time()` at the command's start.
+        about: what was scored: `dataset` and `split`, and whatever else belongs into the results.
+
+    Returns:
+        the results: perplexity, lmbda and knn_temp (of the best mixture, or of the base), base_perplexity, tokens,
+        grid (a row for each combination), and `about`.
+
+    Raises:
+        InputError: no token was scored.
+    """
+    from accelerate import PartialState
+
+    from utils.loading import say
+
+    score.reduce()
+    tokens = int(score.tokens.item())
+    if tokens == 0:
+        raise InputError(f"--dataset_name {about['dataset']}: split {about['split']} holds no token to predict")
+    base = score.base_perplexity()
+    say(f"base: perplexity {base:.4f} ({tokens} tokens, token-weighted)")
+    best: dict[str, Any] = {"lmbda": 0.0, "knn_temp": None, "perplexity": base}
+    if mixture is not None:
+        best = score.best()
+        say(
+            f"{mixture}: perplexity {best['perplexity']:.4f} at lambda {best['lmbda']:g}, temperature "
+            f"{best['knn_temp']:g} ({tokens} tokens, token-weighted)"
+        )
+    grid = [] if mixture is None else score.grid()
+    results = {**best, "base_perplexity": base, "tokens": tokens, "grid": grid, **about}
+    if PartialState().is_main_process:
+        write_results(output_dir, results, started)
+    return results
 
 
 def versions() -> dict[str, str]:
@@ -288,20 +317,10 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for package in (
-        "torch",
-        "transformers",
-        "datasets",
-        "accelerate",
-        "faiss-cpu",
-        "faiss-gpu-cu12",
-        "numpy",
-        "pyarrow",
-    ):
-        try:
+    faiss = ("faiss-cpu", "faiss-gpu-cu12")
+    for package in ("torch", "transformers", "datasets", "accelerate", *faiss, "numpy", "pyarrow"):
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -1,7 +1,6 @@
 """Fine-tuning of a base model on windows, with the Hugging Face `Trainer`.
 
 Windows go in as they are: the labels in them say what is predicted, so overlapping windows count no token twice.
-Knows nothing of datastores, memories or perplexity; what the flags are is in `train_base.py`.
 
 The output folder holds the Trainer's checkpoints, `finetune.json` (what the run is, and whether it is complete), and
 at the end the model and tokenizer. The same command again continues from the last complete checkpoint.
@@ -19,8 +18,10 @@ import numpy as np
 import torch
 
 from utils.errors import InputError, one_line
+from utils.evaluation import check_token_ids
 from utils.files import TEMPORARY_PREFIX, ensure_folder, read_json, sync_file, sync_folder, write_json
 from utils.loading import load_windows, model_fingerprint, say, windows_fingerprint
+from utils.made_with import require_same
 
 RECORD = "finetune.json"
 TRAIN_SPLIT = "train"
@@ -29,8 +30,8 @@ TRAINER_STATE = "trainer_state.json"
 # Settings that make a run another one; the rest (logging, saving, loaders) may change between two starts.
 IDENTITY = (
     *("learning_rate", "weight_decay", "num_train_epochs", "max_steps", "warmup_steps", "seed", "data_seed"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "lr_scheduler_type", "optim"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
 )
 
 
@@ -51,23 +52,20 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
     from transformers import Trainer
 
     output = ensure_folder(training.output_dir)
-    windows = load_windows(data.dataset_name, TRAIN_SPLIT)
-    if data.max_train_samples is not None:
-        windows = windows.select(range(min(data.max_train_samples, len(windows))))
+    windows = load_windows(data.dataset_name, TRAIN_SPLIT, data.max_train_samples)
     check_windows(base, windows, data.dataset_name)
-    held_out = evaluation_windows(data, training)
-    settle(training, data)
-    run = {
-        "settings": {
-            **{name: plain(getattr(training, name)) for name in IDENTITY},
-            "lr_scheduler_type": plain(training.lr_scheduler_type),
-            "optim": plain(training.optim),
-            "patience": data.patience,
-            "model": model_fingerprint(base),
-            "windows": windows_fingerprint(windows),
-        }
+    held_out = None
+    if data.patience is not None or training.eval_strategy != "no":
+        held_out = load_windows(data.dataset_name, data.eval_subset, data.max_eval_samples)
+    settle(training, data.patience)
+    values = training.to_dict()
+    settings = {name: values[name] for name in IDENTITY} | {
+        "world_size": training.world_size,
+        "patience": data.patience,
+        "model": model_fingerprint(base),
+        "windows": windows_fingerprint(windows),
     }
-    resume = open_run(output, run, training, overwrite)
+    resume = open_run(output, settings, training, overwrite)
     if resume == "complete":
         say(f"fine-tuning: {output} is complete, nothing to do")
         return output
@@ -82,7 +80,7 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
         eval_dataset=held_out,
         data_collator=collate,
         processing_class=tokenizer,
-        callbacks=callbacks(data),
+        callbacks=callbacks(data.patience),
     )
     try:
         trainer.train(resume_from_checkpoint=resume)
@@ -91,7 +89,7 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
             f"--per_device_train_batch_size {training.per_device_train_batch_size}: out of memory "
             f"({one_line(error, 160)}); lower it and raise --gradient_accumulation_steps"
         ) from None
-    save_result(trainer, output, run)
+    save_result(trainer, output, settings)
     return output
 
 
@@ -105,8 +103,6 @@ def collate(windows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def check_windows(base: Any, windows: Any, path: object) -> None:
     """Refuse windows with token ids or positions that the model does not have. Raises InputError."""
-    from utils.evaluation import check_token_ids
-
     check_token_ids(windows, base.get_input_embeddings().weight.shape[0], path)
     length = len(windows[0]["input_ids"])
     positions = getattr(base.config, "max_position_embeddings", None)
@@ -117,40 +113,29 @@ def check_windows(base: Any, windows: Any, path: object) -> None:
         )
 
 
-def evaluation_windows(data: Any, training: Any) -> Any:
-    """The windows of --eval_subset, where something asks for an evaluation while training; else None."""
-    wanted = data.patience is not None or plain(training.eval_strategy) != "no"
-    if not wanted:
-        return None
-    windows = load_windows(data.dataset_name, data.eval_subset)
-    if data.max_eval_samples is not None:
-        windows = windows.select(range(min(data.max_eval_samples, len(windows))))
-    return windows
-
-
-def settle(training: Any, data: Any) -> None:
+def settle(training: Any, patience: int | None) -> None:
     """Complete the Trainer's arguments with what windows, and early stopping, need."""
     training.remove_unused_columns = False
     training.prediction_loss_only = True  # the logits of a whole split would not fit in memory
     training.logging_nan_inf_filter = False
     training.dataloader_pin_memory = training.dataloader_pin_memory and torch.cuda.is_available()
-    if data.patience is None:
+    if patience is None:
         return
     from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-    if data.patience < 1:
-        raise InputError(f"--patience {data.patience}: expected 1 or more")
-    if plain(training.eval_strategy) == "no":
+    if patience < 1:
+        raise InputError(f"--patience {patience}: expected 1 or more")
+    if training.eval_strategy == "no":
         training.eval_strategy = IntervalStrategy.EPOCH
-    training.save_strategy = SaveStrategy(plain(training.eval_strategy))
-    if plain(training.eval_strategy) == "steps":
+    if training.eval_strategy == "steps":
         training.save_steps = training.eval_steps
+    training.save_strategy = SaveStrategy(training.eval_strategy.value)
     training.load_best_model_at_end = True
     training.metric_for_best_model = training.metric_for_best_model or "eval_loss"
     training.greater_is_better = bool(training.greater_is_better)
 
 
-def callbacks(data: Any) -> list[Any]:
+def callbacks(patience: int | None) -> list[Any]:
     """A loss that is not a number ends the run; with --patience, so do evaluations that bring nothing."""
     from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -163,51 +148,38 @@ def callbacks(data: Any) -> list[Any]:
                     "in place of --fp16. Earlier checkpoints are kept"
                 )
 
-    stopping = [] if data.patience is None else [EarlyStoppingCallback(early_stopping_patience=data.patience)]
+    stopping = [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
     return [FiniteLoss(), *stopping]
 
 
-def plain(value: Any) -> Any:
-    """An enumeration's value, anything else as it is."""
-    return getattr(value, "value", value)
-
-
-def open_run(output: Path, run: dict[str, Any], training: Any, overwrite: bool) -> str | None:
+def open_run(output: Path, settings: dict[str, Any], training: Any, overwrite: bool) -> str | None:
     """What there is to continue in `output`: a checkpoint's path, "complete", or None for a new run.
 
     Raises:
         InputError: the folder holds another run, or --resume_from_checkpoint is no checkpoint.
     """
     record = output / RECORD
-    previous = read_json(record) if record.exists() else None
     given = training.resume_from_checkpoint
-    if given is not None and str(given).lower() in ("true", "1"):
+    if str(given).lower() in ("true", "1"):
         given = None  # "continue from the last", which is what happens anyway
     if given is not None and not is_complete(Path(given)):
         raise InputError(
             f"--resume_from_checkpoint {given}: is not a checkpoint of the Trainer ({TRAINER_STATE} is missing)"
         )
-    fresh = previous is None or overwrite
-    if not fresh:
-        old, new = previous.get("settings", {}), run["settings"]
-        changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-        if changed and given is None:
-            name = changed[0]
-            raise InputError(
-                f"--output_dir {output}: holds another run ({name} was {old.get(name)}, now {new.get(name)}); "
-                "choose another folder, or add --overwrite"
-            )
-        if previous.get("complete") and given is None:
+    previous = read_json(record) if record.exists() and not overwrite else None
+    if previous is not None and given is None:
+        remedy = "choose another folder, or add --overwrite"
+        require_same(f"--output_dir {output}", previous["settings"], settings, remedy)
+        if previous["complete"]:
             return "complete"
-    elif training.process_index == 0:
-        for checkpoint in output.glob(f"{CHECKPOINT_PREFIX}*"):
+    if training.process_index == 0:
+        for checkpoint in output.glob(f"{CHECKPOINT_PREFIX}*") if previous is None else ():
             if given is None or checkpoint.resolve() != Path(given).resolve():
                 shutil.rmtree(checkpoint, ignore_errors=True)
-    if training.process_index == 0:
-        write_json(record, {**run, "complete": False})
+        write_json(record, {"settings": settings, "complete": False})
     if given is not None:
         return str(given)
-    return None if fresh else last_checkpoint(output)
+    return None if previous is None else last_checkpoint(output)
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -228,34 +200,28 @@ def last_checkpoint(output: Path) -> str | None:
     return str(max(found)[1]) if found else None
 
 
-def save_result(trainer: Any, output: Path, run: dict[str, Any]) -> None:
+def save_result(trainer: Any, output: Path, settings: dict[str, Any]) -> None:
     """Write model and tokenizer into `output`, each file under a temporary name first, and mark the run complete."""
-    temporary = output / f"{TEMPORARY_PREFIX}result"
+    temporary, state = output / f"{TEMPORARY_PREFIX}result", trainer.state
     trainer.save_model(str(temporary))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         for path in sorted(temporary.iterdir()):
-            if path.name == "training_args.bin":  # a pickle, of no use to a reader of the model
-                continue
-            sync_file(path)
-            os.replace(path, output / path.name)
+            if path.name != "training_args.bin":  # a pickle, of no use to a reader of the model
+                sync_file(path)
+                os.replace(path, output / path.name)
         shutil.rmtree(temporary)
         sync_folder(output)
-        log = [{key: value for key, value in entry.items() if is_number(value)} for entry in trainer.state.log_history]
-        write_json(
-            output / RECORD,
-            {**run, "complete": True, "steps": trainer.state.global_step, "best": best(trainer), "log": log},
-        )
-        say(f"fine-tuning: {trainer.state.global_step} steps, model in {output}")
+        best = None  # the evaluation that early stopping kept
+        if state.best_metric is not None:
+            best = {"step": state.best_global_step, "eval_loss": float(state.best_metric)}
+        log = [{name: value for name, value in entry.items() if is_finite(value)} for entry in state.log_history]
+        done = {"settings": settings, "complete": True, "steps": state.global_step, "best": best, "log": log}
+        write_json(output / RECORD, done)
+        say(f"fine-tuning: {state.global_step} steps, model in {output}")
     trainer.accelerator.wait_for_everyone()
 
 
-def is_number(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Whether JSON has a number for it."""
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def best(trainer: Any) -> dict[str, Any] | None:
-    """The evaluation that early stopping kept, or None."""
-    if trainer.state.best_metric is None:
-        return None
-    return {"step": trainer.state.best_global_step, "eval_loss": float(trainer.state.best_metric)}

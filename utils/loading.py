@@ -8,6 +8,7 @@ import os
 import sys
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from utils.errors import InputError, one_line
@@ -28,6 +29,7 @@ def quiet_libraries() -> None:
     import transformers
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors come to us as exceptions
     if not sys.stderr.isatty() or int(os.environ.get("RANK", "0")) != 0:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
@@ -64,62 +66,38 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
 
 
-def load_windows(path: str | os.PathLike, split: str) -> Any:
-    """One split of a windows folder, as a `datasets.Dataset` in NumPy format.
+def load_windows(path: str | os.PathLike, split: str, at_most: int | None = None) -> Any:
+    """One split of a windows folder, as a `datasets.Dataset` in NumPy format: all of it, or its first windows.
 
     Raises:
-        InputError: no such folder, no such split, a column missing, or no window in it.
+        InputError: no such folder, no such split, a column missing or of another kind, or no window in it.
     """
     import datasets
 
+    source, remedy = f"--dataset_name {path}", "make the windows with utils/preprocess_dataset.py"
     if not os.path.isdir(path):
-        raise InputError(f"--dataset_name {path}: no such windows folder; make it with utils/preprocess_dataset.py")
+        raise InputError(f"{source}: no such windows folder; {remedy}")
     try:
         splits = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise InputError(
-            f"--dataset_name {path}: is not a windows folder ({one_line(error, 200)}); "
-            "make it with utils/preprocess_dataset.py"
-        ) from None
-    if isinstance(splits, datasets.Dataset):
-        dataset = splits
-    elif split in splits:
-        dataset = splits[split]
-    else:
-        raise InputError(f"--dataset_name {path}: has no split {split}; it has {', '.join(splits)}")
-    missing = [name for name in WINDOW_COLUMNS if name not in dataset.column_names]
-    if missing:
-        raise InputError(
-            f"--dataset_name {path}: split {split} lacks the column {missing[0]}; "
-            "make the windows with utils/preprocess_dataset.py"
-        )
-    if len(dataset) == 0:
-        raise InputError(f"--dataset_name {path}: split {split} holds no window")
-    check_window_columns(dataset, f"--dataset_name {path}: split {split}")
-    return dataset.with_format("numpy")
-
-
-def check_window_columns(dataset: Any, source: str) -> None:
-    """Refuse columns that are no lists of whole numbers, and lists that reach beyond their file (which a library would
-    follow out of the file's memory). Reads offsets alone, not token ids. Raises InputError naming `source`.
-    """
-    import pyarrow as pa
-
+        raise InputError(f"{source}: is not a windows folder ({one_line(error, 200)}); {remedy}") from None
+    windows = splits
+    if not isinstance(splits, datasets.Dataset):
+        if split not in splits:
+            raise InputError(f"{source}: has no split {split}; it has {', '.join(splits)}")
+        windows = splits[split]
+    source = f"{source}: split {split}"
     for name in WINDOW_COLUMNS:
-        column = dataset.data.column(name)
-        kind = column.type
-        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        if not is_list or not pa.types.is_integer(kind.value_type):
-            raise InputError(f"{source}: column {name} holds {kind}, expected lists of whole numbers")
-        try:
-            column.validate(full=True)
-            holes = column.null_count or any(chunk.flatten().null_count for chunk in column.chunks)
-        except pa.ArrowInvalid as error:
-            raise InputError(
-                f"{source}: column {name} is damaged ({one_line(error, 160)}); make the windows again"
-            ) from None
-        if holes:
-            raise InputError(f"{source}: column {name} has empty places; make the windows again")
+        if name not in windows.column_names:
+            raise InputError(f"{source} lacks the column {name}; {remedy}")
+        kind = windows.data.schema.field(name).type
+        if not hasattr(kind, "value_type") or not pa.types.is_integer(kind.value_type):
+            raise InputError(f"{source}: column {name} holds {kind}, expected lists of whole numbers; {remedy}")
+    if len(windows) == 0:
+        raise InputError(f"{source} holds no window")
+    if at_most is not None:
+        windows = windows.select(range(min(at_most, len(windows))))
+    return windows.with_format("numpy")
 
 
 def windows_fingerprint(windows: Any) -> str:

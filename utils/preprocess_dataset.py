@@ -4,7 +4,7 @@
 
 Writes a `datasets.DatasetDict` folder with the columns input_ids, labels, attention_mask and dstore_range,
 `dstore_summary.json`, `preprocess.json` (what made it) and, where splits were made by document, the text
-itself in `raw/<split>.jsonl`. Knows nothing of models; where text comes from is `utils/text_files.py`.
+itself in `raw/<split>.jsonl`. Where text comes from is `utils/text_files.py`, how it is cut `utils/windows.py`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,16 @@ if __package__ in (None, ""):
 from utils.cli import flag, parse, required
 from utils.errors import InputError, check_fraction, command
 from utils.files import TEMPORARY_PREFIX, FolderLock, atomic_folder, ensure_folder, read_json, sha256_file, write_json
+from utils.made_with import require_same
 
 FORMAT_VERSION = 1
 RECORD = "preprocess.json"
+# Flags that decide the windows, and those settings that windows of one folder must share.
+DECISIVE = (
+    *("dataset_config_name", "text_column", "document_separator", "validation_fraction", "test_fraction", "seed"),
+    *("min_document_characters", "max_document_characters", "max_documents", "block_size", "stride", "padding_index"),
+)
+CUT = ("tokenizer_sha256", "block_size", "stride", "padding_index")
 
 
 @dataclass
@@ -143,10 +150,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def settings_of(arguments: Arguments, tokenizer: Any) -> dict[str, Any]:
     """What decides the windows: equal settings, equal windows. Local text counts by content, not by path."""
     source = Path(arguments.dataset_name).expanduser()
-    keep = (
-        "dataset_config_name text_column document_separator validation_fraction test_fraction seed "
-        "min_document_characters max_document_characters max_documents block_size stride padding_index"
-    )
     return {
         "format_version": FORMAT_VERSION,
         "dataset_name": None if source.exists() else arguments.dataset_name,
@@ -154,7 +157,7 @@ def settings_of(arguments: Arguments, tokenizer: Any) -> dict[str, Any]:
         "tokenizer_length": len(tokenizer),
         "tokenizer_sha256": tokenizer_digest(tokenizer),
         "append_to_sha256": text_digest(Path(arguments.append_to)) if arguments.append_to else None,
-        **{name: getattr(arguments, name) for name in keep.split()},
+        **{name: getattr(arguments, name) for name in DECISIVE},
     }
 
 
@@ -163,15 +166,14 @@ def is_whole(output: Path, record: dict[str, Any]) -> bool:
     import datasets
 
     try:
-        splits = datasets.load_from_disk(str(output))
-        counts = {split: len(windows) for split, windows in splits.items()}
-        raw = not record["divided"] or all((output / "raw" / f"{split}.jsonl").is_file() for split in counts)
-        return raw and counts == {split: count["windows"] for split, count in record["splits"].items()}
+        counts = {split: len(windows) for split, windows in datasets.load_from_disk(str(output)).items()}
     except Exception:
         return False
+    raw = not record["divided"] or all((output / "raw" / f"{split}.jsonl").is_file() for split in counts)
+    return raw and counts == {split: count["windows"] for split, count in record["splits"].items()}
 
 
-def check_output(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+def is_done(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     """Whether the output is there already, made by the same settings.
 
     Raises:
@@ -180,23 +182,16 @@ def check_output(output: Path, settings: dict[str, Any], overwrite: bool) -> boo
     ensure_folder(output.parent)
     if not output.exists():
         return False
-    ensure_folder(output)
-    ours = (output / RECORD).exists()
-    if not ours and not (output / "dataset_dict.json").exists() and any(output.iterdir()):
-        raise InputError(f"--output_dir {output}: is not empty and holds no windows; choose another folder")
-    if overwrite or not any(output.iterdir()):
+    if not any(ensure_folder(output).iterdir()):
         return False
-    record = read_json(output / RECORD) if ours else {}
-    found = record.get("settings", {}) if isinstance(record, dict) else {}
-    changed = [name for name in settings if found.get(name) != settings[name]]
-    if changed:
-        was = (
-            f"{changed[0]} was {found.get(changed[0])}, is {settings[changed[0]]}" if ours else "they are not recorded"
-        )
+    if not (output / RECORD).exists() and not (overwrite and (output / "dataset_dict.json").exists()):
         raise InputError(
-            f"--output_dir {output}: holds windows made with other settings ({was}); "
-            "use --overwrite to replace them, or another folder"
+            f"--output_dir {output}: is not empty and holds no windows of this command; choose another folder"
         )
+    if overwrite:
+        return False
+    record = read_json(output / RECORD)
+    require_same(f"--output_dir {output}", record["settings"], settings, "add --overwrite, or choose another folder")
     return is_whole(output, record)
 
 
@@ -223,75 +218,28 @@ def divide(splits: dict[str, Any], arguments: Arguments, work: Path) -> dict[str
     return {**divided, **{split: rows for split, rows in splits.items() if split != "train"}}
 
 
-@dataclass
-class Earlier:
-    """Windows that further ones are to follow."""
+def open_earlier(folder: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(windows by split, record) of `--append_to`. Raises InputError unless they were cut as `settings` say."""
+    import datasets
 
-    folder: Path
-    splits: Any
-    record: dict[str, Any]
+    from utils.loading import load_windows
 
-    @classmethod
-    def open(cls, folder: str, settings: dict[str, Any]) -> Earlier:
-        """The windows at `folder`. Raises InputError unless they were cut with the same tokenizer and sizes."""
-        import datasets
-
-        from utils.loading import load_windows
-
-        path = Path(folder)
-        if not (path / RECORD).is_file():
-            raise InputError(f"--append_to {folder}: holds no windows with a {RECORD}; make them with this command")
-        record = read_json(path / RECORD)
-        for name in ("tokenizer_sha256", "block_size", "stride", "padding_index"):
-            if record["settings"].get(name) != settings[name]:
-                raise InputError(
-                    f"--append_to {folder}: its {name} is {record['settings'].get(name)}, here {settings[name]}; "
-                    "windows of one folder are cut alike"
-                )
-        names = list(datasets.load_from_disk(folder))
-        splits = {name: load_windows(folder, name).with_format(None) for name in names}
-        return cls(path, splits, record)
-
-    def followed_by(self, split: str, windows: Any) -> Any:
-        """The windows of `split` here, then `windows`, whose datastore rows are numbered on."""
-        import datasets
-        import numpy as np
-        import pyarrow as pa
-
-        if split not in self.splits:
-            return windows
-        before = self.splits[split]
-        ranges = np.asarray(windows.with_format("numpy")["dstore_range"][:]) + before[-1]["dstore_range"][1]
-        shifted = windows.remove_columns("dstore_range").add_column(
-            "dstore_range",
-            pa.array(ranges.tolist(), pa.list_(pa.int64())),
-            new_fingerprint="following",
-            feature=datasets.List(datasets.Value("int64")),
-        )
-        return datasets.concatenate_datasets([before, shifted.cast(before.features)])
-
-    def counts(self, split: str, added: dict[str, int], windows: Any) -> dict[str, int]:
-        """The record's counts of `split` with those of the windows `added` to it."""
-        before = self.record["splits"].get(split, {})
-        total = {name: before.get(name, 0) + value for name, value in added.items()}
-        return total | {"windows": len(windows), "dstore_size": windows[-1]["dstore_range"][1]}
-
-
-def write_raw(rows: Any, path: Path, before: Path | None = None) -> None:
-    """Write the documents of a split as JSON lines, {"text": …}, after those of the file `before`."""
-    from utils.text_files import iterate_documents
-
-    path.parent.mkdir(exist_ok=True)
-    if before is not None and before.is_file():
-        shutil.copyfile(before, path)
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in iterate_documents(rows))
+    path = Path(folder)
+    if not (path / RECORD).is_file():
+        raise InputError(f"--append_to {folder}: holds no windows with a {RECORD}; make them with this command")
+    record = read_json(path / RECORD)
+    before, now = ({name: each[name] for name in CUT} for each in (record["settings"], settings))
+    require_same(f"--append_to {folder}", before, now, "windows of one folder are cut alike")
+    names = datasets.load_from_disk(folder).keys()
+    return {name: load_windows(folder, name).with_format(None) for name in names}, record
 
 
 def make_windows(
     arguments: Arguments, sizes: Any, tokenizer: Any, settings: dict[str, Any], output: Path, work: Path
 ) -> None:
     """Read, divide, cut and write everything; the folder `output` appears when all of it is there."""
+    import datasets
+
     from utils.loading import say
     from utils.text_files import document_numbers, filter_documents, open_source
     from utils.windows import windows_of_split
@@ -303,81 +251,79 @@ def make_windows(
         document_separator=arguments.document_separator,
         work=work,
     )
-    chosen = {
-        "min_characters": arguments.min_document_characters,
-        "max_documents": arguments.max_documents,
-        "max_characters": arguments.max_document_characters,
-    }
-    splits = {split: filter_documents(rows, work / f"chosen-{split}.arrow", **chosen) for split, rows in splits.items()}
-    divided = arguments.validation_fraction > 0 or arguments.test_fraction > 0
-    if divided:
-        splits = divide(splits, arguments, work)
-
-    earlier = Earlier.open(arguments.append_to, settings) if arguments.append_to else None
-    windows, counts = {}, {}
     for split, rows in splits.items():
-        parts = ensure_folder(work / f"windows-{split}")
-        windows[split], tokens = windows_of_split(rows, tokenizer, sizes, arguments.num_proc, parts)
+        splits[split] = filter_documents(
+            rows,
+            work / f"chosen-{split}.arrow",
+            min_characters=arguments.min_document_characters,
+            max_documents=arguments.max_documents,
+            max_characters=arguments.max_document_characters,
+        )
+    keeps_text = arguments.validation_fraction > 0 or arguments.test_fraction > 0
+    if keeps_text:
+        splits = divide(splits, arguments, work)
+    windows, counts = {}, {}
+    if arguments.append_to:
+        windows, record = open_earlier(arguments.append_to, settings)
+        counts, keeps_text = record["splits"], keeps_text or record["divided"]
+    for split, rows in splits.items():
+        parts, before = ensure_folder(work / f"windows-{split}"), windows.get(split)
+        first_row = before[-1]["dstore_range"][1] if before else 0
+        made, tokens = windows_of_split(rows, tokenizer, sizes, arguments.num_proc, parts, first_row=first_row)
         if tokens < arguments.block_size:
             raise InputError(
                 f"--dataset_name {arguments.dataset_name}: split {split} has {tokens} tokens, less than one window "
                 f"of {arguments.block_size}; give more text, or a smaller --block_size and --stride"
             )
-        counts[split] = {
-            "documents": int(document_numbers(rows)[-1]) + 1,
-            "rows": len(rows),
-            "tokens": tokens,
-            "windows": len(windows[split]),
-            "dstore_size": windows[split][-1]["dstore_range"][1],
-        }
-    keeps_text = divided
-    if earlier is not None:
-        keeps_text = divided or earlier.record["divided"]
-        windows = {split: earlier.followed_by(split, added) for split, added in windows.items()}
-        counts = {split: earlier.counts(split, count, windows[split]) for split, count in counts.items()}
-        for split in earlier.splits.keys() - windows.keys():
-            windows[split], counts[split] = earlier.splits[split], earlier.record["splits"][split]
-    write_output(windows, splits if keeps_text else {}, counts, settings, arguments, output, earlier)
+        if before:
+            made = datasets.concatenate_datasets([before, made.cast(before.features)])
+        windows[split], earlier = made, counts.get(split, {})
+        amounts = {"documents": int(document_numbers(rows)[-1]) + 1, "rows": len(rows), "tokens": tokens}
+        counts[split] = {name: earlier.get(name, 0) + amount for name, amount in amounts.items()}
+        counts[split] |= {"windows": len(made), "dstore_size": made[-1]["dstore_range"][1]}
+    record = {
+        "settings": settings,
+        "dataset_name": arguments.dataset_name,
+        "tokenizer": arguments.tokenizer_path,
+        "divided": keeps_text,  # then the text is kept in raw/
+        "splits": counts,
+    }
+    raw_before = Path(arguments.append_to) / "raw" if arguments.append_to else None
+    write_output(output, windows, record, splits, raw_before)
     for split, count in counts.items():
         amounts = ", ".join(f"{value:,} {name}" for name, value in count.items() if name != "dstore_size")
         say(f"{split}: {amounts}, {count['dstore_size']:,} datastore rows")
 
 
 def write_output(
-    windows: dict[str, Any],
-    raw: dict[str, Any],
-    counts: dict[str, dict[str, int]],
-    settings: dict[str, Any],
-    arguments: Arguments,
-    output: Path,
-    earlier: Earlier | None = None,
+    output: Path, windows: dict[str, Any], record: dict[str, Any], texts: dict[str, Any], raw_before: Path | None
 ) -> None:
-    """Write windows, `raw` texts, summary and record as one folder that appears whole."""
+    """Write windows, summary and record as one folder that appears whole.
+
+    Where the record says that splits were divided, the documents go to raw/<split>.jsonl, {"text": …} on each line:
+    those in the folder `raw_before`, then those of `texts`.
+    """
     import datasets
     import transformers
 
-    record = {
-        "settings": settings,
-        "dataset_name": arguments.dataset_name,
-        "tokenizer": arguments.tokenizer_path,
-        "divided": bool(raw),  # the text is kept in raw/
-        "splits": counts,
-        "versions": {"datasets": datasets.__version__, "transformers": transformers.__version__},
-    }
+    from utils.text_files import iterate_documents
+
+    versions = {"datasets": datasets.__version__, "transformers": transformers.__version__}
     summary = {
         split: {"dstore_size": count["dstore_size"], "dataset_cnt_len": count["windows"]}
-        for split, count in counts.items()
+        for split, count in record["splits"].items()
     }
     with atomic_folder(output) as folder:
         datasets.DatasetDict(windows).save_to_disk(str(folder))
-        for split, rows in raw.items():
-            before = earlier.folder / "raw" / f"{split}.jsonl" if earlier else None
-            write_raw(rows, folder / "raw" / f"{split}.jsonl", before)
-        for split in windows.keys() - raw.keys() if raw and earlier else ():
-            if (earlier.folder / "raw" / f"{split}.jsonl").is_file():
-                shutil.copyfile(earlier.folder / "raw" / f"{split}.jsonl", folder / "raw" / f"{split}.jsonl")
+        for split in windows if record["divided"] else ():
+            path = ensure_folder(folder / "raw") / f"{split}.jsonl"
+            if raw_before is not None and (raw_before / path.name).is_file():
+                shutil.copyfile(raw_before / path.name, path)
+            with open(path, "a", encoding="utf-8") as file:
+                for text in iterate_documents(texts[split]) if split in texts else ():
+                    file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         write_json(folder / "dstore_summary.json", summary)
-        write_json(folder / RECORD, record)
+        write_json(folder / RECORD, {**record, "versions": versions})
 
 
 @command
@@ -394,7 +340,7 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.tokenizer_path, required=True, trust_remote_code=arguments.trust_remote_code)
     output = Path(arguments.output_dir).expanduser()
     settings = settings_of(arguments, tokenizer)
-    if check_output(output, settings, arguments.overwrite):
+    if is_done(output, settings, arguments.overwrite):
         say(f"{output}: these windows are there already; --overwrite makes them again")
         return
     if arguments.padding_index != -100:

@@ -3,7 +3,10 @@
 A source is a hub dataset, a folder or a file. Its splits are `datasets.Dataset`s with a column `text`
 whose rows are what gets tokenized one by one: lines (with their newline) of a .txt file, rows of
 anything else. Where rows are lines, a column `document` numbers the document that each belongs to;
-elsewhere a row is a document. Knows nothing of tokenizers and windows.
+elsewhere a row is a document.
+
+Hub datasets, folders and parquet files are opened by the library `datasets`. Lines of text are read here, because only
+a newline may end one and a separator may span several; so are JSON lines, whose other fields may differ from row to row.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,9 +27,9 @@ import pyarrow as pa
 from utils.errors import InputError, one_line
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"} | {
-    "dev": "validation",
-    "test": "test",
+SPLIT_NAMES = {
+    **{"train": "train", "test": "test"},
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
 }
 TEXT_SCHEMA = pa.schema([("text", pa.string()), ("document", pa.int64())])
 BATCH_CHARACTERS = 8 << 20  # text held in memory while rows go to an Arrow file
@@ -84,14 +86,6 @@ def _whole_document(text: str) -> Iterator[str]:
         yield text if text.endswith("\n") else text + "\n"
 
 
-def compile_separator(separator: str | None) -> re.Pattern[str] | None:
-    """Compile `--document_separator`. Raises InputError."""
-    try:
-        return None if separator is None else re.compile(separator)
-    except re.error as error:
-        raise InputError(f"--document_separator {separator}: is not a regular expression ({error})") from None
-
-
 def _txt_rows(paths: Sequence[Path], separator: re.Pattern[str] | None) -> Iterator[tuple[str, int]]:
     number = 0
     for path in paths:
@@ -103,13 +97,12 @@ def _txt_rows(paths: Sequence[Path], separator: re.Pattern[str] | None) -> Itera
 
 
 def _jsonl_rows(path: Path, column: str) -> Iterator[tuple[str, int]]:
-    number = 0
     for row, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
-        except (ValueError, RecursionError):
+        except ValueError:
             value = None
         if not isinstance(value, dict):
             raise InputError(f"{path}: line {row} is not a JSON object; expected one object on each line")
@@ -118,40 +111,11 @@ def _jsonl_rows(path: Path, column: str) -> Iterator[tuple[str, int]]:
         if not isinstance(value[column], str):
             raise InputError(f"{path}: line {row}: {column!r} holds {type(value[column]).__name__}, expected text")
         # An escape may spell half of a surrogate pair, which is no text; it becomes a question mark.
-        yield value[column].encode("utf-8", "replace").decode() if "\\u" in line else value[column], number
-        number += 1
-
-
-def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, int]]:
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: is not a readable parquet file ({one_line(error, 160)})") from None
-    schema = file.schema_arrow
-    if column not in schema.names:
-        raise _no_column(str(path), column, schema.names)
-    _check_text_type(str(path), column, str(schema.field(column).type), schema.field(column).type in _TEXT_TYPES)
-    rows = itertools.chain.from_iterable(
-        batch.column(0).to_pylist() for batch in file.iter_batches(batch_size=1000, columns=[column])
-    )
-    for number, text in enumerate(rows):
-        if text is None:
-            raise InputError(f"{path}: row {number} of {column!r} is null, expected text; drop such rows")
-        yield text, number
-
-
-_TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())
+        yield value[column].encode("utf-8", "replace").decode(), row
 
 
 def _no_column(where: str, column: str, names: Iterable[str]) -> InputError:
     return InputError(f"--text_column {column}: {where} has no such column; it has {', '.join(names) or 'none'}")
-
-
-def _check_text_type(where: str, column: str, found: str, is_text: bool) -> None:
-    if not is_text:
-        raise InputError(f"--text_column {column}: {where} holds {found} there, expected text")
 
 
 def write_rows(rows: Iterable[tuple[str, int]], path: Path) -> Any:
@@ -162,14 +126,14 @@ def write_rows(rows: Iterable[tuple[str, int]], path: Path) -> Any:
         texts: list[str] = []
         documents: list[int] = []
         held = 0
-        for text, document in rows:
-            texts.append(text)
-            documents.append(document)
-            held += len(text) + 1
-            if held >= BATCH_CHARACTERS:
+        for text, document in itertools.chain(rows, [(None, 0)]):
+            if text is None or held >= BATCH_CHARACTERS:
                 writer.write_batch(pa.record_batch([pa.array(texts, pa.string()), documents], schema=TEXT_SCHEMA))
                 texts, documents, held = [], [], 0
-        writer.write_batch(pa.record_batch([pa.array(texts, pa.string()), documents], schema=TEXT_SCHEMA))
+            if text is not None:
+                texts.append(text)
+                documents.append(document)
+                held += len(text) + 1
     return datasets.Dataset.from_file(str(path))
 
 
@@ -198,90 +162,86 @@ def open_source(
     Raises:
         InputError: nothing there, no text in it, no such column.
     """
-    separator = compile_separator(document_separator)
+    try:
+        separator = None if document_separator is None else re.compile(document_separator)
+    except re.error as error:
+        raise InputError(f"--document_separator {document_separator}: is not a regular expression ({error})") from None
     path = Path(name).expanduser()
-    files = local_files(path, config_name)
-    if files is not None:
-        if separator is not None and not any(paths[0].suffix.lower() == ".txt" for paths in files.values()):
-            raise InputError(f"--document_separator: separates documents in .txt files; {name} holds none")
+    if config_name and (path / config_name).is_dir():
+        path, config_name = path / config_name, None
+    files = {} if config_name else local_files(path)
+    if separator is not None and not any(paths[0].suffix.lower() == ".txt" for paths in files.values()):
+        raise InputError(f"--document_separator: separates documents in .txt files; {name} holds none")
+    if files:
         return {split: _open_files(paths, split, text_column, separator, work) for split, paths in files.items()}
-    if separator is not None:
-        raise InputError(f"--document_separator: separates documents in .txt files; in {name} a row is a document")
-    if not path.exists() and looks_local(name):
+    looks_local = name.startswith((".", "/", "~")) or name.endswith(("/", *SUFFIXES)) or name.count("/") > 1
+    if not path.exists() and looks_local:
         raise InputError(f"--dataset_name {name}: no such file or folder")
-    splits = _open_with_datasets(name, path, config_name, work)
-    return {split: _text_only(dataset, f"split {split} of {name}", text_column) for split, dataset in splits.items()}
+    splits = _open_with_datasets(str(path) if path.exists() else name, config_name, work)
+    return {split: _text_only(rows, f"split {split} of {name}", text_column) for split, rows in splits.items()}
 
 
-def looks_local(name: str) -> bool:
-    """Whether a name that does not exist here is a mistyped path rather than a hub dataset (`owner/name`)."""
-    return name.startswith((".", "/", "~")) or name.endswith(("/", *SUFFIXES)) or name.count("/") > 1
-
-
-def local_files(path: Path, config_name: str | None) -> dict[str, list[Path]] | None:
-    """{split: files} when this module reads `path` itself; None when it is for `datasets` to open."""
+def local_files(path: Path) -> dict[str, list[Path]]:
+    """{split: files} of a file, or of a folder of files that are named by their split or are all .txt; else nothing."""
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise InputError(f"--dataset_name {path}: expected a file that ends in {', '.join(SUFFIXES)}")
         return {"train": [path]}
-    if not path.is_dir():
-        return None
-    if config_name and (path / config_name).is_dir():
-        return local_files(path / config_name, None)
-    if config_name or (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return None
+    if not path.is_dir() or (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return {}
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
     splits: dict[str, list[Path]] = {}
     for file in files:
-        split = SPLIT_NAMES.get(file.stem.lower())
-        if split and split in splits:
-            raise InputError(f"--dataset_name {path}: {splits[split][0].name} and {file.name} are both split {split}")
-        if split:
+        if split := SPLIT_NAMES.get(file.stem.lower()):
+            if split in splits:
+                names = f"{splits[split][0].name} and {file.name}"
+                raise InputError(f"--dataset_name {path}: {names} are both split {split}")
             splits[split] = [file]
-    if splits:
-        return {split: splits[split] for split in ("train", "validation", "test") if split in splits}
-    if files and all(file.suffix.lower() == ".txt" for file in files):
+    if not splits and files and all(file.suffix.lower() == ".txt" for file in files):
         return {"train": files}
-    return None
+    return {split: splits[split] for split in ("train", "validation", "test") if split in splits}
 
 
 def _open_files(paths: list[Path], split: str, column: str, separator: re.Pattern[str] | None, work: Path) -> Any:
-    for path in paths:
-        if not os.access(path, os.R_OK):
-            raise InputError(f"{path}: cannot be read; check its permissions")
-    suffix = paths[0].suffix.lower()
-    if suffix == ".txt":
-        rows = _txt_rows(paths, separator)
+    suffix, where = paths[0].suffix.lower(), str(paths[0] if len(paths) == 1 else paths[0].parent)
+    if suffix == ".parquet":
+        loaded = _open_with_datasets(where, None, work, builder="parquet", data_files=where, batch_size=1000)
+        dataset = _text_only(loaded["train"], where, column)
+    elif suffix == ".txt":
+        dataset = write_rows(_txt_rows(paths, separator), work / f"source-{split}.arrow")
     else:
-        rows = (_parquet_rows if suffix == ".parquet" else _jsonl_rows)(paths[0], column)
-    dataset = write_rows(rows, work / f"source-{split}.arrow")
-    where = str(paths[0] if len(paths) == 1 else paths[0].parent)
+        rows = write_rows(_jsonl_rows(paths[0], column), work / f"source-{split}.arrow")
+        dataset = rows.remove_columns("document")
     if not any(text.strip() for text in texts_of(dataset)):
         raise InputError(f"{where}: is empty, expected text")
-    return dataset if suffix == ".txt" else dataset.remove_columns("document")
+    return dataset
 
 
-def _open_with_datasets(name: str, path: Path, config_name: str | None, work: Path) -> dict[str, Any]:
+def _open_with_datasets(
+    name: str, config_name: str | None, work: Path, builder: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """{split: Dataset} of a folder or hub dataset; with `builder`, of the files that `options` give to it."""
     import datasets
 
+    path = Path(name)
     # Prepared data goes to `work`; where the hub is off limits, what is in the user's cache is all there is.
     cache = None if datasets.config.HF_HUB_OFFLINE and not path.exists() else str(work / "cache")
-    if config_name and (path / config_name).is_dir():
-        name, path, config_name = str(path / config_name), path / config_name, None
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            loaded = datasets.load_from_disk(str(path))
+            loaded = datasets.load_from_disk(name)
         else:
-            builder = datasets.load_dataset_builder(str(path) if path.is_dir() else name, config_name, cache_dir=cache)
-            if hasattr(builder.config, "keep_linebreaks"):
-                builder.config.keep_linebreaks = True
-            builder.download_and_prepare()
-            loaded = builder.as_dataset()
+            prepared = datasets.load_dataset_builder(builder or name, config_name, cache_dir=cache, **options)
+            if hasattr(prepared.config, "keep_linebreaks"):
+                prepared.config.keep_linebreaks = True
+            prepared.download_and_prepare()
+            loaded = prepared.as_dataset()
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = "" if path.exists() else "no such file or folder here, and as a hub dataset "
-        raise InputError(f"--dataset_name {name}: {where}it cannot be loaded ({one_line(error, 300)})") from None
+        raise InputError(
+            f"--dataset_name {name}: {where}it cannot be loaded ({one_line(error.__cause__ or error, 300)})"
+        ) from None
     return {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
 
 
@@ -290,7 +250,8 @@ def _text_only(dataset: Any, where: str, column: str) -> Any:
     if column not in dataset.column_names:
         raise _no_column(where, column, dataset.column_names)
     found = getattr(dataset.features[column], "dtype", str(dataset.features[column]))
-    _check_text_type(where, column, found, found in ("string", "large_string", "string_view"))
+    if found not in ("string", "large_string", "string_view"):
+        raise InputError(f"--text_column {column}: {where} holds {found} there, expected text")
     if dataset.data.column(column).null_count:
         raise InputError(f"--text_column {column}: {where} holds rows without text (null); drop such rows")
     dataset = dataset.with_format(None).select_columns([column])

@@ -1,7 +1,4 @@
-"""Rows of text → token windows, in parts on disk, by one process or several.
-
-Knows nothing of where text comes from, of command lines, or of what becomes of the windows.
-"""
+"""Rows of text → token windows, in parts on disk, by one process or several."""
 
 from __future__ import annotations
 
@@ -135,7 +132,14 @@ def _write_part(first_row: int, path: Path, *, rows: Any, tokenizer: Any, sizes:
 
 
 def windows_of_split(
-    rows: Any, tokenizer: Any, sizes: WindowSizes, num_process: int, work: Path, *, in_memory: bool = False
+    rows: Any,
+    tokenizer: Any,
+    sizes: WindowSizes,
+    num_process: int,
+    work: Path,
+    *,
+    first_row: int = 0,
+    in_memory: bool = False,
 ) -> tuple[Any, int]:
     """The windows of one split.
 
@@ -145,6 +149,7 @@ def windows_of_split(
     Args:
         rows: a Dataset with a column `text`.
         work: an existing, empty folder for the parts, which the result is memory-mapped from, unless `in_memory`.
+        first_row: the datastore row of the first window's first.
 
     Returns:
         A Dataset with input_ids, labels (int32), attention_mask (int8, all ones), each a list of block_size, and
@@ -166,7 +171,7 @@ def windows_of_split(
     counts = list(tqdm(done, desc="windows", total=len(paths), unit="part", disable=None))
 
     labels, in_datastore = np.concatenate(counts).T
-    bounds = np.concatenate([[0], np.cumsum(in_datastore)])
+    bounds = first_row + np.concatenate([[0], np.cumsum(in_datastore)])
     parts = [datasets.Dataset.from_file(str(path), in_memory=in_memory) for path in paths]
     windows = datasets.concatenate_datasets(parts).add_column(
         "dstore_range",
