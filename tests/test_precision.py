@@ -6,8 +6,7 @@ import json
 import shutil
 
 import pytest
-import torch
-from conftest import command, refused_here, run
+from conftest import refused_here, run
 from warm import Command
 
 
@@ -54,16 +53,6 @@ def test_another_precision_is_refused_by_name_for_a_continued_run(llama_world, i
     checkpoint = next(interrupted.glob("epoch_*"))
     other = flags(llama_world, tmp_path, "--resume_from_checkpoint", checkpoint, "--mixed_precision", "no")
     assert "bf16" in refused_here("train_mlpmem_offline", *other)
-
-
-def test_a_datastore_keeps_the_precision_that_was_chosen_for_it(llama_world, tmp_path, monkeypatch):
-    save = ("--model_name_or_path", llama_world.base, "--dataset_name", llama_world.windows, "--do_eval")
-    save += ("--eval_subset", "test", "--save_knnlm_dstore", "--dstore_dir", tmp_path, "--output_dir", tmp_path / "out")
-    for choice in ("bfloat16", "float32"):
-        monkeypatch.setattr("utils.loading.fastest_dtype", lambda device, choice=choice: getattr(torch, choice))
-        command("train_base", *save, "--torch_dtype", "auto")
-    manifest = json.loads(next(tmp_path.glob("dstore_*/manifest.json")).read_text())
-    assert manifest["complete"] and manifest["settings"]["dtype"] == "bfloat16"
 
 
 REMOTE = """
