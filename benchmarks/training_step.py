@@ -109,7 +109,7 @@ def bare_products(trainer: Any, rows: int, dtype: Any) -> Callable[[], None]:
             grads = torch.empty_like(weight), torch.empty_like(x) if needs_input else None
             layers.append((weight, x, random(micro, out), random(micro, out), *grads))
     head = memory.lm_head.weight.detach().to(dtype)
-    bounds = _row_bounds(micro, head.shape[0] * head.element_size(), None, device.type)
+    bounds = _row_bounds(micro, head.shape[0] * head.element_size(), None)
     hidden, logits = random(micro, head.shape[1]), random(max(b - a for a, b in itertools.pairwise(bounds)), len(head))
     hidden_grad, head_grad = torch.empty_like(hidden), torch.empty_like(head)
 

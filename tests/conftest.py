@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+# The same examples at every run.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # One thread: tiny tensors gain nothing by more, and a child of a process whose OpenMP threads have run would hang.

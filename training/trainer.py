@@ -40,7 +40,6 @@ from training.checkpoints import (
 )
 from training.rows import Rows, RowSource, epoch_order
 from utils.cal_loss import fused_linear_distillation_loss
-from utils.direct_gradients import gradients_in_place
 from utils.distributed import is_sharded, whole_weights
 from utils.errors import InputError
 from utils.files import FolderLock, ensure_folder, remove_temporary, write_json
@@ -167,9 +166,6 @@ class MemoryTrainer:
             # The weights stand in the checkpoint as the memory itself; its state need not hold them again.
             accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
             accelerator.register_load_state_pre_hook(self._load_weights)
-        # Nothing stands between a gradient and its weight: no wrapper, no scaler, no factor.
-        alone = self.model is module and accelerator.num_processes == 1 and accelerator.scaler is None
-        self.in_place = alone and accelerator.device.type == "cpu"
         # The schedule counts optimizer steps of the whole run, so it stays outside `prepare`, which would
         # advance it once for each process.
         self.scheduler = get_scheduler(
@@ -239,7 +235,7 @@ class MemoryTrainer:
         for number, piece in enumerate(pieces):
             exchange = last and number == len(pieces) - 1
             context = contextlib.nullcontext() if exchange else self.accelerator.no_sync(self.model)
-            with context, gradients_in_place(self.in_place):
+            with context:
                 total, kl, ce = self.model(piece.to(self.accelerator.device), num_rows)
                 # The exchange averages gradients over processes; the loss is a sum of their shares.
                 weight = 0.0 if idle else float(self.accelerator.num_processes)
