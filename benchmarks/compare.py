@@ -28,6 +28,10 @@ from utils.errors import InputError, check_positive, command
 METHODS = ["base", "knnlm", "rag_bm25", "rag_dense", "lora", "memory"]
 # In the order in which they are measured.
 PARTS = ("speed", "facts", "held_out", "web")
+# What all figures depend on beside the quickstart, and those of one method; a change of one measures it again.
+SIZES = ("answer_words", "max_cases", "max_eval_tokens", "speed_prompts", "new_tokens")
+RAG = ("rag_chunk", "rag_query", "rag_passages", "choose_windows", "passage_tokens")
+OWN = {"rag_bm25": RAG, "rag_dense": (*RAG, "encoder"), "lora": ("lora_rank", "lora_learning_rate", "lora_epochs")}
 
 
 @dataclass
@@ -57,221 +61,111 @@ class CompareArguments:
     lora_epochs: int | None = flag(None, "LoRA: epochs; default: the memory's")
     page: str | None = flag(None, "write the table of results.json into this page, the plot beside it; measure nothing")
 
-
-POSITIVE = ("max_eval_tokens", "speed_prompts", "new_tokens", "rag_chunk", "rag_query", "choose_windows")
-POSITIVE = (*POSITIVE, "passage_tokens", "lora_rank", "lora_learning_rate", "max_cases", "answer_words")
-# What a method's figures depend on beside the quickstart; a change of one measures the method again.
-SIZES = ("answer_words", "max_cases", "max_eval_tokens", "speed_prompts", "new_tokens")
-OWN = {
-    "rag": ("rag_chunk", "rag_query", "rag_passages", "choose_windows", "passage_tokens"),
-    "lora": ("lora_rank", "lora_learning_rate", "lora_epochs"),
-}
+    def check(self) -> None:
+        """Refuse what cannot be measured. Raises InputError."""
+        for name in self.methods or [""]:
+            if name not in METHODS:
+                raise InputError(f"--methods {name}: no such method; expected some of {', '.join(METHODS)}")
+        if not self.rag_passages or min(self.rag_passages) < 1:
+            raise InputError("--rag_passages: expected numbers of 1 or more")
+        for name in (*SIZES, *RAG, *OWN["lora"]):
+            if name != "rag_passages" and getattr(self, name) is not None:
+                check_positive(f"--{name}", getattr(self, name))
 
 
 def main() -> None:
     """Entry point of `python -m benchmarks.compare`."""
     (arguments,) = parse(CompareArguments, description=__doc__.split("\n")[0])
-    output = Path(arguments.output_dir)
     if arguments.page:
-        from benchmarks.compare_report import write_page
+        from benchmarks.compare_table import write_page
 
-        write_page(Path(arguments.page), output)
+        write_page(Path(arguments.page), Path(arguments.output_dir))
         return
-    check(arguments)
-    run(arguments, output)
-
-
-def check(arguments: CompareArguments) -> None:
-    """Refuse what cannot be measured. Raises InputError."""
-    for name in arguments.methods:
-        if name not in METHODS:
-            raise InputError(f"--methods {name}: no such method; expected some of {', '.join(METHODS)}")
-    if not arguments.methods:
-        raise InputError(f"--methods: expected some of {', '.join(METHODS)}")
-    for name in POSITIVE:
-        check_positive(f"--{name}", getattr(arguments, name))
-    if arguments.lora_epochs is not None:
-        check_positive("--lora_epochs", arguments.lora_epochs)
-    if not arguments.rag_passages or min(arguments.rag_passages) < 1:
-        raise InputError("--rag_passages: expected numbers of 1 or more")
+    arguments.check()
+    run(arguments, Path(arguments.output_dir))
 
 
 def run(arguments: CompareArguments, output: Path) -> None:
     """Measure what is missing, method by method, and write the report."""
-    from benchmarks.compare_methods import TITLES, Bench, Work
-    from benchmarks.compare_report import report
+    from benchmarks.compare_methods import TITLES, Quickstart
     from utils.files import FolderLock, ensure_folder, read_json, write_json
     from utils.loading import quiet_libraries, say
 
     quiet_libraries()
-    work = Work.open(Path(arguments.work), arguments.model_name_or_path)
+    work = Quickstart(arguments)
     folder = ensure_folder(output / "methods")
+    common = work.identity() | {name: getattr(arguments, name) for name in SIZES}
     with FolderLock(output):
-        bench = Bench(work, arguments, output)
-        texts = Texts(bench)
         for name in [name for name in METHODS if name in arguments.methods]:
-            path = folder / f"{name}.json"
-            identity = identity_of(name, arguments, texts)
+            path, title = folder / f"{name}.json", TITLES[name]
+            identity = common | {own: getattr(arguments, own) for own in OWN.get(name, ())}
             record = read_json(path) if path.exists() else {}
             if record.get("identity") != identity:
                 if record:
-                    say(f"{TITLES[name]}: the settings have changed, it is measured again")
-                record = {"name": name, "title": TITLES[name], "identity": identity, "seconds": {}}
+                    say(f"{title}: the settings have changed, it is measured again")
+                record = {"name": name, "title": title, "identity": identity, "seconds": {}}
             if all(part in record for part in PARTS):
-                say(f"{TITLES[name]}: measured before")
+                say(f"{title}: measured before")
                 continue
-            measure(bench, texts, name, record, lambda path=path, record=record: write_json(path, record))
-        report(output, METHODS, texts.description(), common_identity(arguments, texts))
+            measure(work, record, lambda path=path, record=record: write_json(path, record))
+        paths = [folder / f"{name}.json" for name in METHODS]
+        records = [read_json(path) for path in paths if path.exists()]
+        report(work, [record for record in records if common.items() <= record["identity"].items()], output)
 
 
-def common_identity(arguments: CompareArguments, texts: Texts) -> dict[str, Any]:
-    """What the figures of all methods depend on: the quickstart, the web text, the sizes."""
-    sizes = {name: getattr(arguments, name) for name in SIZES}
-    return {**texts.bench.work.identity(), "web": texts.web_checksum, **sizes}
-
-
-def identity_of(name: str, arguments: CompareArguments, texts: Texts) -> dict[str, Any]:
-    """What the figures of one method depend on."""
-    own = {flag_name: getattr(arguments, flag_name) for flag_name in OWN.get(name.split("_")[0], ())}
-    if name == "rag_dense":
-        own["encoder"] = arguments.encoder
-    return {**common_identity(arguments, texts), **own}
-
-
-def measure(bench: Any, texts: Texts, name: str, record: dict[str, Any], save: Any) -> None:
+def measure(work: Any, record: dict[str, Any], save: Any) -> None:
     """Measure the parts that `record` lacks, saving after each."""
-    from benchmarks.compare_scores import Kept, measure_speed, score_facts, score_windows, speed_prompts
+    from benchmarks.compare_scores import measure_speed, score_facts, score_windows, speed_prompts
     from utils.loading import say
 
-    flags, tokenizer = bench.flags, bench.tokenizer
-    clock = Stopwatch(record, save)
-    method = clock.run("prepare", lambda _: bench.build(name, record, save))
-    record |= {"bytes": method.bytes, "settings": method.settings}
-    prompts = speed_prompts(texts.cases, texts.held_out, tokenizer, flags.speed_prompts)
+    flags, tokenizer = work.flags, work.tokenizer
+    method = work.build(record["name"], record)
+    record |= {"bytes": method.bytes, "note": method.note, "settings": method.settings}
+    save()
+    prompts = speed_prompts(work.cases, work.held_out, tokenizer, flags.speed_prompts)
     sizes = (flags.rag_chunk, flags.rag_query)
     parts = {
-        "speed": lambda _: measure_speed(method, prompts, tokenizer, flags.new_tokens),
-        "facts": lambda kept: score_facts(method, texts.cases, tokenizer, kept),
-        "held_out": lambda kept: score_windows(method, texts.held_out, tokenizer, *sizes, kept),
-        "web": lambda kept: score_windows(method, texts.web, tokenizer, *sizes, kept),
+        "speed": lambda: measure_speed(method, prompts, tokenizer, flags.new_tokens),
+        "facts": lambda: score_facts(method, work.cases, tokenizer),
+        "held_out": lambda: score_windows(method, work.held_out, tokenizer, *sizes),
+        "web": lambda: score_windows(method, work.web, tokenizer, *sizes),
     }
     for part in PARTS:
-        if part not in record:
-            rows = record.setdefault("partial", {}).setdefault(part, [])
-            record[part] = clock.run(part, lambda tick, part=part, rows=rows: parts[part](Kept(rows, tick)))
-            del record["partial"][part]
-            save()
-            say(f"{record['title']}: {part}, {told(record[part])} ({record['seconds'][part]} s)")
+        if part in record:
+            continue
+        started = time.perf_counter()
+        record[part] = parts[part]()
+        record["seconds"][part] = round(time.perf_counter() - started, 1)
+        save()
+        names = ("perplexity", "accuracy", "first_token_seconds", "tokens_per_second")
+        told = [f"{name} {record[part][name]:.4g}" for name in names if record[part].get(name) is not None]
+        say(f"{record['title']}: {part}, {', '.join(told)} ({record['seconds'][part]} s)")
 
 
-class Stopwatch:
-    """Seconds of each part of `record`, added up over interrupted runs."""
+def report(work: Any, records: list[dict[str, Any]], output: Path) -> None:
+    """Write results.json, compare.md and compare.png from the methods that are measured to their end."""
+    from benchmarks.compare_table import add_differences, markdown, plot
+    from benchmarks.page import machine
+    from downstream import recall
+    from utils.files import atomic_file, write_json
+    from utils.loading import say
 
-    def __init__(self, record: dict[str, Any], save: Any) -> None:
-        self.seconds, self.save = record["seconds"], save
-
-    def run(self, part: str, make: Any) -> Any:
-        """What `make` returns, given a function that notes the time and saves."""
-        before, started = self.seconds.get(part, 0), time.perf_counter()
-
-        def note() -> None:
-            self.seconds[part] = round(before + time.perf_counter() - started, 1)
-
-        def tick() -> None:
-            note()
-            self.save()
-
-        found = make(tick)
-        note()
-        return found
-
-
-def told(found: dict[str, Any]) -> str:
-    """The figures of a part in a line."""
-    names = ("perplexity", "accuracy", "first_token_seconds", "tokens_per_second")
-    return ", ".join(f"{name} {found[name]:.4g}" for name in names if found.get(name) is not None)
-
-
-class Texts:
-    """What every method is asked: held-out windows, web windows, facts. Each is read when it is first needed."""
-
-    def __init__(self, bench: Any) -> None:
-        import hashlib
-
-        self.bench = bench
-        own = bench.flags.web_text
-        self.web_path = Path(own) if own else bench.work.folder / "embedded" / "web.txt"
-        if not self.web_path.is_file():
-            raise InputError(
-                f"--web_text {self.web_path}: no such file; name a text that nothing was trained on "
-                "(python -m utils.embedded_default writes one, web.txt)"
-            )
-        self.web_checksum = hashlib.sha256(self.web_path.read_bytes()).hexdigest()[:16]
-        self._kept: dict[str, Any] = {}
-
-    def _once(self, name: str, make: Any) -> Any:
-        if name not in self._kept:
-            self._kept[name] = make()
-        return self._kept[name]
-
-    @property
-    def cases(self) -> list[Any]:
-        from downstream.recall import choose_cases
-
-        flags = self.bench.flags
-        return self._once("cases", lambda: choose_cases(self.bench.articles, flags.max_cases, flags.answer_words))
-
-    @property
-    def held_out(self) -> Any:
-        from utils.loading import load_windows
-
-        return self._once("held_out", lambda: self.some(load_windows(self.bench.work.windows, "test")))
-
-    @property
-    def web(self) -> Any:
-        return self._once("web", lambda: self.some(self._web_windows()))
-
-    def some(self, windows: Any) -> Any:
-        """Windows evenly taken, of --max_eval_tokens tokens at most, one window at least."""
-        most = max(self.bench.flags.max_eval_tokens // len(windows[0]["input_ids"]), 1)
-        step = max(len(windows) / most, 1.0)
-        return windows.select([int(number * step) for number in range(min(most, len(windows)))])
-
-    def _web_windows(self) -> Any:
-        """The web text in windows as long as the held-out ones, without overlap; the rest of it falls away."""
-        import datasets
-        import numpy as np
-
-        from utils.windows import token_ids
-
-        length = len(self.held_out[0]["input_ids"])
-        try:
-            lines = [line for line in self.web_path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        except UnicodeDecodeError:
-            raise InputError(f"--web_text {self.web_path}: is not UTF-8 text") from None
-        ids = token_ids(lines, self.bench.tokenizer)
-        if len(ids) < length:
-            raise InputError(
-                f"--web_text {self.web_path}: has {len(ids)} tokens, a window takes {length}; give more text"
-            )
-        rows = ids[: len(ids) // length * length].reshape(-1, length).astype(np.int32)  # (windows, time)
-        return datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("numpy")
-
-    def description(self) -> dict[str, Any]:
-        """What was asked, for the report."""
-        from downstream import recall
-
-        words = self.bench.flags.answer_words
-        rule = recall.RULE.format(words=words, shortest=recall.SHORTEST, longest=recall.LONGEST)
-        work = self.bench.work
-        data = work.training["data"]
-        embedded = Path(work.model) == work.folder / "embedded" / "model"
-        return {
-            "model": "SmolLM2-135M-Instruct" if embedded else Path(work.model).name,
-            "train_tokens": data.get("rows"),
-            "dtype": work.dtype,
-            "rule": rule,
-        }
+    methods = {
+        record["name"]: {name: value for name, value in record.items() if name != "identity"}
+        for record in records
+        if all(part in record for part in PARTS)
+    }
+    add_differences(methods)
+    rule = recall.RULE.format(words=work.flags.answer_words, shortest=recall.SHORTEST, longest=recall.LONGEST)
+    model = "SmolLM2-135M-Instruct" if work.embedded else Path(work.model).name
+    description = {"model": model, "train_tokens": work.training["data"].get("rows"), "dtype": work.dtype, "rule": rule}
+    results = {"description": description, "machine": machine("cpu"), "methods": methods}
+    write_json(output / "results.json", results)
+    text = markdown(results)
+    with atomic_file(output / "compare.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    plot(methods, output / "compare.png")
+    say(f"\n{text}\n\n{output / 'results.json'}, {output / 'compare.md'}, {output / 'compare.png'}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""The compared methods, each made from a finished quickstart folder: what it is, and what it adds on disk.
-
-Knows nothing of how methods are scored beyond the `Method` that it fills in.
-"""
+"""The compared methods, each made from a finished quickstart folder: what it is, and what it adds on disk."""
 
 from __future__ import annotations
 
@@ -9,19 +6,23 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+import torch
 
+from benchmarks.compare_rag import bm25_search, bytes_of, dense_search, fetch_encoder, passages
 from benchmarks.compare_scores import Method, score_windows
 from utils.errors import InputError
 from utils.files import read_json
-from utils.loading import say
+from utils.loading import load_windows, say
 
-# As the table calls them.
+# As the table calls them, in the order in which they are measured.
 TITLES = {
     "base": "base",
     "knnlm": "kNN-LM",
@@ -30,248 +31,294 @@ TITLES = {
     "lora": "LoRA",
     "memory": "MLP memory",
 }
+LORA_EVALUATIONS = 4
 
 
-@dataclass(frozen=True)
-class Work:
-    """A finished quickstart folder.
+class Quickstart:
+    """The work folder of a finished quickstart, and the texts that every method is asked; opened when first needed.
 
     Attributes:
-        folder: of the stages' outputs.
-        model: folder or hub name of the base.
         training: settings of the memory's training, which name the windows, the base and the index by checksum.
         memory: folder of the trained memory.
-        joint, knnlm: results on the validation articles, with the chosen lambda and temperature.
+        joint, knnlm: lambda and temperature that were chosen on the validation articles (and k, probe).
         dtype: of the base, as the stages used it.
+
+    Raises:
+        InputError: the folder is not that of a finished quickstart, or the web text is missing.
     """
 
-    folder: Path
-    model: str
-    training: dict[str, Any]
-    memory: Path
-    joint: dict[str, Any]
-    knnlm: dict[str, Any]
-    dtype: str
-
-    @classmethod
-    def open(cls, folder: Path, model: str | None) -> Work:
-        """Read what the stages recorded. Raises InputError when the folder is not that of a finished quickstart."""
-        hint = f"--work {folder}: is not the work folder of a finished quickstart"
-        read = {}
+    def __init__(self, flags: Any) -> None:
+        self.flags, self.folder, self.output = flags, Path(flags.work), Path(flags.output_dir)
+        hint = f"--work {self.folder}: is not the work folder of a finished quickstart"
+        found = []
         for name in ("memory/training.json", "joint_validation/results.json", "knnlm_validation/results.json"):
-            if not (folder / name).is_file():
+            if not (self.folder / name).is_file():
                 raise InputError(f"{hint} ({name} is missing); make one with bash scripts/quickstart.sh")
-            read[name] = read_json(folder / name)
-        record, joint, knnlm = read.values()
+            found.append(read_json(self.folder / name))
+        record, joint, knnlm = found
         try:
             if not record["complete"]:
                 raise InputError(f"{hint} (the memory is not trained to its end); run bash scripts/quickstart.sh again")
-            embedded = folder / "embedded" / "model"
-            model = model or (str(embedded) if embedded.is_dir() else joint["model"])
-            chosen = [{name: row[name] for name in ("lmbda", "knn_temp", "perplexity")} for row in (joint, knnlm)]
-            chosen[1] |= {name: knnlm[name] for name in ("k", "probe")}
-            memory = folder / "memory" / record["checkpoint"]
-            return cls(folder, model, record["settings"], memory, chosen[0], chosen[1], joint["dtype"])
+            self.training, self.memory = record["settings"], self.folder / "memory" / record["checkpoint"]
+            self.joint, self.knnlm = ({name: row[name] for name in ("lmbda", "knn_temp")} for row in (joint, knnlm))
+            self.knnlm |= {name: knnlm[name] for name in ("k", "probe")}
+            self.dtype, self.model = joint["dtype"], joint["model"]
         except (KeyError, TypeError) as error:
             raise InputError(
                 f"{hint} ({error} is missing from its records); make one with an up-to-date quickstart"
             ) from None
+        self.embedded = flags.model_name_or_path is None and (self.folder / "embedded" / "model").is_dir()
+        self.model = flags.model_name_or_path or (
+            str(self.folder / "embedded" / "model") if self.embedded else self.model
+        )
+        self.layer_position = self.training["data"].get("layer_position", -1)
+        self.web_path = Path(flags.web_text) if flags.web_text else self.folder / "embedded" / "web.txt"
+        if not self.web_path.is_file():
+            raise InputError(
+                f"--web_text {self.web_path}: no such file; name a text that nothing was trained on "
+                "(python -m utils.embedded_default writes one, web.txt)"
+            )
 
-    @property
-    def windows(self) -> Path:
-        return self.folder / "windows"
+    def identity(self) -> dict[str, Any]:
+        """What the results of all methods depend on, beside the flags."""
+        web = hashlib.sha256(self.web_path.read_bytes()).hexdigest()[:16]
+        return {"training": self.training, "joint": self.joint, "knnlm": self.knnlm, "dtype": self.dtype, "web": web}
 
-    @property
-    def layer_position(self) -> int:
-        return self.training["data"].get("layer_position", -1)
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        from utils.base_model import load_tokenizer
 
+        return load_tokenizer(self.model, required=True)
+
+    @functools.cached_property
+    def base(self) -> Any:
+        return self.load_base(self.dtype)
+
+    def load_base(self, dtype: str) -> Any:
+        """A new copy of the base."""
+        from utils.base_model import load_base
+        from utils.loading import resolve_dtype
+
+        return load_base(self.model, tokenizer=self.tokenizer, dtype=resolve_dtype(dtype))
+
+    def windows(self, split: str, most: int | None = None) -> Any:
+        """Windows of a split, evenly taken: of `most` tokens at most, one window at least."""
+        return some(load_windows(self.folder / "windows", split), most)
+
+    @functools.cached_property
+    def held_out(self) -> Any:
+        """Windows of articles that nothing was trained on."""
+        return self.windows("test", self.flags.max_eval_tokens)
+
+    @functools.cached_property
+    def web(self) -> Any:
+        """The web text in windows as long as the held-out ones, without overlap; the rest of it falls away."""
+        import datasets
+
+        from utils.windows import token_ids
+
+        length = len(self.held_out[0]["input_ids"])
+        try:
+            lines = [line for line in self.web_path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        except UnicodeDecodeError:
+            raise InputError(f"--web_text {self.web_path}: is not UTF-8 text") from None
+        ids = token_ids(lines, self.tokenizer)
+        if len(ids) < length:
+            raise InputError(
+                f"--web_text {self.web_path}: has {len(ids)} tokens, a window takes {length}; give more text"
+            )
+        rows = ids[: len(ids) // length * length].reshape(-1, length).astype(np.int32)  # (windows, time)
+        windows = datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("numpy")
+        return some(windows, self.flags.max_eval_tokens)
+
+    @functools.cached_property
     def articles(self) -> list[str]:
         """The trained articles. Raises InputError where the text came without a list of them."""
         from downstream.recall import read_articles
 
-        path = self.windows / "raw" / "train.jsonl"
+        path = self.folder / "windows" / "raw" / "train.jsonl"
         if not path.exists():
             raise InputError(
                 f"--work {self.folder}: windows/raw/train.jsonl is missing, a text that was not divided by article"
             )
         return [text for text in read_articles(str(path)) if text.strip()]
 
-    def train_datastore(self) -> Path:
-        found = sorted((self.folder / "dstore").glob("dstore_*_train_*.arrow"))
-        if not found:
-            raise InputError(f"--work {self.folder}: dstore holds no datastore of the train split")
-        return found[0]
-
-    def identity(self) -> dict[str, Any]:
-        """What a result depends on."""
-        return {"training": self.training, "joint": self.joint, "knnlm": self.knnlm, "dtype": self.dtype}
-
-
-@dataclass
-class Bench:
-    """What the methods of a run share: the folder they come from, the flags, the loaded base and tokenizer."""
-
-    work: Work
-    flags: Any
-    output: Path
-
     @functools.cached_property
-    def tokenizer(self) -> Any:
-        from utils.base_model import load_tokenizer
+    def cases(self) -> list[Any]:
+        """Facts of the trained articles."""
+        from downstream.recall import choose_cases
 
-        return load_tokenizer(self.work.model, required=True)
+        return choose_cases(self.articles, self.flags.max_cases, self.flags.answer_words)
 
-    @functools.cached_property
-    def base(self) -> Any:
-        return self.load_base()
-
-    @functools.cached_property
-    def articles(self) -> list[str]:
-        return self.work.articles()
-
-    def load_base(self, dtype: str | None = None) -> Any:
-        from utils.base_model import load_base
-        from utils.loading import resolve_dtype
-
-        return load_base(self.work.model, tokenizer=self.tokenizer, dtype=resolve_dtype(dtype or self.work.dtype))
-
-    def build(self, name: str, record: dict[str, Any], save: Callable[[], None]) -> Method:
-        """Make the method; what it takes long to find out is kept in `record` by calling `save`."""
-        if name in SEARCHES:
-            return rag(self, name, record, save)
-        return BUILDERS[name](self)
+    def build(self, name: str, record: dict[str, Any]) -> Method:
+        """Make a method. `record`: what is known of it from an earlier start."""
+        if name.startswith("rag"):
+            return rag(self, name, record)
+        return {"base": lambda work: Method(work.base), "knnlm": knnlm, "lora": lora, "memory": memory}[name](self)
 
 
-def plain(bench: Bench) -> Method:
-    """The base alone."""
-    return Method(bench.base)
+def some(windows: Any, most: int | None) -> Any:
+    """Windows evenly taken, of `most` tokens at most, one window at least."""
+    if most is None:
+        return windows
+    count = max(most // len(windows[0]["input_ids"]), 1)
+    step = max(len(windows) / count, 1.0)
+    return windows.select([int(number * step) for number in range(min(count, len(windows)))])
 
 
-def memory(bench: Bench) -> Method:
+# -- mixtures -------------------------------------------------------------------------------------------
+
+
+def memory(work: Quickstart) -> Method:
     """Base and memory, mixed at the lambda and temperature that were best on the validation articles."""
     from models import MLPMemory
     from models.mlpMemory import joint_log_probs
     from utils.loading import open_memory_of
 
-    work, base = bench.work, bench.base
-    learned = open_memory_of(base, work.memory, layer_position=work.layer_position, dtype=base.dtype)
     lmbda, knn_temp = work.joint["lmbda"], work.joint["knn_temp"]
-    joint = MLPMemory(base, learned, lmbda, knn_temp, work.layer_position).eval()
-
-    def mix(hidden: Tensor, logits: Tensor) -> Tensor:
-        return joint_log_probs(logits, joint.memory_logits(hidden), lmbda, knn_temp)
-
-    files = [path for path in work.memory.iterdir() if path.suffix in (".safetensors", ".json")]
+    learned = open_memory_of(work.base, work.memory, layer_position=work.layer_position, dtype=work.base.dtype)
+    joint = MLPMemory(work.base, learned, lmbda, knn_temp, work.layer_position).eval()
+    millions = sum(weight.numel() for weight in learned.parameters()) / 1e6
     return Method(
-        base,
-        mix,
+        work.base,
+        lambda hidden, logits: joint_log_probs(logits, joint.memory_logits(hidden), lmbda, knn_temp),
         generator=lambda: contextlib.nullcontext(joint),
-        bytes=sum(path.stat().st_size for path in files),
-        settings={
-            "lmbda": lmbda,
-            "knn_temp": knn_temp,
-            "epochs": work.training["num_train_epochs"],
-            "parameters": sum(weight.numel() for weight in learned.parameters()),
-        },
+        bytes=bytes_of(path for path in work.memory.iterdir() if path.suffix in (".safetensors", ".json")),
+        note=f"{millions:.1f}M parameters, {work.training['num_train_epochs']} epochs, {chosen(work.joint)}.",
         layer_position=work.layer_position,
     )
 
 
-def knnlm(bench: Bench) -> Method:
+def chosen(row: dict[str, Any]) -> str:
+    return f"lambda {row['lmbda']:g} and temperature {row['knn_temp']:g} chosen on the validation articles"
+
+
+def knnlm(work: Quickstart) -> Method:
     """The kNN-LM over the trained positions, at its own best lambda and temperature."""
     from knn_utils.knn_lm import KNNLM
 
-    work, base = bench.work, bench.base
+    stores = sorted((work.folder / "dstore").glob("dstore_*_train_*.arrow"))
+    if not stores:
+        raise InputError(f"--work {work.folder}: dstore holds no datastore of the train split")
     index = work.folder / "dstore" / "train.index"
-    settings = {name: work.knnlm[name] for name in ("k", "probe", "lmbda", "knn_temp")}
-    retriever = KNNLM(index, work.train_datastore(), **settings, layer_position=work.layer_position)
+    near = KNNLM(index, stores[0], **work.knnlm, layer_position=work.layer_position)
 
     @contextlib.contextmanager
     def generator() -> Iterator[Any]:
-        with retriever.on(base):
-            yield base
+        with near.on(work.base):
+            yield work.base
 
-    files = index.rglob("*") if index.is_dir() else [index]
-    bytes_of_index = sum(path.stat().st_size for path in files if path.is_file())
     return Method(
-        base,
-        retriever.mixture,
+        work.base,
+        near.mixture,
         generator=generator,
         # To answer it needs the index, which holds the keys, and the values; not the datastore.
-        bytes=bytes_of_index + 4 * len(retriever.values),
-        settings={**settings, "rows": len(retriever.values)},
+        bytes=bytes_of(index.rglob("*") if index.is_dir() else [index]) + 4 * len(near.values),
+        note=f"k {near.k}, {work.knnlm['probe']} lists probed, {chosen(work.knnlm)}; on disk the index and the values.",
         layer_position=work.layer_position,
     )
 
 
-def bm25(bench: Bench) -> tuple[Any, int]:
-    from benchmarks.compare_rag import bm25_search
-
-    return bm25_search(bench.articles, bench.output / "work" / "bm25")
+# -- retrieval-augmented generation ---------------------------------------------------------------------
 
 
-def dense(bench: Bench) -> tuple[Any, int]:
-    from benchmarks.compare_rag import dense_search, fetch_encoder
-
-    own = bench.flags.encoder
-    encoder = Path(own) if own else fetch_encoder(bench.output / "work" / "encoder")
-    return dense_search(bench.articles, encoder, bench.output / "work" / "dense")
-
-
-def rag(bench: Bench, name: str, record: dict[str, Any], save: Callable[[], None]) -> Method:
+def rag(work: Quickstart, name: str, record: dict[str, Any]) -> Method:
     """Trained articles put before the text; how many is chosen on validation windows, as lambda is for the mixtures."""
-    from benchmarks.compare_rag import passages
-    from utils.loading import load_windows
+    flags, articles = work.flags, work.articles
+    if name == "rag_bm25":
+        search, on_disk = bm25_search(articles, work.output / "work" / "bm25")
+    else:
+        encoder = Path(flags.encoder) if flags.encoder else fetch_encoder(work.output / "work" / "encoder")
+        search, on_disk = dense_search(articles, encoder, work.output / "work" / "dense")
 
-    flags = bench.flags
-    search, bytes_on_disk = SEARCHES[name](bench)
-    method = Method(bench.base, bytes=bytes_on_disk + sum(len(text.encode()) for text in bench.articles))
+    def using(count: int) -> Method:
+        before = passages(search, articles, work.tokenizer, count, flags.passage_tokens)
+        return Method(work.base, passages=before, bytes=on_disk + sum(len(text.encode()) for text in articles))
 
-    def use(count: int) -> None:
-        method.passages = passages(search, bench.articles, bench.tokenizer, count, flags.passage_tokens)
-
-    tried = record.setdefault("choice", {})
-    if len(flags.rag_passages) > 1:
-        windows = load_windows(bench.work.windows, "validation")
+    tried = record.get("settings", {}).get("validation", {})
+    if len(flags.rag_passages) > 1 and not tried:
+        windows = work.windows("validation")
         windows = windows.select(range(min(flags.choose_windows, len(windows))))
         for count in flags.rag_passages:
-            if str(count) not in tried:
-                use(count)
-                found = score_windows(method, windows, bench.tokenizer, flags.rag_chunk, flags.rag_query)
-                tried[str(count)] = found["perplexity"]
-                say(f"{name}: {count} article(s), validation perplexity {found['perplexity']:.4f}")
-                save()
-    best = min(tried, key=tried.get) if tried else str(flags.rag_passages[0])
-    use(int(best))
-    method.settings = {
-        "passages": int(best),
-        "validation": dict(tried),
-        "chunk": flags.rag_chunk,
-        "query": flags.rag_query,
-        "passage_tokens": flags.passage_tokens,
-        "articles": len(bench.articles),
-    }
+            found = score_windows(using(count), windows, work.tokenizer, flags.rag_chunk, flags.rag_query)
+            tried[str(count)] = found["perplexity"]
+            say(f"{TITLES[name]}: {count} article(s), validation perplexity {found['perplexity']:.4f}")
+    best = int(min(tried, key=tried.get)) if tried else flags.rag_passages[0]
+    told = ", ".join(f"{count}: {value:.2f}" for count, value in tried.items())
+    method = using(best)
+    method.settings = {"passages": best, "validation": tried}
+    method.note = (
+        f"{best} of {len(articles)} trained articles (at most {flags.passage_tokens} tokens each) before the text"
+        + (f", chosen on validation windows (perplexity with {told})" if tried else "")
+        + f". A window is scored in chunks of {flags.rag_chunk} tokens: the query is the {flags.rag_query} tokens before "
+        "the chunk, the input is the articles, then the window up to the chunk; the first chunk of a window has no query "
+        "and no article. For facts and speed the query is the prompt. On disk the articles"
+        + (" and the index." if name == "rag_bm25" else ", their vectors and the encoder.")
+    )
     return method
 
 
-def lora(bench: Bench) -> Method:
-    """The base with a LoRA adapter, trained on the memory's windows, merged into its weights."""
-    from benchmarks.compare_lora import adapter, adapter_bytes, merged
+# -- LoRA -----------------------------------------------------------------------------------------------
 
-    flags, training = bench.flags, bench.work.training
-    identity = [training, flags.lora_rank, flags.lora_learning_rate, flags.lora_epochs]
+
+def lora(work: Quickstart) -> Method:
+    """LoRA (Hu et al., 2021): low-rank matrices on every linear layer but the head, merged into the base's weights.
+
+    Trained by `utils.finetune` on the memory's windows, epochs and windows a step. The validation loss is measured four
+    times along the way, and the adapter with the lowest one is kept. An interrupted training continues.
+    """
+    try:
+        from peft import LoraConfig, PeftModel, get_peft_model
+    except ImportError:
+        raise InputError("--methods lora: needs the package peft; pip install 'peft>=0.14'") from None
+    from transformers import TrainingArguments
+
+    from utils.finetune import RECORD, finetune
+
+    flags, training = work.flags, work.training
+    rank, at_once = flags.lora_rank, training["windows_per_step"]
+    epochs = flags.lora_epochs or training["num_train_epochs"]
+    identity = [training, rank, flags.lora_learning_rate, flags.lora_epochs]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
-    folder = bench.output / "work" / f"lora-{digest}"
-    found = adapter(
-        bench.load_base("float32"),
-        bench.work.windows,
-        folder,
-        flags,
-        training,
-        bench.work.dtype == "bfloat16",
+    folder = work.output / "work" / f"lora-{digest}"
+    steps = math.ceil(len(work.windows("train")) / at_once) * epochs
+    every = max(math.ceil(steps / LORA_EVALUATIONS), 1)  # and once more at the end
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=flags.lora_learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=min(training["num_warmup_steps"], steps // 2),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=at_once,
+        per_device_eval_batch_size=at_once,
+        weight_decay=0.0,
+        seed=training["seed"],
+        bf16=work.dtype == "bfloat16",
+        **{"eval_strategy": "steps", "eval_steps": every, "save_steps": every, "logging_steps": every},
+        **{"save_total_limit": 2, "report_to": "none", "disable_tqdm": True},
     )
-    return Method(merged(bench.load_base(), folder), bytes=adapter_bytes(folder), settings=found)
-
-
-SEARCHES = {"rag_bm25": bm25, "rag_dense": dense}
-BUILDERS: dict[str, Callable[[Bench], Method]] = {"base": plain, "knnlm": knnlm, "lora": lora, "memory": memory}
+    # More patience than there are evaluations: none ends the training early.
+    data = SimpleNamespace(
+        **{"dataset_name": str(work.folder / "windows"), "eval_subset": "validation", "max_train_samples": None},
+        **{"max_eval_samples": None, "patience": LORA_EVALUATIONS + 2},
+    )
+    base = work.load_base("float32")
+    torch.manual_seed(training["seed"])
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the libraries' about each other
+        model = get_peft_model(base, config)
+        finetune(model, None, data, arguments)
+    record = read_json(folder / RECORD)
+    losses = [[entry["step"], entry["eval_loss"]] for entry in record["log"] if "eval_loss" in entry]
+    kept = (record["best"] or {}).get("step")
+    millions = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) / 1e6
+    return Method(
+        PeftModel.from_pretrained(work.load_base(work.dtype), str(folder)).merge_and_unload().eval(),
+        bytes=bytes_of(folder.glob("adapter_*")),
+        note=f"rank {rank}, alpha {2 * rank}, on all linear layers but the head ({millions:.1f}M parameters), learning rate "
+        f"{flags.lora_learning_rate:g} (not tuned), linear decay, epochs of the memory's windows: {epochs}, {at_once} "
+        f"windows a step; of {len(losses)} states the one with the lowest validation loss was kept (step {kept} of "
+        f"{record['steps']}); merged into the base's weights.",
+        settings={"kept": kept, "validation": losses},
+    )

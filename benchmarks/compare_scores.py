@@ -1,23 +1,24 @@
 """What every compared method is measured by: perplexity and next-token accuracy on windows, facts completed, speed.
 
 All methods go through the same passes over the same tokens; they differ in what stands before the text (`passages`)
-and in what is made of the base's logits (`mix`). Knows nothing of how a method came about.
+and in what is made of the base's logits (`mix`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.inference import Clock, generate
 from downstream.recall import Case
 from downstream.scoring import context_length
 from models.capture import base_logits, hidden_and_head_input
@@ -37,9 +38,10 @@ class Method:
         mix: (captured hidden states (rows, hidden), logits (rows, V)) -> scores (rows, V) whose softmax is the
             method's distribution; None where the logits are.
         passages: a text -> token ids to put before it; None where nothing is.
-        generator: a context that gives the model to generate with.
+        generator: a context that gives the model to generate with; the base where there is none.
         bytes: what the method adds on disk.
-        settings: what the table's reader has to know.
+        note: what the table's reader has to know.
+        settings: what is kept beside the figures.
         layer_position: the block whose MLP input is captured.
     """
 
@@ -48,6 +50,7 @@ class Method:
     passages: Callable[[str], list[int]] | None = None
     generator: Callable[[], Any] | None = None
     bytes: int = 0
+    note: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     layer_position: int = -1
 
@@ -55,17 +58,14 @@ class Method:
         """A context manager that gives the model to call `generate` on."""
         return self.generator() if self.generator else contextlib.nullcontext(self.base)
 
+    def before(self, text: str, ids: Tensor, room: int | None) -> tuple[Tensor, int]:
+        """`ids` (time,) with the passages for `text` before them, within `room` tokens: the oldest of `ids` give way.
 
-class Kept:
-    """Rows of a part that are done, so that an interrupted run goes on after them; `save` is called after each step."""
-
-    def __init__(self, rows: list[Any] | None = None, save: Callable[[], None] | None = None) -> None:
-        self.rows, self._save = [] if rows is None else rows, save
-
-    def add(self, rows: list[Any]) -> None:
-        self.rows += rows
-        if self._save:
-            self._save()
+        Returns the input ids, and how far each token of `ids` has moved to the right (negative: to the left).
+        """
+        passages = self.passages(text) if self.passages and text.strip() else []
+        cut = max(len(passages) + len(ids) - room, 0) if room else 0
+        return torch.cat([torch.tensor(passages, dtype=ids.dtype), ids[cut:]]), len(passages) - cut
 
 
 @torch.inference_mode()
@@ -89,10 +89,7 @@ def score_rows(method: Method, ids: Tensor, positions: Tensor, wanted: Tensor) -
     return torch.cat(found), torch.cat(hits)
 
 
-@torch.inference_mode()
-def score_windows(
-    method: Method, windows: Any, tokenizer: Any, chunk: int, query: int, kept: Kept | None = None
-) -> dict[str, Any]:
+def score_windows(method: Method, windows: Any, tokenizer: Any, chunk: int, query: int) -> dict[str, Any]:
     """Perplexity and next-token accuracy on windows; every method is asked for the same tokens.
 
     A method with passages reads a window in chunks of `chunk` tokens: the passages found for the `query` tokens before
@@ -102,29 +99,27 @@ def score_windows(
     Returns:
         perplexity, accuracy, tokens, and log_likelihood: a [sum, tokens] of each window.
     """
-    context = context_length(method.base.config)
-    kept = kept or Kept()  # [sum, tokens, right] of each window
-    for number in range(len(kept.rows), len(windows)):
-        window = windows[number]
+    likelihoods, right = [], 0
+    for window in windows:
         ids = torch.from_numpy(np.asarray(window["input_ids"], dtype=np.int64))
         mask, wanted = predicted_positions(torch.from_numpy(np.asarray(window["labels"], dtype=np.int64))[None])
-        total, right = 0.0, 0
-        for inputs, positions, labels in pieces(method, ids, mask[0], wanted, tokenizer, chunk, query, context):
+        total = 0.0
+        for inputs, positions, labels in pieces(method, ids, mask[0], wanted, tokenizer, chunk, query):
             scores, hits = score_rows(method, inputs[None], positions[None], labels)
             total += scores.double().sum().item()
             right += int(hits.sum())
-        kept.add([[total, len(wanted), right]])
-    tokens = sum(count for _, count, _ in kept.rows)
+        likelihoods.append([total, len(wanted)])
+    tokens = sum(count for _, count in likelihoods)
     return {
-        "perplexity": perplexity(-sum(total for total, _, _ in kept.rows) / tokens),
-        "accuracy": sum(right for _, _, right in kept.rows) / tokens,
+        "perplexity": perplexity(-sum(total for total, _ in likelihoods) / tokens),
+        "accuracy": right / tokens,
         "tokens": tokens,
-        "log_likelihood": [[total, count] for total, count, _ in kept.rows],
+        "log_likelihood": likelihoods,
     }
 
 
 def pieces(
-    method: Method, ids: Tensor, mask: Tensor, wanted: Tensor, tokenizer: Any, chunk: int, query: int, context: Any
+    method: Method, ids: Tensor, mask: Tensor, wanted: Tensor, tokenizer: Any, chunk: int, query: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """What is run for one window (time,): (input ids (n,), predicting positions (n,), labels (rows,))."""
     if method.passages is None:
@@ -139,64 +134,44 @@ def pieces(
         if not count:
             continue
         text = tokenizer.decode(ids[max(begin - query, 0) : begin], skip_special_tokens=True)
-        before = method.passages(text) if text.strip() else []
-        inputs, moved = put_before(before, ids[:last], context)
+        inputs, moved = method.before(text, ids[:last], context_length(method.base.config))
         positions = torch.zeros(len(inputs), dtype=torch.bool)
         positions[first + moved : last + moved] = here
         yield inputs, positions, wanted[taken : taken + count]
         taken += count
 
 
-def put_before(passages: Sequence[int], ids: Tensor, context: int | None) -> tuple[Tensor, int]:
-    """`passages` and then `ids` (time,), within the context: the oldest of `ids` give way.
-
-    Returns the input ids and how far each token of `ids` has moved to the right (negative: to the left).
-    """
-    cut = max(len(passages) + len(ids) - context, 0) if context else 0
-    before = torch.tensor(list(passages), dtype=ids.dtype)
-    return torch.cat([before, ids[cut:]]), len(passages) - cut
-
-
-def encode_case(case: Case, tokenizer: Any) -> tuple[list[int], int]:
-    """Token ids of prompt and answer together, and where the answer's begin (as in `downstream.recall`)."""
+def encode_case(method: Method, case: Case, tokenizer: Any) -> tuple[Tensor, int]:
+    """Token ids of passages, prompt and answer, and where the answer's begin (as in `downstream.recall`)."""
     prompt = tokenizer(case.prompt)["input_ids"]
     whole = tokenizer(case.prompt + case.answer)["input_ids"]
-    return whole, next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+    begin = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+    ids, moved = method.before(case.prompt, torch.tensor(whole), context_length(method.base.config))
+    return ids, max(begin + moved, 1)
 
 
-@torch.inference_mode()
-def score_facts(method: Method, cases: Sequence[Case], tokenizer: Any, kept: Kept | None = None) -> dict[str, Any]:
+def score_facts(method: Method, cases: Sequence[Case], tokenizer: Any) -> dict[str, Any]:
     """Share of cases whose whole answer greedy decoding gives, by the rule of `downstream.recall`.
 
     Returns:
         accuracy and standard_error (None without cases), cases, and right: "1" or "0" for each case.
     """
-    context = context_length(method.base.config)
-    encoded = []
-    for case in cases:
-        whole, begin = encode_case(case, tokenizer)
-        before = method.passages(case.prompt) if method.passages else []
-        ids, moved = put_before(before, torch.tensor(whole), context)
-        encoded.append((ids, max(begin + moved, 1)))
-    kept = kept or Kept()  # [number of the case, right], in the order in which they are run
+    encoded = [encode_case(method, case, tokenizer) for case in cases]
     order = sorted(range(len(cases)), key=lambda number: len(encoded[number][0]))
-    for start in range(len(kept.rows), len(order), FACTS_AT_ONCE):
+    right = [0] * len(cases)
+    for start in range(0, len(order), FACTS_AT_ONCE):
         numbers = order[start : start + FACTS_AT_ONCE]
-        width = max(len(encoded[number][0]) for number in numbers)
-        inputs = torch.zeros(len(numbers), width, dtype=torch.long)
-        positions = torch.zeros(len(numbers), width, dtype=torch.bool)
+        inputs = torch.nn.utils.rnn.pad_sequence([encoded[number][0] for number in numbers], batch_first=True)
+        positions = torch.zeros(inputs.shape, dtype=torch.bool)
         for row, number in enumerate(numbers):
             ids, begin = encoded[number]
-            inputs[row, : len(ids)] = ids
             positions[row, begin - 1 : len(ids) - 1] = True
         _, hits = score_rows(method, inputs, positions, torch.roll(inputs, -1, dims=1)[positions])
-        owner = torch.arange(len(numbers)).repeat_interleave(positions.sum(1))
-        kept.add([[number, bool(hits[owner == row].all())] for row, number in enumerate(numbers)])
-    right = [flag for _, flag in sorted(kept.rows)]
+        for number, own in zip(numbers, hits.split(positions.sum(1).tolist()), strict=True):
+            right[number] = int(own.all())
     share = sum(right) / len(cases) if cases else None
     error = math.sqrt(share * (1 - share) / len(cases)) if cases else None
-    flags = "".join("01"[flag] for flag in right)
-    return {"accuracy": share, "standard_error": error, "cases": len(cases), "right": flags}
+    return {"accuracy": share, "standard_error": error, "cases": len(cases), "right": "".join(map(str, right))}
 
 
 def speed_prompts(cases: Sequence[Case], windows: Any, tokenizer: Any, count: int) -> list[str]:
@@ -217,38 +192,29 @@ def measure_speed(method: Method, prompts: Sequence[str], tokenizer: Any, new_to
         first_token_seconds and tokens_per_second of the method, base_… of the bare base in the same minutes,
         …_ratio: median over prompts of method / base; prompt_tokens: mean, with the passages.
     """
-    runs: dict[str, list[tuple[float, float]]] = {"": [], "base_": []}
-    lengths = []
-    for number, prompt in enumerate([prompts[0], *prompts]):
-        for name in runs:
-            plain = Method(method.base) if name else method
-            first, rate, length = generate_once(plain, prompt, tokenizer, new_tokens)
-            if number:  # the first round warms up
-                runs[name].append((first, rate))
-                lengths += [] if name else [length]
+    rounds = []
+    for prompt in [prompts[0], *prompts]:
+        ways = (method, Method(method.base))
+        rounds.append([generate_once(way, prompt, tokenizer, new_tokens) for way in ways])
+    rounds = rounds[1:]  # the first warms up
     found: dict[str, Any] = {"prompts": len(prompts), "new_tokens": new_tokens}
-    found["prompt_tokens"] = statistics.mean(lengths)
+    found["prompt_tokens"] = mean(own[2] for own, _ in rounds)
     for place, name in enumerate(("first_token_seconds", "tokens_per_second")):
-        for prefix, values in runs.items():
-            found[prefix + name] = statistics.median(value[place] for value in values)
-        found[f"{name}_ratio"] = statistics.median(
-            own[place] / bare[place] for own, bare in zip(runs[""], runs["base_"], strict=True)
-        )
+        found[name] = median(own[place] for own, _ in rounds)
+        found[f"base_{name}"] = median(bare[place] for _, bare in rounds)
+        found[f"{name}_ratio"] = median(own[place] / bare[place] for own, bare in rounds)
     return found
 
 
 def generate_once(method: Method, prompt: str, tokenizer: Any, new_tokens: int) -> tuple[float, float, int]:
     """(seconds to the first token, tokens a second after it, prompt tokens) of one greedy generation."""
-    from benchmarks.inference import Clock, generate
-
-    weight = method.base.get_input_embeddings().weight
-    clock = Clock(weight.device.type)
+    device = method.base.get_input_embeddings().weight.device
+    clock = Clock(device.type)
     context = context_length(method.base.config)
     with method.generating() as model:
         start = time.perf_counter()
-        before = method.passages(prompt) if method.passages else []
-        room = context - new_tokens if context else None
-        ids, _ = put_before(before, torch.tensor(tokenizer(prompt)["input_ids"]), room)
-        generate(model, ids[None].to(weight.device), new_tokens + 1, streamer=clock)
+        ids = torch.tensor(tokenizer(prompt)["input_ids"])
+        ids, _ = method.before(prompt, ids, context - new_tokens if context else None)
+        generate(model, ids[None].to(device), new_tokens + 1, streamer=clock)
     # The prompt is put first, then each token.
     return clock.times[1] - start, new_tokens / (clock.times[-1] - clock.times[1]), len(ids)

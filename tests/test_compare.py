@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from types import SimpleNamespace
+import sys
 
 import pytest
 import torch
@@ -150,11 +150,11 @@ def results_of(output):
     return json.loads((output / "results.json").read_text())["methods"]
 
 
-def bench_of(work, **flags):
+def work_of(work, **flags):
     from benchmarks.compare import CompareArguments
-    from benchmarks.compare_methods import Bench, Work
+    from benchmarks.compare_methods import Quickstart
 
-    return Bench(Work.open(work, None), CompareArguments(**{**SIZES, **flags}), work / "unused")
+    return Quickstart(CompareArguments(**{"work": str(work), "output_dir": str(work / "unused"), **SIZES, **flags}))
 
 
 def test_each_method_has_every_figure_on_the_same_tokens_and_cases(compared):
@@ -185,28 +185,26 @@ def test_mixtures_have_the_perplexity_that_the_stages_reported(work, compared):
 
 
 def test_facts_are_right_where_the_recall_command_says_so(work):
-    from benchmarks.compare import Texts
     from benchmarks.compare_scores import score_facts
     from downstream.recall import RecallArguments, recall
 
-    bench = bench_of(work)
-    cases = Texts(bench).cases
-    bench.work.joint["lmbda"] = 0.7
-    base, memory = bench.build("base", {}, None), bench.build("memory", {}, None)
+    opened = work_of(work)
+    opened.joint["lmbda"] = 0.7
+    base, memory = opened.build("base", {}), opened.build("memory", {})
     with memory.generating() as joint:
-        expected = recall(
-            bench.base, joint.knn_generator, bench.tokenizer, cases, RecallArguments(lmbda=0.7, knn_temp=joint.knn_temp)
-        )
+        arguments = RecallArguments(lmbda=0.7, knn_temp=joint.knn_temp)
+        expected = recall(opened.base, joint.knn_generator, opened.tokenizer, opened.cases, arguments)
     for name, method in (("base", base), ("memory", memory)):
-        assert [flag == "1" for flag in score_facts(method, cases, bench.tokenizer)["right"]] == expected[name]
+        found = score_facts(method, opened.cases, opened.tokenizer)["right"]
+        assert [flag == "1" for flag in found] == expected[name]
 
 
 def test_the_neighbours_mixture_is_the_one_that_generates(work):
     from benchmarks.compare_scores import score_rows
 
-    bench = bench_of(work)
-    method = bench.build("knnlm", {}, None)
-    ids = torch.tensor([bench.tokenizer(article(3))["input_ids"][:40]])
+    opened = work_of(work)
+    method = opened.build("knnlm", {})
+    ids = torch.tensor([opened.tokenizer(article(3))["input_ids"][:40]])
     positions = torch.ones_like(ids, dtype=torch.bool)
     wanted = torch.roll(ids, -1, 1)[0]
     found, hits = score_rows(method, ids, positions, wanted)
@@ -234,25 +232,6 @@ def test_a_second_run_measures_nothing_and_a_cut_off_one_only_what_is_missing(co
     assert all(after[name] == json.loads(text) for name, text in before.items() if name != "memory.json")
 
 
-def test_a_part_goes_on_after_the_rows_that_are_done(work):
-    from benchmarks.compare import Texts
-    from benchmarks.compare_scores import Kept, score_facts, score_windows
-
-    bench = bench_of(work)
-    texts, method = Texts(bench), bench.build("base", {}, None)
-    saved = []
-    kept = Kept(save=lambda: saved.append(json.dumps(kept.rows)))
-    whole = score_windows(method, texts.held_out, bench.tokenizer, 16, 24, kept)
-    assert len(saved) == len(texts.held_out) > 2
-    for rows in saved:
-        assert score_windows(method, texts.held_out, bench.tokenizer, 16, 24, Kept(json.loads(rows))) == whole
-    saved.clear()
-    kept = Kept(save=lambda: saved.append(json.dumps(kept.rows)))
-    facts = score_facts(method, texts.cases, bench.tokenizer, kept)
-    assert len(saved) == 2
-    assert score_facts(method, texts.cases, bench.tokenizer, Kept(json.loads(saved[0]))) == facts
-
-
 def test_other_sizes_are_measured_anew_and_not_mixed_with_the_old(compared, work, capsys, tmp_path):
     command("benchmarks.compare", *flags_of(work, tmp_path), "--methods", "base", "memory")
     capsys.readouterr()
@@ -264,35 +243,36 @@ def test_other_sizes_are_measured_anew_and_not_mixed_with_the_old(compared, work
 
 def test_retrieval_sees_only_what_is_before_a_chunk_and_scores_each_token_once(work):
     from benchmarks.compare_scores import Method, score_windows
-    from utils.loading import load_windows
 
-    bench = bench_of(work)
-    windows = load_windows(bench.work.windows, "test").select(range(2))
+    opened = work_of(work)
+    base, tokenizer, windows = opened.base, opened.tokenizer, opened.windows("test").select(range(2))
     asked = []
 
     def nothing(text: str) -> list[int]:
         asked.append(text)
         return []
 
-    whole = score_windows(Method(bench.base), windows, bench.tokenizer, 16, 24)
-    found = score_windows(Method(bench.base, passages=nothing), windows, bench.tokenizer, 16, 24)
+    whole = score_windows(Method(base), windows, tokenizer, 16, 24)
+    found = score_windows(Method(base, passages=nothing), windows, tokenizer, 16, 24)
     # With nothing before it, a window in chunks is the window.
     assert found["tokens"] == whole["tokens"] and found["accuracy"] == whole["accuracy"]
     assert found["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-5)
     ids = windows[0]["input_ids"]
-    assert asked[:3] == [bench.tokenizer.decode(ids[max(end - 24, 0) : end]) for end in (16, 32, 48)]
-    some = score_windows(Method(bench.base, passages=lambda _: [5, 6, 7] * 10), windows, bench.tokenizer, 16, 24)
+    assert asked[:3] == [tokenizer.decode(ids[max(end - 24, 0) : end]) for end in (16, 32, 48)]
+    some = score_windows(Method(base, passages=lambda _: [5, 6, 7] * 10), windows, tokenizer, 16, 24)
     assert some["tokens"] == whole["tokens"] and some["perplexity"] != whole["perplexity"]
 
 
+@pytest.mark.unit
 def test_passages_and_text_stay_within_the_context():
-    from benchmarks.compare_scores import put_before
+    from benchmarks.compare_scores import Method
 
-    ids = torch.arange(10, 20)
-    together, moved = put_before([1, 2, 3], ids, None)
+    method = Method(None, passages=lambda _: [1, 2, 3])
+    together, moved = method.before("text", torch.arange(10, 20), None)
     assert together.tolist() == [1, 2, 3, *range(10, 20)] and moved == 3
-    together, moved = put_before([1, 2, 3], ids, 8)
+    together, moved = method.before("text", torch.arange(10, 20), 8)
     assert together.tolist() == [1, 2, 3, *range(15, 20)] and together[9 + moved] == 19
+    assert method.before(" ", torch.arange(3), 8)[0].tolist() == [0, 1, 2]
 
 
 def test_both_searches_find_the_article_that_a_text_is_from(encoder, tmp_path):
@@ -318,12 +298,12 @@ def test_the_adapter_with_the_lowest_validation_loss_is_kept_and_changes_the_bas
     _, output = compared
     settings = results_of(output)["lora"]["settings"]
     losses = dict(settings["validation"])
-    assert losses[settings["kept"]["step"]] == min(losses.values()) and len(losses) >= 2
+    assert losses[settings["kept"]] == min(losses.values()) and len(losses) >= 2
     assert len(list(output.glob("work/lora-*/adapter_model.safetensors"))) == 1
 
 
 def test_differences_from_the_base_are_paired():
-    from benchmarks.compare_report import add_differences
+    from benchmarks.compare_table import add_differences
 
     def record(nats, right):
         part = {"log_likelihood": [[-value, 10] for value in nats]}
@@ -366,16 +346,9 @@ def test_bad_input_is_one_line(work, tmp_path):
     assert "page.md" in refused_here("benchmarks.compare", "--page", page, "--output_dir", tmp_path / "c")
 
 
-def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch, tmp_path):
-    import sys
-
-    from benchmarks.compare_lora import adapter
-    from benchmarks.compare_rag import bm25_search
-    from utils.errors import InputError
-
+def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch, work, tmp_path):
     for name in ("peft", "bm25s"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(InputError, match="pip install"):
-        bm25_search(["text"], tmp_path)
-    with pytest.raises(InputError, match="pip install"):
-        adapter(None, tmp_path, tmp_path, SimpleNamespace(), {}, False)
+    for method in ("rag_bm25", "lora"):
+        line = refused_here("benchmarks.compare", *flags_of(work, tmp_path), "--methods", method)
+        assert method in line and "pip install" in line

@@ -1,0 +1,132 @@
+"""Table, plot and page of a comparison, from the records of the methods."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.page import line, put_in_page
+from utils.errors import InputError
+from utils.files import atomic_file, read_json
+
+MARKERS = "osD^vP"
+
+
+def add_differences(methods: dict[str, dict[str, Any]]) -> None:
+    """Put beside each figure its difference from the base's and that difference's standard error, over the same cases.
+
+    For perplexity: nats a token and, over windows, the paired standard error; for facts: shares, over cases.
+    """
+    base = methods.get("base")
+    for record in methods.values() if base else ():
+        for part in ("held_out", "web"):
+            pairs = list(zip(record[part]["log_likelihood"], base[part]["log_likelihood"], strict=True))
+            each = [(own - bare) / count for (own, count), (bare, _) in pairs if count]
+            total = sum(own - bare for (own, _), (bare, _) in pairs) / sum(count for (_, count), _ in pairs)
+            record[part]["nats_below_base"] = {"mean": total, "standard_error": standard_error(each)}
+        each = [int(a) - int(b) for a, b in zip(record["facts"]["right"], base["facts"]["right"], strict=True)]
+        if each:
+            record["facts"]["above_base"] = {"mean": mean(each), "standard_error": standard_error(each)}
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of `values`; None of fewer than two."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table with what its figures are."""
+    methods, description, machine = results["methods"], results["description"], results["machine"]
+    if not methods:
+        return "No method is measured to its end."
+    first = next(iter(methods.values()))
+    columns = ("method", "perplexity, held-out articles", "facts completed", "perplexity, web text")
+    columns += ("next token right, web text", "time to first token", "tokens/s", "added on disk")
+    lines = [
+        f"Base {description['model']} ({description['dtype']}), {description['train_tokens']:,} trained tokens; "
+        f"{machine['cpu']}, {machine['threads']} threads.",
+        "",
+        *(line(*columns), line(*["---"] * len(columns)), *(row(record) for record in methods.values()), ""),
+        f"- Held-out articles: {first['held_out']['tokens']:,} tokens that nothing was trained on; web text: "
+        f"{first['web']['tokens']:,} tokens of another kind of text that nothing was trained on (what was forgotten). "
+        "All methods are scored on the same tokens. ± is the standard error of the difference from the base, over "
+        "windows or cases.",
+        f"- Facts completed: {first['facts']['cases']} cases of the trained articles, right when greedy decoding gives "
+        f"the whole answer. Rule: {description['rule']}.",
+        f"- Speed: medians over {first['speed']['prompts']} of these prompts, one at a time, "
+        f"{first['speed']['new_tokens']} tokens generated; retrieval counts. × is the ratio to the bare base, "
+        "which ran in turn with each method.",
+    ]
+    lines += [f"- {record['title']}: {record['note']}" for record in methods.values() if record["note"]]
+    return "\n".join(lines)
+
+
+def row(record: dict[str, Any]) -> str:
+    """A method's line of the table."""
+    speed, facts, web = record["speed"], record["facts"], record["web"]
+    other = record["name"] != "base"
+    completed = "–" if facts["accuracy"] is None else f"{facts['accuracy']:.1%}"
+    error = facts.get("above_base", {}).get("standard_error")
+    if other and error is not None:
+        completed += f" ± {100 * error:.1f}"
+    first, rate = speed["first_token_seconds_ratio"], speed["tokens_per_second_ratio"]
+    size = record["bytes"] / 1e6
+    return line(
+        record["title"],
+        f"{record['held_out']['perplexity']:.2f}" + against_base(record["held_out"]) * other,
+        completed,
+        f"{web['perplexity']:.2f}" + against_base(web) * other,
+        f"{web['accuracy']:.1%}",
+        f"{1000 * speed['first_token_seconds']:.0f} ms" + f" ({first:.2f}×)" * other,
+        f"{speed['tokens_per_second']:.1f}" + f" ({rate:.2f}×)" * other,
+        f"{size:,.0f} MB" if size >= 10 else f"{size:.1f} MB" if size else "–",
+    )
+
+
+def against_base(part: dict[str, Any]) -> str:
+    """The change of perplexity in percent, where the base is known."""
+    if "nats_below_base" not in part:
+        return ""
+    change, error = math.expm1(-part["nats_below_base"]["mean"]), part["nats_below_base"]["standard_error"]
+    return f" ({100 * change:+.1f}%" + (")" if error is None else f" ± {100 * error * (1 + change):.1f})")
+
+
+def plot(methods: dict[str, dict[str, Any]], path: Path) -> None:
+    """Quality against speed: perplexity over tokens a second, facts over time to the first token."""
+    from utils.plots import figure_of, save_figure
+
+    figure, (left, right) = figure_of(2)
+    for marker, record in zip(MARKERS, methods.values(), strict=False):
+        speed, facts = record["speed"], record["facts"]
+        left.plot(speed["tokens_per_second"], record["held_out"]["perplexity"], marker, ms=8, label=record["title"])
+        if facts["accuracy"] is not None:
+            point = 1000 * speed["first_token_seconds"], 100 * facts["accuracy"]
+            right.errorbar(*point, yerr=100 * facts["standard_error"], fmt=marker, ms=8, linewidth=1)
+    left.set(xlabel="tokens a second (right is faster)", ylabel="perplexity, held-out articles\n(lower is better)")
+    right.set(
+        xlabel="milliseconds to the first token (left is faster)",
+        ylabel="% of facts of trained articles\n(higher is better)",
+    )
+    for axes in (left, right):
+        axes.set_xlim(0, 1.08 * axes.dataLim.x1 if methods else 1)
+        axes.grid(alpha=0.3)
+    if methods:
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), fontsize=8)
+    save_figure(figure, path)
+
+
+def write_page(page: Path, output: Path) -> None:
+    """Put the table of `output`/results.json between the marks of `page`, and the plot beside it.
+
+    Raises InputError where there are no results or no marks.
+    """
+    results = read_json(output / "results.json")
+    if "description" not in results:
+        raise InputError(f"--output_dir {output}: results.json is not of a comparison")
+    put_in_page(page, lambda: markdown(results))
+    with atomic_file(page.with_suffix(".png")) as temporary:
+        shutil.copyfile(output / "compare.png", temporary)
