@@ -112,8 +112,7 @@ def knn_targets(setting: Setting) -> list[Row]:
 def open_search(setting: Setting) -> tuple[Any, Any]:
     """(datastore, FAISS index in memory with the setting's probe)."""
     from knn_utils.datastore import Datastore
-    from knn_utils.faiss_files import read_faiss
-    from knn_utils.search import set_probe
+    from knn_utils.faiss_files import read_faiss, set_probe
 
     index = read_faiss(setting.chain_folder() / "train.index", memory_map=False)
     set_probe(index, setting.probe)

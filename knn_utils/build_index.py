@@ -4,6 +4,7 @@ default, any FAISS factory string with --index_factory).
 One process writes one index file; several (`accelerate launch`), or --num_shards, write a folder of shards, each the
 work of one process. Beside it go the values of the indexed rows (`{subset}_vals.npy`) and a record of what made it.
 An interrupted build continues; a complete one is left alone; --extend adds the rows that a datastore has grown by.
+Everything is made in a work folder `<index>.building`, under a lock, and moved to its name when it is whole.
 """
 
 from __future__ import annotations
@@ -14,17 +15,53 @@ if __package__ in (None, ""):
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import contextlib
+import itertools
+import os
 import re
+import shutil
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from knn_utils.faiss_files import (
+    FORMAT,
+    FORMAT_VERSION,
+    TRAINED_NAME,
+    faiss_reason,
+    find_index,
+    gpu_count,
+    is_comparable,
+    read_faiss,
+    read_record,
+    record_path,
+    rows_fingerprint,
+    same_rows,
+    set_probe,
+    shard_name,
+    to_gpu,
+    write_faiss,
+)
+from knn_utils.index_training import (
+    block_rows,
+    float_keys,
+    ivfpq,
+    make_index,
+    sample_size,
+    supported,
+    training_sample,
+)
 from utils.cli import flag, parse, required
 from utils.errors import InputError, command
+from utils.files import FolderLock, atomic_file, ensure_folder, read_json, sha256_file, sync_folder, write_json
+from utils.made_with import check_layer, require_same
 
-# FAISS asks for this many points per centroid.
-LEAST_POINTS = 39
-# Of a sub-quantiser, in any use; what asks for more is left to FAISS to refuse.
-MOST_CENTROIDS = 1 << 16
+PLAN_NAME = "plan.json"
+CHECKPOINT_SECONDS = 600
 
 
 @dataclass
@@ -57,33 +94,10 @@ def main() -> None:
         if value is not None and value < 1:
             raise InputError(f"--{name} {value}: expected 1 or more")
     from knn_utils.datastore import Datastore
-    from knn_utils.index_build import IndexBuild
-    from utils.made_with import check_layer
 
-    path = Path(arguments.dstore_path)
-    datastore = Datastore.open(path)
-    check_layer(datastore.settings, path, arguments.layer_position)
-    index_path, values_path = default_names(path, arguments.index_path)
-    factory, remarks = ("", []) if arguments.extend else choose_factory(arguments, datastore.rows, datastore.dim)
-    # What the request was, not what became of it: a datastore that grows must not look like a changed request.
-    settings = {"index_factory": arguments.index_factory, "seed": arguments.seed}
-    if not arguments.index_factory:
-        settings |= {"ncentroids": arguments.ncentroids, "code_size": arguments.code_size}
-    IndexBuild(
-        datastore,
-        index_path,
-        values_path,
-        factory=factory,
-        remarks=remarks,
-        settings=settings,
-        seed=arguments.seed,
-        probe=arguments.probe,
-        keys_at_a_time=arguments.num_keys_to_add_at_a_time,
-        num_shards=arguments.num_shards,
-        gpu=arguments.knn_gpu,
-        extend=arguments.extend,
-        overwrite=arguments.overwrite,
-    ).run()
+    datastore = Datastore.open(arguments.dstore_path)
+    check_layer(datastore.settings, arguments.dstore_path, arguments.layer_position)
+    IndexBuild(arguments, datastore).run()
 
 
 def default_names(dstore_path: Path, index_path: str | None) -> tuple[Path, Path]:
@@ -101,53 +115,331 @@ def default_names(dstore_path: Path, index_path: str | None) -> tuple[Path, Path
     return index, index.parent / f"{subset}_vals.npy"
 
 
-def choose_factory(arguments: BuildArguments, rows: int, dim: int) -> tuple[str, list[str]]:
-    """The factory string that `rows` keys of width `dim` support, and what there is to say about the choice.
+def write_values(datastore: Any, path: Path) -> None:
+    """Write the datastore's values to `path`: int32 (rows,) .npy, atomically."""
+    with atomic_file(path) as temporary:
+        values = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int32, shape=(datastore.rows,))
+        for start in range(0, datastore.rows, 1 << 20):
+            stop = min(start + (1 << 20), datastore.rows)
+            values[start:stop] = datastore.vals(start, stop)
+        values.flush()
+
+
+def divide(first: int, rows: int, shards: int) -> list[tuple[int, int]]:
+    """(first row, rows) of `shards` contiguous, nearly equal shares; fewer where there are fewer rows."""
+    shards = max(min(shards, rows), 1)
+    bounds = [first + rows * number // shards for number in range(shards + 1)]
+    return [(start, stop - start) for start, stop in itertools.pairwise(bounds)]
+
+
+class IndexBuild:
+    """One build of an index, with the flags of the command; `run()` does it all, on every process of a run.
 
     Raises:
-        InputError: --code_size does not divide the width.
+        InputError: another index is there, FAISS cannot build or train it, a key is not finite, another run
+            is building here.
     """
-    remarks: list[str] = []
-    if arguments.index_factory:
-        factory = arguments.index_factory
-    else:
-        if dim % arguments.code_size:
-            sizes = ", ".join(str(size) for size in range(1, min(dim, 256) + 1) if dim % size == 0)
+
+    def __init__(self, arguments: BuildArguments, datastore: Any) -> None:
+        from accelerate import PartialState
+
+        # Training on one process may take hours in which the others wait.
+        self.state = PartialState(timeout=timedelta(days=7))
+        self.arguments, self.datastore = arguments, datastore
+        self.path, self.values_path = default_names(Path(arguments.dstore_path), arguments.index_path)
+        self.work = self.path.with_name(self.path.name + ".building")
+        self.num_shards = arguments.num_shards or self.state.num_processes
+        # What the request was, not what became of it: a datastore that grows must not look like a changed request.
+        self.settings = {"index_factory": arguments.index_factory, "seed": arguments.seed}
+        if not arguments.index_factory:
+            self.settings |= {"ncentroids": arguments.ncentroids, "code_size": arguments.code_size}
+        self.gpu = arguments.knn_gpu and gpu_count() > 0
+        if arguments.knn_gpu and not self.gpu:
+            self._say("--knn_gpu: FAISS sees no GPU here, the index is built on the CPU")
+
+    def run(self) -> None:
+        """Build, continue, extend or leave alone, and say which."""
+        from accelerate.utils import broadcast_object_list
+
+        started = time.perf_counter()
+        plans: list[Any] = [None]
+        lock = None
+        try:
+            if self.state.is_main_process:
+                self.fingerprint = rows_fingerprint(self.datastore)
+                if self._is_finished():
+                    self._say(f"index {self.path}: complete, {self.datastore.rows} rows; nothing to do")
+                else:
+                    plan = self._continued_plan() or self._new_plan()
+                    lock = FolderLock(ensure_folder(self.work)).acquire()
+                    plans[0] = self._begin(plan)
+            broadcast_object_list(plans)
+            plan = plans[0]
+            if plan is None:
+                return
+            for number in range(len(plan["shards"]))[self.state.process_index :: self.state.num_processes]:
+                self._fill_shard(plan, number)
+            self.state.wait_for_everyone()
+            if self.state.is_main_process:
+                record = self._put_in_place(plan)
+                shutil.rmtree(self.work, ignore_errors=True)
+                self._say(
+                    f"index {self.path}: {record['rows']} rows of {record['dim']}, {record['factory']}, "
+                    f"{len(record['shards'])} file(s), {sum(shard['bytes'] for shard in record['shards'])} bytes, "
+                    f"{time.perf_counter() - started:.1f} s"
+                )
+            self.state.wait_for_everyone()
+        except InputError:
+            # Bad input does not get better by continuing: nothing of the attempt is left.
+            if lock is not None:
+                shutil.rmtree(self.work, ignore_errors=True)
+            raise
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def _say(self, text: str) -> None:
+        if self.state.is_main_process:
+            print(text, flush=True)
+
+    # What is there, and what to do about it (main process)
+
+    def _is_finished(self) -> bool:
+        """Whether the index wanted is there already, whole; its values are written again if they are gone."""
+        record = self._whole_record()
+        if record is None or self.arguments.overwrite or record["rows"] != self.datastore.rows:
+            return False
+        if not same_rows(record["datastore"].get("fingerprint"), self.datastore):
+            return False
+        if record["settings"] != self.settings and not self.arguments.extend:
+            return False
+        if not self.values_path.is_file():
+            write_values(self.datastore, self.values_path)
+        if self.work.is_dir():
+            # Left by a kill after the last step; unless another run is at work there.
+            with contextlib.suppress(InputError), FolderLock(self.work):
+                shutil.rmtree(self.work, ignore_errors=True)
+        return True
+
+    def _whole_record(self) -> dict[str, Any] | None:
+        """The record of a complete index at the path, or None."""
+        try:
+            return find_index(self.path).record
+        except InputError:
+            return None
+
+    def _request(self) -> dict[str, Any]:
+        return {"settings": self.settings, "fingerprint": self.fingerprint, "extend": self.arguments.extend}
+
+    def _continued_plan(self) -> dict[str, Any] | None:
+        """The plan of an interrupted build of the same request."""
+        if not (self.work / PLAN_NAME).is_file():
+            return None
+        plan = read_json(self.work / PLAN_NAME)
+        return plan if plan["request"] == self._request() else None
+
+    def _new_plan(self) -> dict[str, Any]:
+        """What is to be made, so that it can be continued: {"request", "factory", "folder", "first_shard", "shards":
+        [(first row, rows)], "extends": record of the index that grows, or None}."""
+        plan = {"request": self._request(), "first_shard": 0, "extends": None}
+        record, store = self._whole_record(), self.datastore
+        if self.arguments.extend:
+            return plan | self._extension(record)
+        if self.path.exists() and not self.arguments.overwrite:
+            if record is not None:
+                there = {"rows": record["rows"], "datastore": record["datastore"].get("fingerprint")}
+                here = {
+                    "rows": store.rows,
+                    "datastore": self.fingerprint if is_comparable(there["datastore"]) else None,
+                }
+                remedy = "give another --index_path, --overwrite to replace it, or --extend if the datastore has grown"
+                require_same(self.path, record["settings"] | there, self.settings | here, remedy)
+            if read_record(self.path) is None:
+                raise InputError(
+                    f"{self.path}: is there and was not made by this command; "
+                    "give another --index_path, or --overwrite to replace it"
+                )
+        asked = self.arguments
+        factory = asked.index_factory or ivfpq(asked.ncentroids, asked.code_size, store.dim)
+        factory, remarks = supported(factory, store.rows)
+        make_index(factory, store.dim, self.arguments.seed)
+        for remark in remarks:
+            self._say(remark)
+        shards = divide(0, store.rows, self.num_shards)
+        return plan | {"factory": factory, "folder": self.num_shards > 1, "shards": shards}
+
+    def _extension(self, record: dict[str, Any] | None) -> dict[str, Any]:
+        if record is None:
+            raise InputError(f"--extend: {self.path} is not a whole index with a record; build it without --extend")
+        before, now = record["rows"], self.datastore.rows
+        if record["dim"] != self.datastore.dim:
             raise InputError(
-                f"--code_size {arguments.code_size}: does not divide the keys' width {dim}; give one of {sizes}"
+                f"--extend: {self.path} indexes keys of width {record['dim']}, the datastore's are {self.datastore.dim}"
             )
-        factory = f"IVF{arguments.ncentroids},PQ{arguments.code_size}"
-    needed = quantiser_centroids(factory)
-    if rows < needed <= MOST_CENTROIDS:
-        remarks.append(
-            f"{rows} keys are too few for product quantisation, which needs {needed}: "
-            f"exact index (Flat) instead of {factory}"
-        )
-        return "Flat", remarks
-    most = max(rows // LEAST_POINTS, 1)
+        if now <= before or not same_rows(record["datastore"].get("fingerprint"), self.datastore, before):
+            raise InputError(
+                f"--extend: the first {before} rows of {self.datastore.path} are not those that {self.path} indexes; "
+                "build it anew with --overwrite"
+            )
+        plan = {"factory": record["factory"], "extends": record, "folder": self.path.is_dir()}
+        if not self.path.is_dir():
+            return plan | {"shards": [(0, now)]}
+        shards = divide(before, now - before, self.num_shards)
+        return plan | {"first_shard": len(record["shards"]), "shards": shards}
 
-    def lowered(match: re.Match[str]) -> str:
-        wanted = int(match[1])
-        if wanted <= most:
-            return match[0]
-        remarks.append(
-            f"centroids lowered from {wanted} to {most}: {rows} keys, and each centroid needs {LEAST_POINTS}"
-        )
-        return f"IVF{most}"
+    def _begin(self, plan: dict[str, Any]) -> dict[str, Any]:
+        """Write the plan down, train, and say what is being done."""
+        continued = self._continued_plan() is not None
+        if not continued:
+            for item in self.work.iterdir():
+                if item.name != ".lock":
+                    item.unlink()
+            write_json(self.work / PLAN_NAME, plan)
+        verb = "continuing" if continued else "extending" if plan["extends"] else "building"
+        self._say(f"{verb} {self.path}: {plan['factory']} over {self.datastore.rows} rows of {self.datastore.dim}")
+        trained = self.work / TRAINED_NAME
+        if plan["extends"] is None and not trained.is_file():
+            index = self._train(plan["factory"])
+            with atomic_file(trained) as temporary:
+                write_faiss(index, temporary)
+        return plan
 
-    factory = re.sub(r"\bIVF([0-9]+)", lowered, factory)
-    if rows < needed * LEAST_POINTS:
-        remarks.append(
-            f"{rows} keys train the product quantiser, {needed * LEAST_POINTS} would do it well; "
-            "at this size --index_factory Flat is exact and fast"
-        )
-    return factory, remarks
+    def _train(self, factory: str) -> Any:
+        index = make_index(factory, self.datastore.dim, self.arguments.seed)
+        set_probe(index, self.arguments.probe)
+        if index.is_trained:
+            return index
+        sample = training_sample(self.datastore, sample_size(index), self.arguments.seed)
+        index = self._to_device(index)
+        try:
+            index.train(sample)
+        except RuntimeError as error:
+            raise InputError(
+                f"{factory}: FAISS cannot train it on {len(sample)} keys ({faiss_reason(error)}); "
+                "choose a simpler --index_factory, such as Flat"
+            ) from None
+        return self._from_device(index)
 
+    def _to_device(self, index: Any) -> Any:
+        if not self.gpu:
+            return index
+        try:
+            return to_gpu(index)
+        except RuntimeError as error:
+            self._say(f"--knn_gpu: this index cannot be built on a GPU ({faiss_reason(error)}), the CPU does it")
+            self.gpu = False
+            return index
 
-def quantiser_centroids(factory: str) -> int:
-    """Centroids that each sub-quantiser of a factory string has: 2 to the bits in PQ64x4, 256 for PQ64, 0 without."""
-    match = re.search(r"\bPQ[0-9]+(?:x([0-9]{1,2}))?", factory)
-    return 1 << int(match[1] or 8) if match else 0
+    def _from_device(self, index: Any) -> Any:
+        import faiss
+
+        return faiss.index_gpu_to_cpu(index) if self.gpu else index
+
+    # Filling (every process its own shards)
+
+    def _fill_shard(self, plan: dict[str, Any], number: int) -> None:
+        """Add the rows of one shard, continuing from what is saved, and record it when it is whole."""
+        from tqdm import tqdm
+
+        if self._shard_record(plan, number) is not None:
+            return
+        first_row, rows = plan["shards"][number]
+        name = shard_name(plan["first_shard"] + number)
+        partial = self.work / f"{name}.partial"
+        begun = self.work / TRAINED_NAME
+        if plan["extends"]:
+            begun = self.path / TRAINED_NAME if plan["folder"] else self.path
+        index = read_faiss(partial if partial.is_file() else begun)
+        done, saved = index.ntotal, time.monotonic()
+        index = self._to_device(index)
+        quiet = None if self.state.is_main_process else True
+        bar = tqdm(total=rows, initial=done, desc="add", unit="row", unit_scale=True, disable=quiet)
+        while done < rows:
+            upto = min(done + self.arguments.num_keys_to_add_at_a_time, rows)
+            for start in range(done, upto, block_rows(self.datastore.dim)):
+                stop = min(start + block_rows(self.datastore.dim), upto)
+                index.add(float_keys(self.datastore, first_row + start, first_row + stop))
+                bar.update(stop - start)
+            done = upto
+            if done < rows and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                with atomic_file(partial) as temporary:
+                    write_faiss(self._from_device(index), temporary)
+                saved = time.monotonic()
+        bar.close()
+        path = self.work / name
+        with atomic_file(path) as temporary:
+            write_faiss(self._from_device(index), temporary)
+        record = {"file": name, "first_row": first_row, "rows": rows}
+        write_json(self.work / f"{name}.json", record | {"bytes": path.stat().st_size, "sha256": sha256_file(path)})
+        partial.unlink(missing_ok=True)
+
+    def _place(self, plan: dict[str, Any], name: str) -> Path:
+        return self.path / name if plan["folder"] else self.path
+
+    def _shard_record(self, plan: dict[str, Any], number: int) -> dict[str, Any] | None:
+        """The record of a finished shard, wherever its file has got to; None while it is not finished."""
+        name = shard_name(plan["first_shard"] + number)
+        if not (self.work / f"{name}.json").is_file():
+            return None
+        record = read_json(self.work / f"{name}.json")
+        places = (self.work / name, self._place(plan, name))
+        there = any(place.is_file() and place.stat().st_size == record["bytes"] for place in places)
+        return record if there else None
+
+    # Putting in place (main process)
+
+    def _put_in_place(self, plan: dict[str, Any]) -> dict[str, Any]:
+        """Move the files to their names and record them; returns the record. Repeatable after a kill."""
+        import faiss
+
+        shards = [self._shard_record(plan, number) for number in range(len(plan["shards"]))]
+        if None in shards:
+            raise InputError(f"{self.work}: shard {shards.index(None)} was not written; run the same command again")
+        names = [shard["file"] for shard in shards]
+        old = plan["extends"]
+        if self.path.exists() and self.path.is_dir() != plan["folder"]:
+            record_path(self.path).unlink(missing_ok=True)
+            shutil.rmtree(self.path) if self.path.is_dir() else self.path.unlink()
+        if plan["folder"]:
+            self.path.mkdir(exist_ok=True)
+            names.insert(0, TRAINED_NAME)
+            shards = [*old["shards"], *shards] if old else shards
+            if not old:
+                # Without a record nothing takes a folder in between for an index.
+                record_path(self.path).unlink(missing_ok=True)
+                for item in self.path.glob("*.index"):
+                    if item.name not in names:
+                        item.unlink()
+        else:
+            shards[0]["file"] = self.path.name
+        write_values(self.datastore, self.values_path)
+        for name in names:
+            # What an interrupted run has moved already is no longer in the work folder.
+            if (self.work / name).is_file():
+                os.replace(self.work / name, self._place(plan, name))
+        sync_folder(self.path if plan["folder"] else self.path.parent)
+        grown = [{"rows_before": old["rows"], "rows_after": self.datastore.rows}] if old else []
+        record = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "dim": self.datastore.dim,
+            "rows": self.datastore.rows,
+            "metric": "squared L2",
+            "factory": plan["factory"],
+            "probe": self.arguments.probe,
+            "settings": old["settings"] if old else self.settings,
+            "datastore": {
+                "rows": self.datastore.rows,
+                "fingerprint": self.fingerprint,
+                "settings": self.datastore.settings,
+            },
+            "shards": shards,
+            "values": self.values_path.name,
+            "info": {"dstore_path": str(self.datastore.path), "faiss": faiss.__version__},
+            "history": (old["history"] if old else []) + grown,
+        }
+        write_json(record_path(self.path), record)
+        return record
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Index files: which FAISS files make up an index, what they were made from, and reading them without surprises.
+"""Index files: which FAISS files make up an index, what they were made from; reading, writing, and GPUs.
 
 An index is one FAISS file with a record `<name>.json` beside it, or a folder of shards (`shard-00000.index` …) with
 the record `index.json` in it; shard s holds the datastore rows from `first_row` on, in order. A FAISS file without a
-record is read too. Knows nothing of queries, k or temperatures.
+record, such as the original's, is read too.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
 import os
 import re
@@ -21,10 +23,10 @@ from utils.files import read_json
 
 FORMAT = "mlpmemory-index"
 FORMAT_VERSION = 1
-SHARD_NAME = re.compile(r"[^/\0]*\.index")
 RECORD_IN_FOLDER = "index.json"
 TRAINED_NAME = "trained.index"
-SAMPLED_KEYS = 1024
+SAMPLED_ROWS = 256
+SAMPLE_PREFIX = "rows-"
 EDGE_BYTES = 1 << 20
 
 
@@ -58,49 +60,20 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.index"
 
 
-def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The checked record of the index at `path`, or None when there is none. Raises InputError for a damaged one."""
-    path = Path(path)
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record of the index at `path`, or None when there is none. Raises InputError for one of another format."""
     source = record_path(path)
     if not source.is_file():
         return None
-
-    def refuse(what: str) -> InputError:
-        return InputError(f"{source}: {what}; the record is damaged, build the index again with --overwrite")
-
     record = read_json(source)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise refuse(f"is not the record of an index (no format {FORMAT!r})")
-    if record.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{source}: is not the record of an index; build the index again with --overwrite")
+    if record["format_version"] != FORMAT_VERSION:
         raise InputError(
-            f"{source}: format version {one_line(record.get('format_version'), 40)}, this program reads "
-            f"{FORMAT_VERSION}; use the newer program"
+            f"{source}: format version {record['format_version']}, this program reads {FORMAT_VERSION}; "
+            "use the newer program"
         )
-    if not all(isinstance(record.get(key), dict) for key in ("settings", "datastore")):
-        raise refuse("'settings' or 'datastore' is missing")
-    if not (isinstance(record.get("factory"), str) and isinstance(record["datastore"].get("settings", {}), dict)):
-        raise refuse("'factory' or the datastore's 'settings' are of the wrong type")
-    if not (_is_count(record.get("dim")) and record["dim"] > 0 and isinstance(record.get("shards"), list)):
-        raise refuse("'dim' or 'shards' is missing")
-    row = 0
-    for shard in record["shards"]:
-        if not isinstance(shard, dict) or not all(_is_count(shard.get(key)) for key in ("first_row", "rows", "bytes")):
-            raise refuse("a shard lacks its numbers")
-        name = shard.get("file")
-        if not isinstance(name, str) or not SHARD_NAME.fullmatch(name) or name != os.path.basename(name):
-            raise refuse(f"shard file {one_line(name, 80)!r}, expected a plain name ending in .index")
-        if not isinstance(shard.get("sha256"), str) or not re.fullmatch(r"[0-9a-f]{64}", shard["sha256"]):
-            raise refuse(f"shard {name} has no SHA-256")
-        if shard["first_row"] != row:
-            raise refuse(f"shard {name} begins at row {shard['first_row']}, expected {row}")
-        row += shard["rows"]
-    if record.get("rows") != row or not row:
-        raise refuse(f"{one_line(record.get('rows'), 40)} rows do not equal the sum of the shards, {row}")
     return record
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62
 
 
 def find_index(path: str | os.PathLike) -> IndexFiles:
@@ -114,11 +87,7 @@ def find_index(path: str | os.PathLike) -> IndexFiles:
             raise InputError(f"{path}: is a folder without {RECORD_IN_FOLDER}, expected an index; build it again")
         return IndexFiles(path, (Shard(path),), _edges_fingerprint(path))
     folder = path if path.is_dir() else path.parent
-    if not path.is_dir() and [shard["file"] for shard in record["shards"]] != [path.name]:
-        raise InputError(f"{record_path(path)}: describes another file than {path.name}; build the index again")
-    shards = tuple(
-        Shard(folder / shard["file"], shard["first_row"], shard["rows"], shard["bytes"]) for shard in record["shards"]
-    )
+    shards = [Shard(folder / item["file"], item["first_row"], item["rows"], item["bytes"]) for item in record["shards"]]
     for shard in shards:
         if not shard.path.is_file():
             raise InputError(f"{shard.path}: no such file, but the index needs it; build the index again")
@@ -128,14 +97,9 @@ def find_index(path: str | os.PathLike) -> IndexFiles:
                 f"{shard.path}: {size} bytes, its record says {shard.bytes}: truncated or replaced; "
                 "build the index again"
             )
-    return IndexFiles(path, shards, record_fingerprint(record), record)
-
-
-def record_fingerprint(record: dict[str, Any]) -> str:
-    """One checksum for all shards of a recorded index."""
-    if len(record["shards"]) == 1:
-        return record["shards"][0]["sha256"]
-    return hashlib.sha256("".join(shard["sha256"] for shard in record["shards"]).encode()).hexdigest()
+    checksums = [item["sha256"] for item in record["shards"]]
+    one = checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode()).hexdigest()
+    return IndexFiles(path, tuple(shards), one, record)
 
 
 def _edges_fingerprint(path: Path) -> str:
@@ -149,6 +113,28 @@ def _edges_fingerprint(path: Path) -> str:
     return "edges-" + digest.hexdigest()
 
 
+def rows_fingerprint(datastore: Any, rows: int | None = None) -> str:
+    """What tells the first `rows` rows of a datastore from others, however they are stored: a checksum of some of
+    them, spread evenly. It reads no more of a datastore of any size."""
+    rows = datastore.rows if rows is None else rows
+    digest = hashlib.sha256(f"{rows} {datastore.dim}".encode())
+    sampled = np.unique(np.linspace(0, rows - 1, SAMPLED_ROWS).astype(np.int64))
+    for row in sampled.tolist():
+        digest.update(np.ascontiguousarray(datastore.vals(row, row + 1)))
+    digest.update(np.ascontiguousarray(datastore.gather_keys(sampled)))
+    return SAMPLE_PREFIX + digest.hexdigest()
+
+
+def is_comparable(recorded: Any) -> bool:
+    """Whether a recorded fingerprint is one of `rows_fingerprint`: earlier versions hashed every row."""
+    return isinstance(recorded, str) and recorded.startswith(SAMPLE_PREFIX)
+
+
+def same_rows(recorded: Any, datastore: Any, rows: int | None = None) -> bool:
+    """Whether the first `rows` rows have the recorded fingerprint; True for one that cannot be compared."""
+    return not is_comparable(recorded) or recorded == rows_fingerprint(datastore, rows)
+
+
 def read_faiss(path: str | os.PathLike, *, memory_map: bool = False) -> Any:
     """A FAISS index from its file.
 
@@ -160,18 +146,11 @@ def read_faiss(path: str | os.PathLike, *, memory_map: bool = False) -> Any:
     """
     import faiss
 
-    path = Path(path)
-    size = path.stat().st_size
     try:
-        if hasattr(faiss, "set_deserialization_vector_byte_limit"):
-            # No vector can be longer than its file (tables that FAISS computes have their own limit, 2 GiB): a
-            # damaged length asks for no memory.
-            faiss.set_deserialization_vector_byte_limit(size + (2 << 30))
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if memory_map else 0)
     except Exception as error:
-        reason = faiss_reason(error)
         raise InputError(
-            f"{path}: not a whole FAISS index ({reason}); it is truncated, damaged or of another format: "
+            f"{path}: not a whole FAISS index ({faiss_reason(error)}); it is truncated, damaged or of another format: "
             "build it again with python -m knn_utils.build_index"
         ) from None
     if index.metric_type != faiss.METRIC_L2:
@@ -184,16 +163,8 @@ def read_faiss(path: str | os.PathLike, *, memory_map: bool = False) -> Any:
     return index
 
 
-def faiss_reason(error: Exception) -> str:
-    """What FAISS says, without the names of its own functions and files."""
-    text = one_line(error)
-    return one_line(re.split(r"\.(?:cpp|h):[0-9]+: ", text)[-1].removeprefix("Error: "), 160)
-
-
 def write_faiss(index: Any, path: str | os.PathLike) -> None:
     """Write a FAISS index to `path` (a temporary name of the caller's). Raises OSError where FAISS cannot write."""
-    import errno
-
     import faiss
 
     try:
@@ -203,12 +174,41 @@ def write_faiss(index: Any, path: str | os.PathLike) -> None:
         raise OSError(number, one_line(error, 200), str(path)) from None
 
 
-def rows_fingerprint(datastore: Any, rows: int | None = None) -> str:
-    """Checksum of the first `rows` rows of a datastore, however they are stored: all values and about 1,000 keys."""
-    rows = datastore.rows if rows is None else rows
-    digest = hashlib.sha256(f"{rows} {datastore.dim}".encode())
-    for start in range(0, rows, 1 << 20):
-        digest.update(np.ascontiguousarray(datastore.vals(start, min(start + (1 << 20), rows))))
-    sampled = np.unique(np.linspace(0, rows - 1, min(rows, SAMPLED_KEYS)).astype(np.int64))
-    digest.update(np.ascontiguousarray(datastore.gather_keys(sampled)))
-    return digest.hexdigest()
+def faiss_reason(error: Exception) -> str:
+    """What FAISS says, without the names of its own functions and files."""
+    text = one_line(error)
+    return one_line(re.split(r"\.(?:cpp|h):[0-9]+: ", text)[-1].removeprefix("Error: "), 160)
+
+
+def gpu_count() -> int:
+    """GPUs that the installed FAISS can use."""
+    import faiss
+
+    return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+
+
+@functools.cache
+def gpu_resources() -> Any:
+    """FAISS's working memory on a GPU, one for the process."""
+    import faiss
+
+    return faiss.StandardGpuResources()
+
+
+def to_gpu(index: Any, *, half_precision: bool = False) -> Any:
+    """`index` on this process's GPU. Raises RuntimeError where FAISS cannot."""
+    import faiss
+
+    options = faiss.GpuClonerOptions()
+    options.useFloat16 = half_precision
+    device = int(os.environ.get("LOCAL_RANK", "0")) % gpu_count()
+    return faiss.index_cpu_to_gpu(gpu_resources(), device, index, options)
+
+
+def set_probe(index: Any, probe: int) -> None:
+    """Set how many inverted lists a query visits, wherever in the index they are; nothing to set without lists."""
+    import faiss
+
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None:
+        ivf.nprobe = min(probe, ivf.nlist)

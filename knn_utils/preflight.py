@@ -249,7 +249,7 @@ def open_datastore(path: str, opened: Opened) -> None:
 
 
 def open_index(arguments: PreflightArguments, opened: Opened) -> None:
-    from knn_utils.faiss_files import find_index, rows_fingerprint
+    from knn_utils.faiss_files import find_index, same_rows
 
     path = arguments.index_path
     files = find_index(path)
@@ -262,8 +262,7 @@ def open_index(arguments: PreflightArguments, opened: Opened) -> None:
         from knn_utils.datastore import Datastore
 
         opened.same_rows(path, files.record["rows"])
-        found = rows_fingerprint(Datastore.open(arguments.dstore_path))
-        if files.record["datastore"].get("fingerprint") not in (None, found):
+        if not same_rows(files.record["datastore"].get("fingerprint"), Datastore.open(arguments.dstore_path)):
             raise InputError(f"{path}: was built from other rows than {arguments.dstore_path}; build it again")
     size = sum(shard.bytes or 0 for shard in files.shards)
     opened.facts.append(f"index {path}: {files.record['rows']} rows, {len(files.shards)} files, {size} bytes")

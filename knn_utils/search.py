@@ -1,23 +1,29 @@
 """Nearest-neighbour search: float16 queries in, squared distances and datastore row numbers out.
 
-One class for one index file or a folder of shards, on CPU or GPU, with optional exact re-ranking. Hits come in one
-order whatever the index is made of: by distance, then by row number, also across the k-th place; so several shards,
-in one process or in many, give what one whole index gives. Knows nothing of values, temperatures or files of targets.
+`KNNSearcher` opens one index file or a folder of shards, on CPU or GPU, with optional exact re-ranking; `search_blocks`
+searches many rows by threads, and by several processes that share an index. Hits come in one order whatever the
+index is made of: by distance, then by row number, also across the k-th place; so several shards, in one process or in
+many, give what one whole index gives.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
+import torch.distributed as distributed
 
 from knn_utils.distribution import float32_from_float16
-from knn_utils.faiss_files import Shard, faiss_reason, find_index, read_faiss
+from knn_utils.faiss_files import Shard, faiss_reason, find_index, gpu_count, read_faiss, set_probe, to_gpu
 from utils.errors import InputError, one_line
 
 # Queries that go through FAISS at once on a CPU: their hits stay in the cache until they are aggregated.
@@ -26,44 +32,45 @@ BLOCK_ROWS = 256
 TIE_HITS = 1 << 21
 REFINE_BYTES = 64 << 20
 GPU_MAX_K = 2048
+# Row numbers stay below 2 ** 40; above them stands a hit's place among the distances of its row.
+ROW_BITS = 40
 
 Hits = tuple[np.ndarray, np.ndarray]
+Block = tuple[int, int]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class IndexShard:
-    """One FAISS index, opened: rows from `first_row` on. Threads may search at the same time.
+    """One FAISS index, opened. Threads may search at the same time.
+
+    Args:
+        probe: inverted lists searched per query.
+        gpu: a lock, where the index is to go to this process's GPU, which works on one batch at a time.
 
     Raises:
         InputError: not an index, or not the one that is recorded.
     """
 
-    def __init__(self, shard: Shard, first_row: int, probe: int, gpus: int) -> None:
-        self.path, self.first_row = shard.path, first_row
-        index = read_faiss(shard.path, memory_map=not gpus)
+    def __init__(self, shard: Shard, probe: int, gpu: threading.Lock | None) -> None:
+        self.path, self.first_row = shard.path, shard.first_row
+        index = read_faiss(shard.path, memory_map=gpu is None)
         self.rows, self.dim = index.ntotal, index.d
-        if shard.rows is not None and shard.rows != self.rows:
+        if shard.rows not in (None, self.rows):
             raise InputError(
                 f"{shard.path}: holds {self.rows} rows, its record says {shard.rows}; build the index again"
             )
         set_probe(index, probe)
-        self._index = self._to_gpu(index, gpus) if gpus else index
-        # A GPU works on one batch at a time; meanwhile other threads aggregate.
-        self._turn = threading.Lock() if gpus else None
-
-    def _to_gpu(self, index: Any, gpus: int) -> Any:
-        import faiss
-
-        options = faiss.GpuClonerOptions()
-        # Codes of 56 bytes and more need half-precision tables to fit a GPU's shared memory.
-        options.useFloat16 = True
-        self._resources = faiss.StandardGpuResources()
-        device = int(os.environ.get("LOCAL_RANK", "0")) % gpus
-        try:
-            return faiss.index_cpu_to_gpu(self._resources, device, index, options)
-        except RuntimeError as error:
-            raise InputError(
-                f"--knn_gpu: {self.path} cannot be searched on the GPU ({one_line(error, 200)}); leave the flag out"
-            ) from None
+        if gpu is not None:
+            try:
+                # Codes of 56 bytes and more need half-precision tables to fit a GPU's shared memory.
+                index = to_gpu(index, half_precision=True)
+            except RuntimeError as error:
+                reason = one_line(error, 200)
+                raise InputError(
+                    f"--knn_gpu: {self.path} cannot be searched on the GPU ({reason}); leave the flag out"
+                ) from None
+        self._index, self._turn = index, gpu
 
     def nearest(self, queries: np.ndarray, k: int) -> Hits:
         """The k nearest rows, equal distances by row number, also where the k-th place divides them.
@@ -74,40 +81,22 @@ class IndexShard:
         within = min(k, self.rows)
         wanted = within if self._turn else min(within + 1, self.rows)
         distances, ids = self._ask(queries, wanted)
-        if wanted > within:
-            tied = (distances[:, within - 1] == distances[:, within]) & (ids[:, within] >= 0)
-            distances, ids = distances[:, :within], ids[:, :within]
-            undecided = np.flatnonzero(tied)
-            while len(undecided):
-                wanted = min(2 * wanted, self.rows)
-                undecided = self._settle(queries, wanted, undecided, distances, ids)
-        order_ties(distances, ids, self.first_row + self.rows)
-        if within < k:
-            distances = np.pad(distances, ((0, 0), (0, k - within)), constant_values=np.inf)
-            ids = np.pad(ids, ((0, 0), (0, k - within)), constant_values=-1)
-        return distances, ids
-
-    def _settle(
-        self, queries: np.ndarray, wanted: int, rows: np.ndarray, distances: np.ndarray, ids: np.ndarray
-    ) -> np.ndarray:
-        """Ask `wanted` hits for `rows`; fill in those whose tie at the last place ends, return the others."""
-        k = ids.shape[1]
-        open_rows = []
-        at_once = max(TIE_HITS // wanted, 1)
-        for start in range(0, len(rows), at_once):
-            some = rows[start : start + at_once]
-            more_distances, more_ids = self._ask(queries[some], wanted)
-            still = (more_distances[:, k - 1] == more_distances[:, -1]) & (more_ids[:, -1] >= 0) & (wanted < self.rows)
-            settled = np.flatnonzero(~still)
-            if len(settled):
-                chosen_distances, chosen_ids = more_distances[settled], more_ids[settled]
-                order_ties(chosen_distances, chosen_ids, self.first_row + self.rows)
-                distances[some[settled]], ids[some[settled]] = chosen_distances[:, :k], chosen_ids[:, :k]
-            open_rows.append(some[still])
-        return np.concatenate(open_rows)
+        undecided = np.flatnonzero(is_cut(distances, ids, within)) if wanted > within else np.empty(0, np.int64)
+        distances, ids = distances[:, :within], ids[:, :within]
+        while len(undecided):
+            wanted = min(2 * wanted, self.rows)
+            at_once, still = max(TIE_HITS // wanted, 1), []
+            for start in range(0, len(undecided), at_once):
+                some = undecided[start : start + at_once]
+                more = self._ask(queries[some], wanted)
+                distances[some], ids[some] = more[0][:, :within], more[1][:, :within]
+                still.append(some[is_cut(*more, within)] if wanted < self.rows else some[:0])
+            undecided = np.concatenate(still)
+        missing = ((0, 0), (0, k - within))
+        return np.pad(distances, missing, constant_values=np.inf), np.pad(ids, missing, constant_values=-1)
 
     def _ask(self, queries: np.ndarray, k: int) -> Hits:
-        """FAISS's k nearest, by rising distance, ties in any order."""
+        """FAISS's k nearest, by rising distance, ties by row number."""
         try:
             with self._turn or contextlib.nullcontext():
                 distances, ids = self._index.search(queries, k)
@@ -123,8 +112,9 @@ class IndexShard:
         if ids.size and ids.min() < 0:
             distances[ids < 0] = np.inf
             ids[ids >= 0] += self.first_row
-        elif self.first_row:
+        else:
             ids += self.first_row
+        order_ties(distances, ids)
         return distances, ids
 
 
@@ -139,7 +129,7 @@ class KNNSearcher:
             exact squared distance from the datastore's keys, and the k nearest of them returned.
         datastore: the indexed `Datastore`; its width and row count are checked. Needed for `refine_factor`.
         share: (process, processes): open only this process's shards; then `candidates` of all processes together
-            make the hits (block_search.py).
+            make the hits (`search_blocks`).
 
     Attributes:
         rows: indexed rows; dim: width of keys; fingerprint: tells indexes apart; record: what build_index recorded,
@@ -163,50 +153,41 @@ class KNNSearcher:
             raise InputError(f"--probe {probe}: expected 1 or more")
         if refine_factor < 0 or (refine_factor and datastore is None):
             raise InputError(f"--refine_factor {refine_factor}: expected 0 or more, and the indexed datastore's keys")
-        self.path = Path(index_path)
-        files = find_index(self.path)
-        self.record, self.fingerprint = files.record, files.fingerprint
+        files = find_index(index_path)
+        self.path, self.record, self.fingerprint = files.path, files.record, files.fingerprint
         # A single file cannot be shared out; every process maps it.
         self.share = share if share and share[1] > 1 and len(files.shards) > 1 else None
         self._refine_factor, self._datastore = refine_factor, datastore
-        gpus = gpu_count() if gpu else 0
-        self.on_gpu = gpus > 0
-        if gpu and not gpus:
+        self.on_gpu = gpu and gpu_count() > 0
+        if gpu and not self.on_gpu:
             from utils.loading import say
 
             say("--knn_gpu: FAISS sees no GPU here, the search runs on the CPU")
-        mine = files.shards
-        if self.share is not None:
-            # Neighbouring shards, so that processes in their order are rows in their order.
-            process, processes = self.share
-            mine = mine[len(mine) * process // processes : len(mine) * (process + 1) // processes]
-        self._shards = [IndexShard(shard, shard.first_row, probe, gpus) for shard in mine]
-        if self.record is None:
-            self.rows, self.dim = self._shards[0].rows, self._shards[0].dim
-        else:
-            self.rows, self.dim = self.record["rows"], self.record["dim"]
-        for shard in self._shards:
-            if shard.dim != self.dim:
-                raise InputError(
-                    f"{shard.path}: takes keys of width {shard.dim}, its record says {self.dim}; build the index again"
-                )
+        # Neighbouring shards, so that processes in their order are rows in their order.
+        process, processes = self.share or (0, 1)
+        count, lock = len(files.shards), threading.Lock() if self.on_gpu else None
+        mine = files.shards[count * process // processes : count * (process + 1) // processes]
+        self._shards = [IndexShard(shard, probe, lock) for shard in mine]
+        described = self.record or {"rows": self._shards[0].rows, "dim": self._shards[0].dim}
+        self.rows, self.dim = described["rows"], described["dim"]
         if not self.rows:
             raise InputError(f"{self.path}: the index holds no rows; build it with python -m knn_utils.build_index")
         if datastore is not None:
-            self._check_datastore(datastore)
+            self.check_width(datastore.path, datastore.dim)
+            if datastore.rows != self.rows:
+                grown = datastore.rows > self.rows
+                hint = "add its new rows with build_index --extend" if grown else "name the one it indexes (--val_path)"
+                raise InputError(
+                    f"{self.path}: indexes {self.rows} rows, but the datastore {datastore.path} holds "
+                    f"{datastore.rows}; {hint}"
+                )
 
-    def _check_datastore(self, datastore: Any) -> None:
-        if datastore.dim != self.dim:
+    def check_width(self, source: object, dim: int) -> None:
+        """Raise InputError unless keys of width `dim` can be searched for."""
+        if dim != self.dim:
             raise InputError(
-                f"{datastore.path}: keys are {datastore.dim} wide, but the index {self.path} takes {self.dim}; "
-                "name the index of this datastore"
-            )
-        if datastore.rows != self.rows:
-            grown = datastore.rows > self.rows
-            hint = "add its new rows with build_index --extend" if grown else "name the one it indexes (--val_path)"
-            raise InputError(
-                f"{self.path}: indexes {self.rows} rows, but the datastore {datastore.path} holds {datastore.rows}; "
-                f"{hint}"
+                f"{source}: keys are {dim} wide, but the index {self.path} takes {self.dim}; "
+                "name the index of the same model and layer"
             )
 
     def check_k(self, k: int) -> None:
@@ -225,13 +206,11 @@ class KNNSearcher:
         """Candidates that the index is asked for where k hits are wanted."""
         return min(k * max(self._refine_factor, 1), self.rows)
 
-    def search(
-        self, queries: np.ndarray, k: int, *, first_row: int = 0, source: str | Path = "queries"
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray, k: int, *, first_row: int = 0, source: str | Path = "queries") -> Hits:
         """The k nearest rows of each query.
 
         Args:
-            queries: (n, dim) float16 or float32.
+            queries: (n, dim) float16 or float32, n above 0.
             k: hits per query, at most `rows`.
             first_row, source: number and origin of the first query, for messages.
 
@@ -243,24 +222,17 @@ class KNNSearcher:
             InputError: k or the width does not fit the index, or a query holds NaN or infinity.
         """
         self.check_k(k)
-        block_rows = max(len(queries), 1) if self.on_gpu else 4 * BLOCK_ROWS
+        block_rows = len(queries) if self.on_gpu else 4 * BLOCK_ROWS
         blocks = []
         for start in range(0, len(queries), block_rows):
             block = self.checked(queries[start : start + block_rows], first_row + start, source)
             blocks.append(self.hits(block, [self.candidates(block, k)], k))
-        if len(blocks) == 1:
-            return blocks[0]
-        if not blocks:
-            return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
-        return np.concatenate([block[0] for block in blocks]), np.concatenate([block[1] for block in blocks])
+        distances, ids = zip(*blocks, strict=True)
+        return np.concatenate(distances), np.concatenate(ids)
 
     def checked(self, queries: np.ndarray, first_row: int, source: str | Path) -> np.ndarray:
         """`queries` (n, dim) as float32. Raises InputError for another width and for NaN or infinity."""
-        if queries.ndim != 2 or queries.shape[1] != self.dim:
-            raise InputError(
-                f"{source}: keys are {queries.shape[-1]} wide, but the index {self.path} takes {self.dim}; "
-                "name the index of the same model and layer"
-            )
+        self.check_width(source, queries.shape[-1])
         block = float32_from_float16(queries)
         check_finite(block, first_row, source)
         return block
@@ -268,33 +240,17 @@ class KNNSearcher:
     def candidates(self, queries: np.ndarray, k: int) -> Hits:
         """What this process's shards hold among the `width(k)` nearest: distances and ids, (n, width(k)) each."""
         width = self.width(k)
-        found = [shard.nearest(queries, width) for shard in self._shards]
-        if found:
-            return merge(found, width)
-        return np.full((len(queries), width), np.inf, np.float32), np.full((len(queries), width), -1, np.int64)
+        if not self._shards:
+            shape = (len(queries), width)
+            return np.full(shape, np.inf, np.float32), np.full(shape, -1, np.int64)
+        return merge([shard.nearest(queries, width) for shard in self._shards], width)
 
     def hits(self, queries: np.ndarray, candidates: list[Hits], k: int) -> Hits:
         """The k nearest among the candidates of all processes, re-ranked by exact distance if that was asked for."""
         distances, ids = merge(candidates, self.width(k))
         if self._refine_factor:
-            return rank_exactly(queries, ids, self._datastore.gather_keys, k, self.rows)
+            return rank_exactly(queries, ids, self._datastore.gather_keys, k)
         return distances, ids
-
-
-def gpu_count() -> int:
-    """GPUs that the installed FAISS can use."""
-    import faiss
-
-    return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-
-
-def set_probe(index: Any, probe: int) -> None:
-    """Set how many inverted lists a query visits, wherever in the index they are; nothing to set without lists."""
-    import faiss
-
-    ivf = faiss.try_extract_index_ivf(index)
-    if ivf is not None:
-        ivf.nprobe = min(probe, ivf.nlist)
 
 
 def check_finite(queries: np.ndarray, first_row: int, source: object) -> None:
@@ -310,23 +266,24 @@ def check_finite(queries: np.ndarray, first_row: int, source: object) -> None:
             )
 
 
-def order_ties(distances: np.ndarray, ids: np.ndarray, rows: int) -> None:
+def is_cut(distances: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
+    """(n,) whether the hits (n, more than k) end within a tie that the k-th place divides."""
+    return (distances[:, k - 1] == distances[:, -1]) & (ids[:, -1] >= 0)
+
+
+def order_ties(distances: np.ndarray, ids: np.ndarray) -> None:
     """Put hits of equal distance in the order of their row numbers, in place; distances (n, k) already rise."""
     same = distances[:, 1:] == distances[:, :-1]
     tied = np.flatnonzero(same.any(axis=1))
     if not len(tied):
         return
-    bits = max(int(rows).bit_length(), 1)
-    place = np.zeros((len(tied), distances.shape[1]), dtype=np.int64)
-    np.cumsum(~same[tied], axis=1, out=place[:, 1:])
-    place <<= bits
-    missing = (1 << bits) - 1
-    picked = ids[tied]
-    place |= np.where(picked < 0, missing, picked)
-    place.sort(axis=1)
-    place &= missing
-    place[place == missing] = -1
-    ids[tied] = place
+    # One sort by (place among the row's distances, row number), several times as fast as sorting by two keys.
+    keys = np.zeros((len(tied), distances.shape[1]), dtype=np.int64)
+    np.cumsum(~same[tied], axis=1, out=keys[:, 1:])
+    keys <<= ROW_BITS
+    keys |= ids[tied] + 1  # -1, no hit, is 0
+    keys.sort(axis=1)
+    ids[tied] = (keys & ((1 << ROW_BITS) - 1)) - 1
 
 
 def merge(found: list[Hits], k: int) -> Hits:
@@ -336,63 +293,139 @@ def merge(found: list[Hits], k: int) -> Hits:
     """
     if len(found) == 1:
         return found[0]
-    distances = np.concatenate([part[0] for part in found], axis=1)
-    ids = np.concatenate([part[1] for part in found], axis=1)
-    distances += np.float32(0)  # -0 becomes 0
-    bits = distances.view(np.int32)
-    # Bits that order as the numbers do, negative ones too (product quantisation may round below 0), above the place.
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64) << 32
-    order |= np.arange(distances.shape[1])
-    order.sort(axis=1)
-    place = order[:, :k] & 0xFFFFFFFF
-    return np.take_along_axis(distances, place, axis=1), np.take_along_axis(ids, place, axis=1)
+    return nearest_first(*(np.concatenate(parts, axis=1) for parts in zip(*found, strict=True)), k)
+
+
+def nearest_first(distances: np.ndarray, ids: np.ndarray, k: int) -> Hits:
+    """The k nearest of (n, any) hits; equal distances stay in the order that they have."""
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distances, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
 
 def rank_exactly(
-    queries: np.ndarray, candidates: np.ndarray, gather_keys: Callable[[np.ndarray], np.ndarray], k: int, rows: int
-) -> tuple[np.ndarray, np.ndarray]:
+    queries: np.ndarray, candidates: np.ndarray, gather_keys: Callable[[np.ndarray], np.ndarray], k: int
+) -> Hits:
     """The k candidates nearest by exact squared L2 distance, ties by row number.
 
     Args:
         queries: (n, dim) float32.
         candidates: (n, c) int64 row numbers, -1 for none; sorted in place.
         gather_keys: row numbers (m,) → keys (m, dim) float16.
-        rows: of the datastore; where all of them fit, many queries share the keys they have in common.
 
     Returns:
         distances (n, k) float32 and ids (n, k) int64, as `KNNSearcher.search`.
     """
     import faiss
 
-    count, dim = queries.shape
-    width = candidates.shape[1]
+    (count, dim), width = queries.shape, candidates.shape[1]
     candidates.sort(axis=1)
-    keep = min(k, width)
-    distances = np.full((count, k), np.inf, dtype=np.float32)
-    ids = np.full((count, k), -1, dtype=np.int64)
-    fits = rows * dim * 4 <= REFINE_BYTES
-    at_once = count if fits else max(REFINE_BYTES // (width * dim * 4), 1)
-    for start in range(0, count, max(at_once, 1)):
+    exact = np.empty((count, width), dtype=np.float32)
+    at_once = max(REFINE_BYTES // (width * dim * 4), 1)
+    for start in range(0, count, at_once):
         asked = candidates[start : start + at_once]  # (b, c)
         unique, inverse = np.unique(np.maximum(asked, 0), return_inverse=True)
         keys = float32_from_float16(gather_keys(unique))  # (unique, dim)
         local = np.ascontiguousarray(inverse.reshape(asked.shape), dtype=np.int64)
-        exact = np.empty(asked.shape, dtype=np.float32)
-        block = np.ascontiguousarray(queries[start : start + len(asked)])
-        faiss.fvec_L2sqr_by_idx(
-            faiss.swig_ptr(exact),
-            faiss.swig_ptr(block),
-            faiss.swig_ptr(keys),
-            faiss.swig_ptr(local),
-            dim,
-            len(asked),
-            width,
-        )
-        exact[asked < 0] = np.inf
-        # Candidates rise within a row, so (bits of the distance, position) orders as (distance, row number).
-        order = (exact.view(np.int32).astype(np.int64) << 32) | np.arange(width)
-        order.sort(axis=1)
-        position = order[:, :keep] & 0xFFFFFFFF
-        distances[start : start + len(asked), :keep] = np.take_along_axis(exact, position, axis=1)
-        ids[start : start + len(asked), :keep] = np.take_along_axis(asked, position, axis=1)
-    return distances, ids
+        block, found = np.ascontiguousarray(queries[start : start + at_once]), exact[start : start + at_once]
+        pointers = map(faiss.swig_ptr, (found, block, keys, local))
+        faiss.fvec_L2sqr_by_idx(*pointers, dim, len(asked), width)
+    exact[candidates < 0] = np.inf
+    distances, ids = nearest_first(exact, candidates, k)
+    missing = ((0, 0), (0, max(k - width, 0)))
+    return np.pad(distances, missing, constant_values=np.inf), np.pad(ids, missing, constant_values=-1)
+
+
+# Many rows: threads and processes
+
+
+def search_blocks(
+    searcher: KNNSearcher,
+    datastore: Any,
+    ranges: list[Block],
+    block_rows: int,
+    k: int,
+    use: Callable[[Block, np.ndarray, np.ndarray], Result],
+) -> Iterator[Result]:
+    """Yield `use(block, distances, ids)` for each block [start, stop) of the datastore's row ranges, in order.
+
+    Where the searcher holds a share of the index only, all processes must call this, each with ranges of its own (of
+    any number), and read it to its end. Round by round every process searches one block of each process in its own
+    shards. The queries do not travel, all processes read the same datastore; the hits go to the block's process.
+
+    Raises:
+        InputError: as `KNNSearcher.search`.
+    """
+    import faiss
+
+    searcher.check_k(k)
+    # FAISS's own number of threads, which OMP_NUM_THREADS sets. With a GPU one thread searches, another aggregates.
+    threads = max(faiss.omp_get_max_threads(), 2 if searcher.on_gpu else 1)
+
+    def own_part(block: Block) -> tuple[np.ndarray, Hits]:
+        queries = searcher.checked(datastore.keys(*block), block[0], datastore.path)
+        return queries, searcher.candidates(queries, k)
+
+    if searcher.share is None:
+
+        def whole(block: Block) -> Result:
+            queries, found = own_part(block)
+            return use(block, *searcher.hits(queries, [found], k))
+
+        yield from in_order(whole, blocks_of(ranges, block_rows), threads)
+        return
+    process, processes = searcher.share
+    group = _gloo_group()
+    everyones_ranges: list[Any] = [None] * processes
+    distributed.all_gather_object(everyones_ranges, ranges, group=group)
+    rounds = zip_longest(*(blocks_of(theirs, block_rows) for theirs in everyones_ranges))
+    turns = ((owner, block) for blocks in rounds for owner, block in enumerate(blocks) if block is not None)
+    for owner, block, (queries, found) in in_order(lambda turn: (*turn, own_part(turn[1])), turns, threads):
+        everyones = [_collect(part, owner, searcher.share, group) for part in found]
+        if owner == process:
+            yield use(block, *searcher.hits(queries, list(zip(*everyones, strict=True)), k))
+
+
+def blocks_of(ranges: Iterable[Block], block_rows: int) -> Iterator[Block]:
+    """The blocks [start, stop) of row ranges, counted from the start of each range."""
+    for first, last in ranges:
+        for start in range(first, last, block_rows):
+            yield start, min(start + block_rows, last)
+
+
+def _gloo_group() -> Any:
+    """A group by which NumPy arrays travel, whatever the GPUs talk by."""
+    if distributed.get_backend() == "gloo":
+        return None
+    return distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def _collect(part: np.ndarray, owner: int, share: tuple[int, int], group: Any) -> list[np.ndarray]:
+    """Every process's `part` (of one shape and dtype), at the owner; an empty list elsewhere."""
+    process, processes = share
+    tensor = torch.from_numpy(np.ascontiguousarray(part))
+    parts = [torch.empty_like(tensor) for _ in range(processes)] if owner == process else None
+    distributed.gather(tensor, parts, dst=owner, group=group)
+    return [item.numpy() for item in parts or []]
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """Yield `work(item)` for each item in order, worked on by `threads` threads, few items ahead of the reader.
+
+    FAISS, NumPy and torch release the interpreter while they compute, so one thread searches while another
+    aggregates and the caller writes; inside a thread each of them keeps to that thread.
+    """
+    import faiss
+
+    def keep_to_this_thread() -> None:
+        faiss.omp_set_num_threads(1)
+        torch.set_num_threads(1)
+
+    source = iter(items)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="search", initializer=keep_to_this_thread)
+    try:
+        waiting: deque[Future[Result]] = deque(pool.submit(work, item) for item in islice(source, threads + 2))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(work, item) for item in islice(source, 1))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -99,7 +99,7 @@ knnlm validation "$validation_dstore" --lmbda $LAMBDAS --knn_temp 1 2 4 8 16 32
 #    which the kNN-LM is best on the validation articles (the paper's 16 is for its own model).
 once "kNN targets" python -m knn_utils.saveKNNMulti --dstore_path "$train_dstore" --index_path "$index" \
     --output_path "$WORK/targets" --k "$K" --probe "$PROBE" --batch_size 4096 --ignore_first True \
-    --knn_temp auto --validation_dstore_path "$validation_dstore"
+    --choose_on "$WORK/knnlm_validation/results.json"
 
 # 7. The memory.
 once "train the memory" python -m train_mlpmem_offline --model_name_or_path "$MODEL" --dataset_name "$WORK/windows" \

@@ -22,11 +22,9 @@ from knn_files import (
 )
 from safetensors.numpy import load_file
 
-from knn_utils.block_search import blocks_of
-from knn_utils.datastore import Datastore, KNNTargets
-from knn_utils.saveKNNMulti import plan_parts_of
-from knn_utils.search import KNNSearcher
-from knn_utils.temperature import choose_temperature
+from knn_utils.datastore import KNNTargets
+from knn_utils.saveKNNMulti import parts_of
+from knn_utils.search import KNNSearcher, blocks_of
 
 ROWS = 700
 MODULE = "knn_utils.saveKNNMulti"
@@ -197,15 +195,14 @@ def launch(processes: int, *arguments: object):
     return run(*launcher, *arguments, MLPMEM_TRACEBACK="", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 
-def test_two_processes_write_the_files_of_one_and_choose_the_same_temperature(files: Files, tmp_path: Path) -> None:
-    auto = ("--knn_temp", "auto", "--validation_dstore_path", files.validation, "--part_rows", 150)
-    one = save(files.train, files.index, tmp_path / "one", *auto)
+def test_two_processes_write_the_files_of_one(files: Files, tmp_path: Path) -> None:
+    more = ("--knn_temp", 4, "--part_rows", 150)
+    one = save(files.train, files.index, tmp_path / "one", *more)
     flags = ("--dstore_path", files.train, "--index_path", files.index, "--output_path", tmp_path / "two", "--k", 20)
-    launch(2, MODULE, *flags, *auto)
+    launch(2, MODULE, *flags, *more)
     two = KNNTargets.open(tmp_path / "two", verify=True)
     assert files_of(one.path) == files_of(two.path)
     assert one.settings == two.settings
-    assert one.manifest["info"]["knn_temp_choice"] == two.manifest["info"]["knn_temp_choice"]
 
 
 def test_processes_that_share_an_index_make_the_targets_of_one_whole_index(files: Files, tmp_path: Path) -> None:
@@ -213,7 +210,7 @@ def test_processes_that_share_an_index_make_the_targets_of_one_whole_index(files
     index = tmp_path / "whole.index"
     command("knn_utils.build_index", "--dstore_path", files.train, *factory, "--index_path", index)
     more = ("--ignore_first", "True", "--part_rows", 150, "--refine_factor", 2, "--probe", 4)
-    more += ("--knn_temp", "auto", "--validation_dstore_path", files.validation)
+    more += ("--knn_temp", 4)
     whole = save(files.train, index, tmp_path / "whole", *more)
     shared = tmp_path / "shared.index"
     launch(2, "knn_utils.build_index", "--dstore_path", files.train, *factory, "--index_path", shared)
@@ -225,16 +222,15 @@ def test_processes_that_share_an_index_make_the_targets_of_one_whole_index(files
     assert files_of(alone.path) == files_of(whole.path)
 
 
-def test_a_process_opens_only_its_share_of_the_shards(files: Files, tmp_path: Path) -> None:
+def test_the_candidates_of_all_shares_make_the_hits_of_the_whole_index(files: Files, tmp_path: Path) -> None:
     index = tmp_path / "five.index"
     build(files.train, "--num_shards", 5, "--index_path", index)
     shares = [KNNSearcher(index, probe=1, share=(process, 3)) for process in range(3)]
-    rows = [[(shard.first_row, shard.rows) for shard in searcher._shards] for searcher in shares]
-    assert rows == [[(0, 140)], [(140, 140), (280, 140)], [(420, 140), (560, 140)]]
-    assert all(searcher.rows == ROWS for searcher in shares)
     none = KNNSearcher(index, probe=1, share=(0, 6))
     queries = none.checked(files.keys[:10], 0, "queries")
-    found = [none.candidates(queries, 20), *(searcher.candidates(queries, 20) for searcher in shares)]
+    found = [searcher.candidates(queries, 20) for searcher in (none, *shares)]
+    assert all(searcher.rows == ROWS for searcher in (none, *shares))
+    assert (found[0][1] == -1).all() and found[1][1].max() < 140 <= found[2][1].min()
     whole = KNNSearcher(index, probe=1).search(files.keys[:10], 20)
     for here, there in zip(shares[0].hits(queries, found, 20), whole, strict=True):
         np.testing.assert_array_equal(here, there)
@@ -243,8 +239,7 @@ def test_a_process_opens_only_its_share_of_the_shards(files: Files, tmp_path: Pa
 def test_a_run_stopped_at_any_rename_is_continued_to_the_same_files(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = ("--part_rows", 300, "--ignore_first", "True", "--knn_temp", "auto")
-    more += ("--validation_dstore_path", files.validation)
+    more = ("--part_rows", 300, "--ignore_first", "True")
     whole = files_of(save(files.train, files.index, tmp_path / "whole", *more).path)
     number, stopped = 0, True
     while stopped:
@@ -259,24 +254,19 @@ def test_a_run_stopped_at_any_rename_is_continued_to_the_same_files(
     assert number >= 8
 
 
-def test_finished_parts_are_not_searched_again(files: Files, tmp_path: Path, monkeypatch, capsys) -> None:
-    more = ("--part_rows", 256)
+def test_finished_parts_are_left_alone(files: Files, tmp_path: Path, monkeypatch, capsys) -> None:
+    more, output = ("--part_rows", 256), tmp_path / "t"
     # manifest, part 0, its record, part 1, its record; the rename of part 2 is stopped
-    assert stops_at_rename(monkeypatch, lambda: save(files.train, files.index, tmp_path / "t", *more), 5)
-    searched = []
-    search = KNNSearcher.search
-
-    def counted(self, queries, *arguments, **named):
-        searched.append(named["first_row"])
-        return search(self, queries, *arguments, **named)
-
-    monkeypatch.setattr(KNNSearcher, "search", counted)
-    save(files.train, files.index, tmp_path / "t", *more)
-    assert sorted(searched) == [512]
-    searched.clear()
+    assert stops_at_rename(monkeypatch, lambda: save(files.train, files.index, output, *more), 5)
+    before = {path.name: path.stat().st_mtime_ns for path in output.glob("part-*.arrow")}
+    assert len(before) == 2
+    save(files.train, files.index, output, *more)
+    after = {path.name: path.stat().st_mtime_ns for path in output.glob("part-*.arrow")}
+    assert before.items() < after.items()
     capsys.readouterr()
-    save(files.train, files.index, tmp_path / "t", *more)
-    assert not searched and "nothing to do" in capsys.readouterr().out
+    save(files.train, files.index, output, *more)
+    assert "nothing to do" in capsys.readouterr().out
+    assert after == {path.name: path.stat().st_mtime_ns for path in output.glob("part-*.arrow")}
 
 
 def test_changed_settings_are_refused_by_name_and_overwrite_replaces(files: Files, tmp_path: Path) -> None:
@@ -316,57 +306,33 @@ def test_a_grown_datastore_gets_targets_for_its_new_rows_only_unless_refreshed(t
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_the_temperature_is_the_one_with_the_lowest_knn_lm_perplexity(files: Files, tmp_path: Path, capsys) -> None:
-    temperatures, lambdas = [0.5, 4.0, 64.0], [0.1, 0.5, 0.9]
-    distances, ids = exact_neighbours(files.queries, files.keys, 20)
-    best = {}
-    for temperature in temperatures:
-        rows = plain_distribution(distances, files.values[ids], temperature)
-        knn = np.array([row.get(int(label), 0.0) for row, label in zip(rows, files.labels, strict=True)])
-        for lmbda in lambdas:
-            mixture = lmbda * knn + (1 - lmbda) * np.exp(files.logprob.astype(float))
-            best[temperature, lmbda] = float(np.exp(-np.log(mixture).mean()))
-    targets = save(
-        *(files.train, files.index, tmp_path / "t", "--knn_temp", "auto"),
-        *("--validation_dstore_path", files.validation),
-        *("--temperature_grid", *temperatures, "--lmbda_grid", *lambdas),
-    )
-    expected = min(best, key=best.get)
-    assert targets.settings["knn_temp"] == expected[0]
-    choice = targets.manifest["info"]["knn_temp_choice"]
-    assert choice["lmbda"] == expected[1]
-    for row in choice["table"]:
-        assert row["perplexity"] == pytest.approx(min(best[row["knn_temp"], lmbda] for lmbda in lambdas), rel=1e-3)
-    assert choice["base_perplexity"] == pytest.approx(float(np.exp(-files.logprob.astype(float).mean())), rel=1e-5)
-    assert f"temperature {expected[0]:g}" in capsys.readouterr().out
-    assert_same_distributions(as_dicts(all_rows(targets)), files.expected(expected[0], ignore_first=False))
+def test_the_temperature_is_the_best_one_of_a_knn_lm_evaluation(files: Files, tmp_path: Path) -> None:
+    best = {"lmbda": 0.2, "knn_temp": 8.0, "perplexity": 3.0}
+    (tmp_path / "results.json").write_text(json.dumps(best))
+    targets = save(files.train, files.index, tmp_path / "t", "--choose_on", tmp_path / "results.json")
+    assert targets.settings["knn_temp"] == 8
+    assert_same_distributions(as_dicts(all_rows(targets)), files.expected(8.0, ignore_first=False))
+    (tmp_path / "results.json").write_text(json.dumps(best | {"knn_temp": None}))
+    assert "--choose_on" in refusal(files, tmp_path, choose_on=tmp_path / "results.json")
 
 
-def test_a_temperature_once_chosen_is_not_searched_for_again(files: Files, tmp_path: Path, monkeypatch, capsys) -> None:
-    more = ("--knn_temp", "auto", "--validation_dstore_path", files.validation)
-    # the manifest is there, the first part is not
-    assert stops_at_rename(monkeypatch, lambda: save(files.train, files.index, tmp_path / "t", *more), 1)
-    import knn_utils.temperature
-
-    monkeypatch.setattr(knn_utils.temperature, "choose_temperature", None)
-    save(files.train, files.index, tmp_path / "t", *more)
-    assert "chosen before" in capsys.readouterr().out
-
-
-def test_part_of_the_validation_rows_may_do(files: Files) -> None:
-    searcher = KNNSearcher(files.index, probe=1)
-    validation = Datastore.open(files.validation)
-    options = {"k": 20, "temperatures": [1.0, 4.0], "lambdas": [0.5]}
-    assert choose_temperature(searcher, files.values, validation, **options).rows == 150
-    assert choose_temperature(searcher, files.values, validation, max_rows=100, **options).rows <= 150
+def test_targets_of_an_earlier_version_are_found_complete(files: Files, tmp_path: Path, capsys) -> None:
+    save(files.train, files.index, tmp_path / "t")
+    path = tmp_path / "t" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["settings"]["dstore"]["fingerprint"] = "0" * 64  # of all rows, which is not compared any more
+    path.write_text(json.dumps(manifest))
+    capsys.readouterr()
+    save(files.train, files.index, tmp_path / "t")
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_parts_depend_on_the_number_of_rows_alone() -> None:
-    assert plan_parts_of(400, None) == [256, 144]
-    assert plan_parts_of(24_575, None)[:2] == [3072, 3072]
-    assert set(plan_parts_of(1_000_000, None)[:-1]) == {4096}
-    assert len(plan_parts_of(5_000_000_000, None)) <= 4096
-    assert plan_parts_of(500, 200, [300]) == [300, 200]
+    assert parts_of(400, None) == [256, 144]
+    assert parts_of(24_575, None)[:2] == [3072, 3072]
+    assert set(parts_of(1_000_000, None)[:-1]) == {4096}
+    assert len(parts_of(5_000_000_000, None)) <= 4096
+    assert parts_of(500, 200, [300]) == [300, 200]
     assert list(blocks_of([(0, 5), (8, 10)], 3)) == [(0, 3), (3, 5), (8, 10)]
 
 
@@ -386,35 +352,22 @@ def test_what_does_not_fit_is_refused_in_one_line_and_nothing_is_written(files: 
     assert f"{2 * DIM} wide" in refusal(files, tmp_path, dstore_path=wide, val_path=files.train)
     assert "other rows" in refusal(files, tmp_path, dstore_path=other)
     assert "other rows" in refusal(files, tmp_path, dstore_path=files.validation, val_path=other)
-    assert "block 0" in refusal(files, tmp_path, dstore_path=layer)
+    assert "layer_position" in refusal(files, tmp_path, dstore_path=layer)
     assert "--layer_position" in refusal(files, tmp_path, layer_position=3)
     assert f"{ROWS - 1} values" in refusal(files, tmp_path, val_path=tmp_path / "short.npy")
     assert "--val_path" in refusal(files, tmp_path, dstore_path=files.validation)
     assert "no such file" in refusal(files, tmp_path, dstore_path=tmp_path / "none")
     assert "no such index" in refusal(files, tmp_path, index_path=tmp_path / "none")
-    for temperature in ("0", "-1", "nan", "inf", "warm"):
+    for temperature in ("0", "-1", "nan", "inf"):
         assert f"--knn_temp {temperature}" in refusal(files, tmp_path, knn_temp=temperature)
     for threshold in (-0.1, 1.0, "nan"):
         assert "--threshold" in refusal(files, tmp_path, threshold=threshold)
     assert "--probe 0" in refusal(files, tmp_path, probe=0)
     assert "--batch_size 0" in refusal(files, tmp_path, batch_size=0)
-    assert "--validation_dstore_path" in refusal(files, tmp_path, knn_temp="auto")
-    assert "log-prob" in refusal(files, tmp_path, knn_temp="auto", validation_dstore_path=other)
     assert "--refine_factor" in refusal(
         files, tmp_path, dstore_path=files.validation, val_path=files.folder / "train_vals.npy", refine_factor=2
     )
-    for grid in ({"temperature_grid": 0}, {"lmbda_grid": 1.5}):
-        with_auto = {"knn_temp": "auto", "validation_dstore_path": files.validation}
-        assert next(iter(grid)) in refusal(files, tmp_path, **with_auto, **grid)
     assert not (tmp_path / "out").exists()
-
-
-def test_the_indexed_rows_themselves_choose_no_temperature(tmp_path: Path) -> None:
-    keys, values = random_rows(100)
-    dstore = write_datastore(tmp_path / "d", keys, values, np.full(100, -1.0, np.float32))
-    index = build(dstore)
-    flags = ("--dstore_path", dstore, "--index_path", index, "--output_path", tmp_path / "t", "--k", 5)
-    assert "themselves" in refused_here(MODULE, *flags, "--knn_temp", "auto", "--validation_dstore_path", dstore)
 
 
 def test_damaged_inputs_are_refused_in_one_line(files: Files, tmp_path: Path) -> None:

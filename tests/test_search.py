@@ -10,9 +10,8 @@ import pytest
 from knn_files import DIM, exact_neighbours, random_rows, write_datastore
 
 from knn_utils import search
-from knn_utils.block_search import in_order
 from knn_utils.datastore import Datastore
-from knn_utils.search import BLOCK_ROWS, KNNSearcher, merge, order_ties, rank_exactly
+from knn_utils.search import BLOCK_ROWS, KNNSearcher, in_order, merge, order_ties, rank_exactly
 from utils.errors import InputError
 
 
@@ -86,7 +85,7 @@ def test_merging_shards_gives_the_order_of_one_index() -> None:
     random = np.random.default_rng(0)
     distances = np.sort(random.integers(-2, 5, (20, 30)), axis=1).astype(np.float32)
     ids = np.argsort(random.random((20, 90)), axis=1)[:, :30].astype(np.int64)
-    order_ties(distances, ids, 90)
+    order_ties(distances, ids)
     thirds = [np.flatnonzero(ids[row] // 30 == part) for row in range(20) for part in range(3)]
     width = max(map(len, thirds))
     shards = []
@@ -120,7 +119,7 @@ def test_re_ranking_orders_equal_distances_by_row_number_and_keeps_missing_hits_
     keys = np.zeros((6, 2), np.float16)
     keys[4] = 1
     candidates = np.array([[5, 4, 2, -1, 0]])
-    distances, ids = rank_exactly(np.zeros((1, 2), np.float32), candidates, lambda rows: keys[rows], 5, 6)
+    distances, ids = rank_exactly(np.zeros((1, 2), np.float32), candidates, lambda rows: keys[rows], 5)
     assert ids.tolist() == [[0, 2, 5, 4, -1]]
     assert distances.tolist() == [[0, 0, 0, 2, np.inf]]
 

@@ -23,7 +23,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("torch", "torch.distributed", "transformers.models.llama.modeling_llama", "accelerate", "datasets"),
-        *("matplotlib.figure", "training.run", "knn_utils.saveKNNMulti", "knn_utils.index_build"),
+        *("matplotlib.figure", "training.run", "knn_utils.saveKNNMulti", "knn_utils.build_index"),
         *("training.row_sources", "training.trainer", "utils.text_files", "models.mlpLlama", "train_base", "faiss"),
     ]
 )
