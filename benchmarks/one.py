@@ -12,8 +12,8 @@ def main() -> None:
     """Write the rows of a stage, at the setting in one file, into another."""
     from benchmarks.run import STAGES
     from benchmarks.setting import Setting
-    from utils.allocator import keep_freed_memory
     from utils.files import read_json, write_json
+    from utils.loading import keep_freed_memory
 
     # As every command does: the stage and the bare operation it is compared with gain alike.
     keep_freed_memory()

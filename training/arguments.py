@@ -181,8 +181,7 @@ def make_accelerator(arguments: TrainerArguments) -> Any:
     """
     from accelerate import Accelerator
 
-    from utils.allocator import keep_freed_memory
-    from utils.loading import default_device, fastest_dtype
+    from utils.loading import default_device, fastest_dtype, keep_freed_memory
 
     if default_device().type == "cpu":
         keep_freed_memory()

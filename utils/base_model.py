@@ -148,8 +148,7 @@ def load_base(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from utils.allocator import keep_freed_memory
-    from utils.loading import default_device
+    from utils.loading import default_device, keep_freed_memory
 
     if not torch.cuda.is_available():
         keep_freed_memory()

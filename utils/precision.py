@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from utils.errors import InputError, command
+from utils.errors import command
 
 
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
         return
-    from utils.loading import DTYPES, resolve_dtype
+    from utils.loading import resolve_dtype
 
-    if sys.argv[1] not in ("auto", *DTYPES):
-        raise InputError(f"{sys.argv[1]}: expected auto, {', '.join(DTYPES)}")
     print(str(resolve_dtype(sys.argv[1])).removeprefix("torch."))
 
 
