@@ -1,12 +1,10 @@
-"""Reading questions: JSONL, JSON, CSV, TSV and parquet files, folders of `datasets`, and the hub.
-
-Knows nothing of prompts or metrics: it hands out rows under the names of their roles.
-"""
+"""Reading questions: JSONL, JSON, CSV, TSV and parquet files, folders of `datasets`, and the hub."""
 
 from __future__ import annotations
 
 import ast
 import csv
+import hashlib
 import json
 import os
 import sys
@@ -18,7 +16,7 @@ from downstream.tasks import Column
 from utils.errors import InputError, one_line
 from utils.files import sha256_file
 
-READERS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 class Questions:
@@ -41,14 +39,14 @@ class Questions:
         if path.is_file():
             self.table = read_file(path)
             self.identity = sha256_file(path)
-        elif path.exists() or not (path.suffix in READERS or path.is_absolute() or source.startswith((".", "~"))):
+        elif path.exists() or not (path.suffix in FILES or path.is_absolute() or source.startswith((".", "~"))):
             self.table = read_dataset(source, config, split)
-            self.identity = getattr(self.table, "_fingerprint", None)
+            self.identity = hashlib.sha256(json.dumps(self.table, default=str).encode()).hexdigest()
         else:
             raise InputError(f"--dataset_name {source}: no such file or folder")
         if len(self.table) == 0:
             raise InputError(f"--dataset_name {source}: holds no rows")
-        names = list(self.table[0]) if isinstance(self.table, list) else self.table.column_names
+        names = list(self.table[0])
         self.names = {}
         for role, column in columns.items():
             found = [name for name in column.names if name in names]
@@ -80,110 +78,79 @@ class Questions:
             yield number, row
 
 
-def read_file(path: Path) -> Any:
-    """The rows of a local file, by its ending."""
-    readers = {
-        ".jsonl": read_jsonl,
-        ".json": read_json_rows,
-        ".csv": read_csv,
-        ".tsv": read_csv,
-        ".parquet": read_parquet,
-    }
-    if path.suffix.lower() not in readers:
-        raise InputError(f"--dataset_name {path}: expected a file ending in {', '.join(READERS)}")
+def read_file(path: Path) -> list[dict[str, Any]]:
+    """The rows of a local file, by its ending. Raises InputError."""
+    import pyarrow.parquet
+
+    kind = path.suffix.lower()
+    if kind not in FILES:
+        raise InputError(f"--dataset_name {path}: expected a file ending in {', '.join(FILES)}")
     try:
-        return readers[path.suffix.lower()](path)
+        if kind == ".parquet":
+            return pyarrow.parquet.read_table(path).to_pylist()
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if kind in (".csv", ".tsv"):
+                csv.field_size_limit(sys.maxsize)
+                rows = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")
+                return [{name: listed(cell) for name, cell in row.items()} for row in rows]
+            rows = json_rows(file.read())
     except UnicodeDecodeError as error:
         raise InputError(f"--dataset_name {path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """One JSON object in each line; empty lines are skipped."""
-    rows = []
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                raise InputError(f"--dataset_name {path}: line {number} is not a JSON object")
-            rows.append(row)
-    return rows
-
-
-def read_json_rows(path: Path) -> list[dict[str, Any]]:
-    """A JSON list of objects, or JSON lines under that ending."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, RecursionError):
-        return read_jsonl(path)
+    except (ValueError, csv.Error, pyarrow.ArrowException) as error:
+        raise InputError(f"--dataset_name {path}: is not a readable {kind} file ({one_line(error, 160)})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"--dataset_name {path}: expected a list of JSON objects")
+        raise InputError(f"--dataset_name {path}: expected JSON objects, one for each row")
     return rows
 
 
-def read_csv(path: Path) -> list[dict[str, Any]]:
-    """Comma- or tab-separated rows under a header line. A cell that spells a list of texts becomes that list."""
-    csv.field_size_limit(sys.maxsize)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
-        except csv.Error as error:
-            raise InputError(f"--dataset_name {path}: is not readable CSV ({error})") from None
-    for row in rows:
-        for name, cell in row.items():
-            row[name] = listed(cell)
+def json_rows(text: str) -> Any:
+    """What a JSON list holds, or JSON lines, under either ending. Raises ValueError naming the line."""
+    try:
+        found = json.loads(text)
+        return [found] if isinstance(found, dict) else found
+    except json.JSONDecodeError:
+        rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error}") from None
     return rows
 
 
 def listed(cell: Any) -> Any:
     """A CSV cell as it stands, or the list of texts that it spells in JSON's or Python's way."""
-    if not (isinstance(cell, str) and cell.startswith("[") and cell.endswith("]")):
-        return cell
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            found = parse(cell)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(found, list) and found and all(isinstance(item, str) for item in found):
-            return found
+    if isinstance(cell, str) and cell.startswith("[") and cell.endswith("]"):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                found = parse(cell)
+            except (ValueError, SyntaxError):
+                continue
+            if found and all(isinstance(item, str) for item in found):
+                return found
     return cell
 
 
-def read_parquet(path: Path) -> list[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"--dataset_name {path}: is not a readable parquet file ({one_line(error, 160)})") from None
-
-
-def read_dataset(source: str, config: str | None, split: str | None) -> Any:
+def read_dataset(source: str, config: str | None, split: str | None) -> list[dict[str, Any]]:
     """A split of a folder that `datasets` saved, of a local copy of a hub repository, or of the hub."""
     import datasets
 
     folder = Path(source)
-    saved = folder.is_dir() and ((folder / "dataset_dict.json").exists() or (folder / "state.json").exists())
+    saved = (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
     try:
         found = datasets.load_from_disk(source) if saved else datasets.load_dataset(source, config)
     except Exception as error:
         kind = "folder" if folder.exists() else "hub dataset"
         raise InputError(
             f"--dataset_name {source}: the {kind} cannot be loaded ({one_line(error, 200)}); "
-            f"expected a file ({', '.join(READERS)}), a folder or a hub name"
+            f"expected a file ({', '.join(FILES)}), a folder or a hub name"
         ) from None
     if isinstance(found, datasets.Dataset):
-        return found
-    if split in found:
-        return found[split]
-    if split is None and len(found) == 1:
-        return next(iter(found.values()))
-    raise InputError(f"--dataset_name {source}: has the splits {', '.join(found)}; choose one with --eval_subset")
+        return found.to_list()
+    if split not in found:
+        raise InputError(f"--dataset_name {source}: has the splits {', '.join(found)}; choose one with --eval_subset")
+    return found[split].to_list()
 
 
 def read_prompt_file(path: str | os.PathLike | None, task: str, holds: str | None) -> str:

@@ -9,6 +9,7 @@ command again goes on after the last complete line.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ if __package__ in (None, ""):
 from downstream.model import ModelArguments
 from downstream.tasks import TASKS, Prompt, Task, find_task
 from utils.cli import flag, note_unused, parse, required
-from utils.errors import InputError, command
+from utils.errors import InputError, check_positive, command
 
 
 @dataclass
@@ -48,9 +49,8 @@ class QAArguments:
         if self.start < 0:
             raise InputError(f"--start {self.start}: expected a row number from 0")
         for name in ("max_eval_samples", "per_device_eval_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name} {value}: expected a number above 0")
+            if getattr(self, name) is not None:
+                check_positive(f"--{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -69,27 +69,28 @@ def main() -> None:
     task = find_task(qa.task)
     started = time.time()
     from downstream.predictions import Predictions
+    from utils.evaluation import write_results
     from utils.files import read_json
 
     rows, dropped, data_settings = read_rows(qa, task)
     predictions = Predictions(qa.output_dir, {**data_settings, **model.settings()}, overwrite=qa.overwrite)
     try:
-        check_prefix(predictions, rows)
         results_path = predictions.folder / "results.json"
-        if len(predictions.lines) == len(rows) and results_path.exists():
+        answered_before = len(predictions.lines)
+        if answered_before == len(rows) and results_path.exists():
             print(f"{qa.output_dir}: complete already; --overwrite does it again")
             print(summary(read_json(results_path)))
             return
-        answered_before = len(predictions.lines)
         if answered_before < len(rows):
             answer(task, rows, qa, model, predictions)
+        joint = model.use_neural_knn
         results = {
             "task": qa.task,
             "model": model.model_name_or_path,
-            "memory": model.knn_generator_path if model.use_neural_knn else None,
-            "lmbda": model.lmbda if model.use_neural_knn else None,
-            "knn_temp": model.knn_temp if model.use_neural_knn else None,
-            "dataset": qa.dataset_name or task.hub[0],
+            "memory": model.knn_generator_path if joint else None,
+            "lmbda": model.lmbda if joint else None,
+            "knn_temp": model.knn_temp if joint else None,
+            "dataset": data_settings["dataset"],
             **score(task, predictions.lines),
             "counts": {
                 "rows": len(rows) + dropped,
@@ -99,8 +100,6 @@ def main() -> None:
             },
             "settings": predictions.settings,
         }
-        from utils.evaluation import write_results
-
         print(summary(write_results(qa.output_dir, results, started)))
     finally:
         predictions.close()
@@ -132,24 +131,11 @@ def read_rows(qa: QAArguments, task: Task) -> tuple[list[Row], int, dict[str, An
         "task": qa.task,
         "dataset": name,
         "dataset_content": questions.identity,
-        "prompt_text": checksum(prompt_text) if prompt_text else None,
+        "prompt_text": hashlib.sha256(prompt_text.encode()).hexdigest() if prompt_text else None,
         "start": qa.start,
         "max_eval_samples": qa.max_eval_samples,
     }
     return rows, dropped, settings
-
-
-def checksum(text: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def check_prefix(predictions: Any, rows: Sequence[Row]) -> None:
-    """Lines of an earlier run have to be the first of these rows, in order."""
-    found = [line.get("row") for line in predictions.lines]
-    if found != [row.number for row in rows[: len(found)]]:
-        raise InputError(f"{predictions.path}: its rows are not those asked for; add --overwrite to answer them again")
 
 
 def answer(task: Task, rows: Sequence[Row], qa: QAArguments, model: ModelArguments, predictions: Any) -> None:
@@ -185,11 +171,10 @@ def answer(task: Task, rows: Sequence[Row], qa: QAArguments, model: ModelArgumen
 
 def line(task: Task, row: Row, outputs: Sequence[Any]) -> dict[str, Any]:
     """The line of `predictions.jsonl` for a row. Raises InputError where the model gave no numbers."""
-    for likelihood in (each for output in outputs if not isinstance(output, str) for each in output):
-        if likelihood.total != likelihood.total:
-            raise InputError(
-                f"row {row.number}: the model's log-probability is not a number; try --torch_dtype float32 or bfloat16"
-            )
+    if any(each.total != each.total for output in outputs if not isinstance(output, str) for each in output):
+        raise InputError(
+            f"row {row.number}: the model's log-probability is not a number; try --torch_dtype float32 or bfloat16"
+        )
     measured = task.measure(row.content, outputs)
     return {"row": row.number, "question": row.content["question"], **measured.shown, "scores": measured.scores}
 

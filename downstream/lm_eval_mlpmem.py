@@ -5,12 +5,14 @@
 
 Tasks and groups of the harness go by its names; `mlpmem_general` is the group of the paper's nine general tasks, and
 `--include_path` adds a folder of task files. With `--with_base` the base alone is scored in the same run. It needs the
-package lm-eval.
+package lm-eval; `register()` makes the model known to the harness as `mlpmem`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +25,7 @@ if __package__ in (None, ""):
 
 from downstream.model import ModelArguments
 from utils.cli import flag, parse, required
-from utils.errors import InputError, command, one_line
+from utils.errors import InputError, check_positive, command, one_line
 
 OWN_TASKS = Path(__file__).resolve().parent / "general_tasks"
 
@@ -44,9 +46,8 @@ class HarnessArguments:
     def check(self) -> None:
         """Check the values by themselves. Raises InputError."""
         for name in ("limit", "per_device_eval_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name} {value}: expected a number above 0")
+            if getattr(self, name) is not None:
+                check_positive(f"--{name}", getattr(self, name))
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise InputError(f"--num_fewshot {self.num_fewshot}: expected a number from 0")
         if self.include_path is not None and not Path(self.include_path).is_dir():
@@ -66,7 +67,6 @@ def main() -> None:
         raise InputError("the evaluation harness is not installed; pip install lm-eval") from None
     from lm_eval.tasks import TaskManager
 
-    from downstream.lm_eval_model import MLPMemoryLM
     from utils.evaluation import write_results
     from utils.files import ensure_folder
 
@@ -78,12 +78,7 @@ def main() -> None:
         manager = TaskManager(include_path=folders)
     check_names(names, manager)
     ensure_folder(harness.output_dir)
-    given = vars(model).copy()
-    use_memory, memory = given.pop("use_neural_knn"), given.pop("knn_generator_path")
-    memory = memory if use_memory else None
-    language_model = MLPMemoryLM(
-        given.pop("model_name_or_path"), memory, batch_size=harness.per_device_eval_batch_size, **given
-    )
+    language_model = register()(batch_size=harness.per_device_eval_batch_size, **vars(model))
     base = None
     if harness.with_base:
         # At lambda 0 the joint model computes the base alone and runs no memory.
@@ -91,13 +86,14 @@ def main() -> None:
         found = evaluate(language_model, names, manager, harness)
         base = {"tasks": found["tasks"], "groups": found["groups"]}
         language_model.model.lmbda = model.lmbda
+    joint = model.use_neural_knn
     results = {
         **evaluate(language_model, names, manager, harness),
         **({"base": base} if base else {}),
         "model": model.model_name_or_path,
-        "memory": memory,
-        "lmbda": model.lmbda if memory else None,
-        "knn_temp": model.knn_temp if memory else None,
+        "memory": model.knn_generator_path if joint else None,
+        "lmbda": model.lmbda if joint else None,
+        "knn_temp": model.knn_temp if joint else None,
         "settings": {
             "num_fewshot": harness.num_fewshot,
             "limit": harness.limit,
@@ -109,7 +105,55 @@ def main() -> None:
     write_results(harness.output_dir, results, started)
     if base:
         print(table("base", base["tasks"]))
-    print(table(f"base + memory (lambda {model.lmbda:g})" if memory else "base", results["tasks"]))
+    print(table(f"base + memory (lambda {model.lmbda:g})" if joint else "base", results["tasks"]))
+
+
+@functools.cache
+def register() -> type:
+    """The harness's model class of a base, or of a base with its memory, registered as `mlpmem`.
+
+    Its arguments are `batch_size`, `max_length` (tokens of context; default: the base's own) and the fields of
+    `ModelArguments`; as the harness's users write them, `pretrained` is the base and `memory` the memory. The
+    harness's own class does the batching and the arithmetic: the joint model has the same `forward` and `generate` as
+    any model of transformers, and the log-softmax that the harness takes changes no log-probability.
+    """
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+
+    from downstream.model import open_model
+    from downstream.scoring import context_length
+
+    @register_model("mlpmem")
+    class MLPMemoryLM(HFLM):
+        def __init__(
+            self,
+            pretrained: str | None = None,
+            memory: str | None = None,
+            batch_size: int | str = 8,
+            max_length: int | None = None,
+            device: str | None = None,
+            max_batch_size: int | None = 64,
+            **options: Any,
+        ) -> None:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise InputError("the harness runs as one process here; start it with python -m, not accelerate launch")
+            if pretrained:
+                options["model_name_or_path"] = pretrained
+            if memory:
+                options.update(use_neural_knn=True, knn_generator_path=memory)
+            arguments = ModelArguments(**options)
+            arguments.check()
+            model, tokenizer = open_model(arguments)
+            super().__init__(
+                pretrained=model,
+                tokenizer=tokenizer,
+                backend="causal",
+                batch_size=batch_size,
+                max_batch_size=max_batch_size,
+                max_length=max_length or context_length(model.config),
+            )
+
+    return MLPMemoryLM
 
 
 def evaluate(language_model: Any, names: Sequence[str], manager: Any, harness: HarnessArguments) -> dict[str, Any]:
@@ -128,10 +172,9 @@ def evaluate(language_model: Any, names: Sequence[str], manager: Any, harness: H
             random_seed=harness.seed,
             fewshot_random_seed=harness.seed,
         )
-    except InputError:
-        raise
     except Exception as error:
-        if is_about_data(error):
+        package = type(error).__module__.split(".")[0]
+        if package in ("datasets", "huggingface_hub", "httpx", "requests", "fsspec") or isinstance(error, OSError):
             raise InputError(
                 f"--tasks {' '.join(names)}: a task's dataset cannot be loaded ({one_line(error, 240)})"
             ) from None
@@ -157,27 +200,13 @@ def check_names(names: Sequence[str], manager: Any) -> None:
             )
 
 
-def is_about_data(error: BaseException) -> bool:
-    """Whether an exception of the harness comes from fetching or reading a dataset."""
-    home = type(error).__module__.split(".")[0]
-    return home in ("datasets", "huggingface_hub", "httpx", "requests", "fsspec") or isinstance(
-        error, (FileNotFoundError, ConnectionError)
-    )
-
-
 def plain(value: Any) -> Any:
     """JSON values only: NumPy numbers become Python's, what is not finite becomes null."""
     if isinstance(value, Mapping):
         return {str(name): plain(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
-    if isinstance(value, (str, bool, int)) or value is None:
+    if isinstance(value, (str, int)) or value is None:
         return value
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return str(value)
-    return number if math.isfinite(number) else None
+    return float(value) if math.isfinite(value) else None
 
 
 def table(which: str, tasks: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,8 +1,4 @@
-"""One JSON line for each answered row, written so that an interrupted run loses no finished line.
-
-Knows nothing of tasks or models. `settings.json` beside the lines says what made them; lines of other settings are
-never continued.
-"""
+"""One JSON line for each answered row, written so that an interrupted run loses no finished line."""
 
 from __future__ import annotations
 
@@ -13,10 +9,11 @@ from typing import Any
 
 from utils.errors import InputError
 from utils.files import FolderLock, ensure_folder, read_json, remove_temporary, write_json
+from utils.made_with import require_same
 
 
 class Predictions:
-    """`predictions.jsonl` in a folder, continued after its last complete line.
+    """`predictions.jsonl` in a folder, continued after its last complete line; `settings.json` says what made it.
 
     Args:
         folder: created if need be, and locked for the life of this object (`close`).
@@ -31,42 +28,29 @@ class Predictions:
         self.folder = ensure_folder(folder)
         self.path = self.folder / "predictions.jsonl"
         self.settings_path = self.folder / "settings.json"
-        self.settings = dict(settings)
+        self.settings, self.overwrite = dict(settings), overwrite
         self.lock = FolderLock(self.folder).acquire()
         try:
             remove_temporary(self.folder)
-            self.overwrite = overwrite
             self.lines = [] if overwrite else self._read()
         except BaseException:
             self.close()
             raise
 
     def _read(self) -> list[dict[str, Any]]:
-        if not self.settings_path.exists():
-            if self.path.exists():
-                raise InputError(
-                    f"{self.path}: there is no {self.settings_path.name} beside it to say what made it; "
-                    "choose another --output_dir or add --overwrite"
-                )
-            return []
-        made_with = read_json(self.settings_path)
-        changed = changes(made_with if isinstance(made_with, dict) else {}, self.settings)
-        if changed:
-            raise InputError(
-                f"{self.folder}: holds predictions made with other settings ({changed}); "
-                "choose another --output_dir or add --overwrite"
-            )
         if not self.path.exists():
             return []
+        remedy = "choose another --output_dir or add --overwrite"
+        if not self.settings_path.exists():
+            raise InputError(f"{self.path}: no {self.settings_path.name} beside it says what made it; {remedy}")
+        require_same(self.path, read_json(self.settings_path), self.settings, remedy)
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         try:
             # Not splitlines: JSON text may hold other line separators than the newline.
-            lines = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-            lines = None
-        if lines is None or not all(isinstance(line, dict) and isinstance(line.get("scores"), dict) for line in lines):
-            raise InputError(f"{self.path}: holds a line that is damaged; add --overwrite to answer all rows again")
+            lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
+        except ValueError:
+            raise InputError(f"{self.path}: holds a damaged line; add --overwrite to answer all rows again") from None
         if len(whole) < len(data):
             os.truncate(self.path, len(whole))
         return lines
@@ -76,8 +60,7 @@ class Predictions:
         if self.overwrite:
             for path in (self.folder / "results.json", self.settings_path, self.path):
                 path.unlink(missing_ok=True)
-        if not self.settings_path.exists():
-            write_json(self.settings_path, self.settings)
+        write_json(self.settings_path, self.settings)
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write `lines` durably: after this call a power cut does not lose them."""
@@ -90,13 +73,3 @@ class Predictions:
 
     def close(self) -> None:
         self.lock.release()
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two settings, in words; empty if nothing does."""
-    differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    return ", ".join(f"{name} {shown(before.get(name))} there, {shown(now.get(name))} now" for name in differing)
-
-
-def shown(value: Any) -> str:
-    return "not set" if value is None else str(value)

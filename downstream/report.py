@@ -33,11 +33,8 @@ def main() -> None:
     from utils.files import atomic_file, ensure_folder, read_json, write_json
 
     work, output = Path(arguments.work), ensure_folder(arguments.output_dir)
-    knn_validation = read_json(work / "knnlm_validation" / "results.json")
-    knn = read_json(work / "knnlm_test" / "results.json")
-    joint_validation = read_json(work / "joint_validation" / "results.json")
-    joint = read_json(work / "joint_test" / "results.json")
-    recall = read_json(work / "recall" / "results.json")
+    stages = ("knnlm_validation", "knnlm_test", "joint_validation", "joint_test", "recall")
+    knn_validation, knn, joint_validation, joint, recall = (read_json(work / name / "results.json") for name in stages)
     training = read_json(work / "memory" / "training.json")
     summary = read_json(work / "windows" / "dstore_summary.json")
     results = {
@@ -79,11 +76,9 @@ def machine() -> str:
     """What the figures were measured on, without names of hosts."""
     import torch
 
-    model = "CPU"
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "CPU")
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{os.cpu_count()} cores of {model}{gpu}"
 

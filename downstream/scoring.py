@@ -1,6 +1,6 @@
 """Batched log-likelihoods of answers and batched greedy generation, for a base model or a joint model alike.
 
-Knows nothing of tasks or files. Both models are used through what every transformers decoder offers: `forward`
+Both models are used through what every transformers decoder offers: `forward`
 with a cache and `logits_to_keep`, and `generate`. A joint model's `.logits` are log-probabilities already; taking
 their log-softmax changes nothing, so both are treated alike.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,7 +96,7 @@ class Evaluator:
         """
         if not prompts:
             return 0
-        shared = prompts[0][:-1]
+        shared = prompts[0]
         for ids in prompts:
             width = min(len(shared), len(ids) - 1)
             differs = np.flatnonzero(shared[:width] != ids[:width])
@@ -106,15 +106,12 @@ class Evaluator:
             return 0
         keep = {"logits_to_keep": 1} if self.keeps_logits else {}
         output = self.model(input_ids=torch.from_numpy(shared).long()[None].to(self.device), use_cache=True, **keep)
-        cache = getattr(output, "past_key_values", None)
-        if cache is None or not hasattr(cache, "batch_repeat_interleave"):
+        if not hasattr(output.get("past_key_values"), "batch_repeat_interleave"):
             return 0
-        self.start, self.start_cache = shared, cache
+        self.start, self.start_cache = shared, output.past_key_values
         return len(shared)
 
     def _cache_for(self, rows: int) -> Any:
-        if self.start_cache is None:
-            return None
         cache = copy.deepcopy(self.start_cache)
         cache.batch_repeat_interleave(rows)
         return cache
@@ -127,17 +124,21 @@ class Evaluator:
         windows = [layer.sliding_window for layer in getattr(self.start_cache, "layers", ()) if layer.is_sliding]
         return length <= min(windows, default=length)
 
+    def _batched(self, items: Sequence[Any], key: Callable, run: Callable[[list], list]) -> list[Any]:
+        """What `run` makes of `items`, in order; items that are alike by `key` share a batch."""
+        order = sorted(range(len(items)), key=lambda i: key(items[i]))
+        found: list[Any] = [None] * len(items)
+        for first in range(0, len(order), self.batch_size):
+            chosen = order[first : first + self.batch_size]
+            for i, result in zip(chosen, run([items[i] for i in chosen]), strict=True):
+                found[i] = result
+        return found
+
     @torch.inference_mode()
     def likelihoods(self, pairs: Sequence[Encoded]) -> list[Likelihood]:
         """Log-probabilities of any number of continuations, in order: float64 sums of float32 log-probabilities."""
         # Sequences whose answers begin at the same place share a batch: few positions get logits that nobody reads.
-        order = sorted(range(len(pairs)), key=lambda i: (pairs[i][1], len(pairs[i][0])))
-        found: list[Likelihood | None] = [None] * len(pairs)
-        for first in range(0, len(order), self.batch_size):
-            chosen = order[first : first + self.batch_size]
-            for i, likelihood in zip(chosen, self._likelihood_batch([pairs[i] for i in chosen]), strict=True):
-                found[i] = likelihood
-        return found  # type: ignore[return-value]
+        return self._batched(pairs, lambda pair: (pair.begin, len(pair.ids)), self._likelihood_batch)
 
     def _likelihood_batch(self, pairs: list[Encoded]) -> list[Likelihood]:
         skip = len(self.start)
@@ -158,7 +159,8 @@ class Evaluator:
             answer = torch.from_numpy(ids[begin:]).long().to(logits.device)  # (answer,)
             scores = logits[row, first : first + len(answer)].float()  # (answer, V)
             chosen = scores.gather(-1, answer[:, None])[:, 0] - scores.logsumexp(-1)
-            found.append(Likelihood(chosen.double().sum().item(), len(answer)))
+            greedy = torch.equal(scores.argmax(-1), answer)
+            found.append(Likelihood(chosen.double().sum().item(), len(answer), greedy))
         return found
 
     @torch.inference_mode()
@@ -168,14 +170,7 @@ class Evaluator:
         At most `max_new_tokens` tokens are generated; an end-of-sequence token ends a text too. A checkpoint's own
         generation settings (sampling, penalties) play no part.
         """
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        found = [""] * len(prompts)
-        for first in range(0, len(order), self.batch_size):
-            chosen = order[first : first + self.batch_size]
-            texts = self._continuation_batch([prompts[i] for i in chosen], max_new_tokens, stop)
-            for i, text in zip(chosen, texts, strict=True):
-                found[i] = text
-        return found
+        return self._batched(prompts, len, lambda batch: self._continuation_batch(batch, max_new_tokens, stop))
 
     def _continuation_batch(self, prompts: list[np.ndarray], max_new_tokens: int, stop: str) -> list[str]:
         width = max(len(ids) for ids in prompts)
@@ -209,11 +204,8 @@ class Evaluator:
 
     def decode(self, ids: list[int]) -> str:
         """The text of generated token ids up to the first end-of-sequence token, without special tokens."""
-        for position, token in enumerate(ids):
-            if token in self.end_tokens:
-                ids = ids[:position]
-                break
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        end = next((place for place, token in enumerate(ids) if token in self.end_tokens), len(ids))
+        return self.tokenizer.decode(ids[:end], skip_special_tokens=True)
 
 
 class StopCharacters(StoppingCriteria):
@@ -230,25 +222,21 @@ class StopCharacters(StoppingCriteria):
 
 def cut(text: str, stop: str) -> str:
     """`text` before the first of the characters of `stop`."""
-    ends = [position for position in map(text.find, stop) if position >= 0]
-    return text[: min(ends)] if ends else text
+    return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
 
 
 def context_length(config: Any) -> int | None:
     """The longest sequence a model takes, from its config; None where it names no bound."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+    config = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+    return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The token ids that end a text: the checkpoint's, else the tokenizer's."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
     found = own if own is not None else tokenizer.eos_token_id
-    return [] if found is None else list(found) if isinstance(found, (list, tuple)) else [found]
+    return [] if found is None else found if isinstance(found, list) else [found]
 
 
 def answer_rows(

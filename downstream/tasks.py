@@ -44,10 +44,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """A continuation's log-probability after its prompt: `total` in nats over `tokens` tokens."""
+    """A continuation's log-probability after its prompt, `total` nats over `tokens` tokens, and whether greedy
+    decoding gives it."""
 
     total: float
     tokens: int
+    greedy: bool = False
 
     @property
     def mean(self) -> float:

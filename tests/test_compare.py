@@ -186,14 +186,14 @@ def test_mixtures_have_the_perplexity_that_the_stages_reported(work, compared):
 
 def test_facts_are_right_where_the_recall_command_says_so(work):
     from benchmarks.compare_scores import score_facts
-    from downstream.recall import RecallArguments, recall
+    from downstream.recall import recall
+    from downstream.scoring import Evaluator
 
     opened = work_of(work)
     opened.joint["lmbda"] = 0.7
     base, memory = opened.build("base", {}), opened.build("memory", {})
     with memory.generating() as joint:
-        arguments = RecallArguments(lmbda=0.7, knn_temp=joint.knn_temp)
-        expected = recall(opened.base, joint.knn_generator, opened.tokenizer, opened.cases, arguments)
+        expected = recall(Evaluator(joint, opened.tokenizer, 16), opened.cases, 0.7)
     for name, method in (("base", base), ("memory", memory)):
         found = score_facts(method, opened.cases, opened.tokenizer)["right"]
         assert [flag == "1" for flag in found] == expected[name]

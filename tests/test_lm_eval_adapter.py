@@ -114,7 +114,9 @@ def test_the_adapter_is_known_to_the_harness_by_name(world, tmp_path):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    import downstream.lm_eval_model  # noqa: F401
+    from downstream.lm_eval_mlpmem import register
+
+    register()
 
     tasks = write_tasks(tmp_path / "tasks", [{**row, "label": 0, "text": "x"} for row in ROWS])
     found = lm_eval.simple_evaluate(
