@@ -4,8 +4,7 @@
     python -m demo.app --model_name_or_path BASE --knn_generator_path MEMORY [--dstore_path … --index_path …
         --dataset_name …]
 
-Served on this machine's loopback address unless --host says otherwise; the page loads nothing from elsewhere. This
-module joins models, HTML and Gradio; how tokens are made, inspected and drawn is in the modules beside it.
+Served on this machine's loopback address unless --host says otherwise; the page loads nothing from elsewhere.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-from demo.opening import Pair, PairArguments, choose_pair, open_pair
+from demo.pair import Pair, PairArguments, choose_pair, open_pair
 from utils.cli import flag, parse
 from utils.errors import InputError, command
 
@@ -67,14 +66,9 @@ def main() -> None:
         from demo.layout import build
         from demo.viewer import Viewer
 
-        viewer = Viewer(
-            joint,
-            tokenizer,
-            open_passages(page_arguments, pair, joint, tokenizer),
-            passage_count=page_arguments.passages,
-            candidate_count=page_arguments.candidates,
-        )
-        serve(build(viewer, pair), listener)
+        passages = open_passages(page_arguments, pair, joint, tokenizer)
+        counts = {"passage_count": page_arguments.passages, "candidate_count": page_arguments.candidates}
+        serve(build(Viewer(joint, tokenizer, passages, **counts), pair), listener)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -82,41 +76,27 @@ def listen(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:
         raise InputError(f"--port {port}: expected a number from 0 to 65535")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except PermissionError:
+        raise InputError(f"--port {port}: may not be used by this user; choose one from 1024 on") from None
     except OSError as error:
-        raise InputError(f"--host {host}: is no address of this machine ({error.strerror})") from None
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        if isinstance(error, PermissionError):
-            raise InputError(f"--port {port}: may not be used by this user; choose one from 1024 on") from None
         if error.errno == errno.EADDRINUSE:
             raise InputError(f"--port {port}: is in use; choose another, or 0 for any free one") from None
         raise InputError(f"--host {host}: is no address of this machine ({error.strerror})") from None
-    return listener
 
 
 def open_passages(arguments: PageArguments, pair: Pair, joint: Any, tokenizer: Any) -> Any:
     """The training passages of the flags, else of the quickstart; None where there are none."""
     named = (arguments.dstore_path, arguments.index_path, arguments.dataset_name)
-    found = (pair.dstore_path, pair.index_path, pair.dataset_name)
-    if arguments.passages == 0 or not any(named + found):
+    places = named if any(named) else (pair.dstore_path, pair.index_path, pair.dataset_name)
+    if arguments.passages == 0 or not any(places):
         return None
     from demo.passages import Passages
     from utils.loading import say
 
+    belongs = {"dim": joint.config.hidden_size, "layer_position": joint.layer_position}
     try:
-        return Passages(
-            *(named if any(named) else found),
-            tokenizer,
-            split=arguments.dataset_split_name,
-            dim=joint.config.hidden_size,
-            layer_position=joint.layer_position,
-        )
+        return Passages(*places, tokenizer, split=arguments.dataset_split_name, **belongs)
     except InputError as error:
         if any(named):
             raise

@@ -4,8 +4,7 @@
     python -m demo.generation_example --preset mistral    Mistral-7B-v0.3 and its published Wikipedia memory
     python -m demo.generation_example --model_name_or_path BASE --knn_generator_path MEMORY --prompt "…" --lmbda 0.25
 
-On a terminal of 80 columns or more the two stand in two columns, else one after the other. Knows nothing of how
-tokens are made or drawn.
+On a terminal of 80 columns or more the two stand in two columns, else one after the other.
 """
 
 from __future__ import annotations
@@ -16,14 +15,20 @@ if __package__ in (None, ""):
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import os
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
-from demo.opening import PairArguments, choose_pair, open_pair, short_name
+from demo.pair import PairArguments, choose_pair, open_pair, short_name
 from utils.cli import flag, parse
 from utils.errors import InputError, command, one_line
+
+SMALLEST_WIDTH, LARGEST_WIDTH = 80, 160  # columns of a terminal on which two texts stand side by side; of both together
 
 
 @dataclass
@@ -40,7 +45,9 @@ class SamplingArguments:
 def main() -> None:
     pair_arguments, sampling_arguments = parse(PairArguments, SamplingArguments, description=__doc__.split("\n")[0])
     pair = choose_pair(pair_arguments)
-    from demo.streams import Sampling, encode_prompt, padding_token
+    import torch
+
+    from demo.streams import BASE, JOINT, RunningText, Sampling, encode_prompt, padding_token, side_by_side
 
     sampling = Sampling(**vars(sampling_arguments)).check()
     joint, tokenizer = open_pair(pair, pair_arguments)
@@ -48,68 +55,74 @@ def main() -> None:
     pad_token_id, padding_remark = padding_token(tokenizer)
     for line in filter(None, (padding_remark, remark)):
         print(line, file=sys.stderr, flush=True)
-
-    import torch
-
-    from demo.columns import leave_broken_pipe, printable, write_anything
-
-    write_anything(sys.stdout)
-    names = (
-        f"base: {short_name(pair.base)}",
-        f"base + memory: {short_name(pair.memory)}, lambda {pair.lmbda:g}, temperature {pair.knn_temp:g}",
-    )
+    names = {
+        BASE: f"base: {short_name(pair.base)}",
+        JOINT: f"base + memory: {short_name(pair.memory)}, lambda {pair.lmbda:g}, temperature {pair.knn_temp:g}",
+    }
+    texts = {side: RunningText(tokenizer, input_ids[0].tolist()) for side in names}
+    sys.stdout.reconfigure(errors="replace")  # what its encoding cannot write
+    columns = terminal_columns() >= SMALLEST_WIDTH
+    pieces = side_by_side(joint, input_ids, sampling, pad_token_id, in_turn=columns)
     try:
         print(f"{printable(pair.prompt)}\n", flush=True)
-        show(joint, tokenizer, input_ids, sampling, pad_token_id, names)
+        (show_columns if columns else show_in_turn)(pieces, texts, names)
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"--max_new_tokens {sampling.max_new_tokens}: out of memory ({one_line(error, 160)})"
         ) from None
     except BrokenPipeError:
-        leave_broken_pipe()
+        # The reader is gone (`| head`): end without a complaint, also when Python flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def show(joint: Any, tokenizer: Any, input_ids: Any, sampling: Any, pad_token_id: int, names: tuple[str, str]) -> None:
-    """Print both continuations of `input_ids` (1, time) while they are made, the way stdout allows."""
-    from demo.columns import Columns, columns_fit
-    from demo.streams import BASE, JOINT, RunningText, side_by_side
-
-    running = {side: RunningText(tokenizer, input_ids[0].tolist()) for side in (BASE, JOINT)}
-    size = columns_fit(sys.stdout)
-    pieces = side_by_side(joint, input_ids, sampling, pad_token_id, in_turn=size is not None)
-    if size is None:
-        one_below_the_other(pieces, running, dict(zip((BASE, JOINT), names, strict=True)))
-        return
-    columns = Columns(sys.stdout, names, width=size.columns, height=size.lines)
-    for side, tokens in pieces:
-        running[side].add(tokens)
-        columns.update((running[BASE].text(), running[JOINT].text()), (False, False))
-    columns.update((running[BASE].text(ended=True), running[JOINT].text(ended=True)), (True, True))
+def terminal_columns() -> int:
+    """The width of the terminal that stdout is; 0 where it is none, or one that cannot move its cursor."""
+    if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        return 0
+    return os.get_terminal_size(sys.stdout.fileno()).columns
 
 
-def one_below_the_other(
-    pieces: Iterable[tuple[str, list[int]]], running: dict[str, Any], names: dict[str, str]
-) -> None:
+def printable(text: str) -> str:
+    """`text` with nothing in it that a terminal would obey: control characters become a dot, all but line ends."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "·", text.replace("\r", "").replace("\t", "    "))
+
+
+def show_columns(pieces: Iterator[tuple[str, list[int]]], texts: dict[str, Any], names: dict[str, str]) -> None:
+    """Draw both texts side by side, again for each token; at the end they are shown whole, however long."""
+    from rich import box
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+
+    def table(*, ended: bool = False) -> Table:
+        shown = Table(box=box.MINIMAL, show_header=False, show_edge=False, width=min(console.width, LARGEST_WIDTH))
+        for _ in names:
+            shown.add_column(ratio=1)
+        shown.add_row(*(Text(name, style="bold") for name in names.values()), end_section=True)
+        shown.add_row(*(Text(printable(text.text(ended=ended))) for text in texts.values()))
+        return shown
+
+    with Live(table(), console=console, auto_refresh=False) as live:
+        for side, tokens in pieces:
+            texts[side].tokens += tokens
+            live.update(table(), refresh=True)
+        live.update(table(ended=True), refresh=True)
+
+
+def show_in_turn(pieces: Iterator[tuple[str, list[int]]], texts: dict[str, Any], names: dict[str, str]) -> None:
     """Print all of the base's text under its name, then all of the other's, each as it comes."""
-    from demo.columns import printable
-
-    current, shown = "", 0
-
-    def write_rest(*, ended: bool) -> int:
-        text = printable(running[current].text(ended=ended))
-        print(text[shown:], end="\n\n" if ended else "", flush=True)
-        return len(text)
-
-    for side, tokens in pieces:
-        if side != current:
-            if current:
-                write_rest(ended=True)
-            print(f"[{names[side]}]")
-            current, shown = side, 0
-        running[side].add(tokens)
-        shown = write_rest(ended=False)
-    if current:
-        write_rest(ended=True)
+    for side, own in groupby(pieces, key=itemgetter(0)):
+        print(f"[{names[side]}]")
+        shown = 0
+        for _, tokens in own:
+            texts[side].tokens += tokens
+            text = printable(texts[side].text())
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+        print(printable(texts[side].text(ended=True))[shown:], end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

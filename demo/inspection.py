@@ -1,11 +1,7 @@
-"""What the memory does to each token of a text: probabilities of base, memory and mixture, and their top candidates.
-
-Plain numbers from a joint model and token ids; knows nothing of tokenizers, pages or datastores.
-"""
+"""What the memory does to each token of a text: probabilities of base, memory and mixture, and their top candidates."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +12,6 @@ from models.mlpMemory import joint_log_probs
 from utils.errors import InputError
 
 SOURCES = ("base", "memory", "mixture")
-ROWS_AT_A_TIME = 64  # positions whose full distributions are held at once, three of them in float32
 
 
 @dataclass(frozen=True)
@@ -68,42 +63,23 @@ def inspect_tokens(
     positions = torch.zeros_like(ids, dtype=torch.bool)
     positions[:, first - 1 :] = True
     hidden, head_input = hidden_and_head_input(joint.base_lm, ids, positions, joint.layer_position)  # (n, hidden) each
-    inspected: list[InspectedToken] = []
-    for start in range(0, len(hidden), ROWS_AT_A_TIME):
-        rows = slice(start, start + ROWS_AT_A_TIME)
-        chosen = token_ids[first:][rows]
-        logits = base_logits(joint.base_lm, head_input[rows])  # (rows, V)
-        inspected.extend(_inspect_rows(joint, hidden[rows], logits, chosen, first + start, top))
-    return inspected, hidden
-
-
-def _inspect_rows(
-    joint: MLPMemory, hidden: torch.Tensor, logits: torch.Tensor, chosen: list[int], position: int, top: int
-) -> list[InspectedToken]:
-    """Inspect consecutive rows: hidden (n, hidden), base logits (n, V), the n tokens that came, the first's position."""
+    logits = base_logits(joint.base_lm, head_input)  # (n, V)
     memory_logits = joint.memory_logits(hidden).to(logits.device)  # (n, V)
-    scores = {
-        "base": joint_log_probs(logits, memory_logits, 0.0, 1.0),
-        "memory": joint_log_probs(logits, memory_logits, 1.0, joint.knn_temp),
-        "mixture": joint_log_probs(logits, memory_logits, joint.lmbda, joint.knn_temp),
-    }  # (n, V) each
-    wanted = torch.tensor(chosen, device=logits.device).unsqueeze(-1)  # (n, 1)
-    own = {name: values.gather(-1, wanted).squeeze(-1).tolist() for name, values in scores.items()}
-    best = {}
-    for name, values in scores.items():
-        log_probability, ids = values.topk(min(top, values.shape[-1]), dim=-1)  # (n, top)
-        best[name] = (ids.tolist(), log_probability.exp().tolist())
-    return [
+    wanted = torch.tensor(token_ids[first:], device=logits.device)[:, None]  # (n, 1)
+    mixtures = {"base": (0.0, 1.0), "memory": (1.0, joint.knn_temp), "mixture": (joint.lmbda, joint.knn_temp)}
+    own, best = {}, {}
+    for name, mixture in mixtures.items():
+        scores = joint_log_probs(logits, memory_logits, *mixture)  # (n, V)
+        own[name] = scores.gather(-1, wanted)[:, 0].tolist()
+        values, tokens = scores.topk(min(top, scores.shape[-1]))  # (n, top) each
+        best[name] = [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), values.exp().tolist(), strict=True)]
+    inspected = [
         InspectedToken(
-            position=position + row,
+            position=first + row,
             token_id=token,
             **{name: own[name][row] for name in SOURCES},
-            top={name: list(zip(best[name][0][row], best[name][1][row], strict=True)) for name in SOURCES},
+            top={name: best[name][row] for name in SOURCES},
         )
-        for row, token in enumerate(chosen)
+        for row, token in enumerate(token_ids[first:])
     ]
-
-
-def greatest_lowering(lmbda: float, limit: float) -> float:
-    """By how many nats a mixture can lower a probability at most: -log(1 - lambda), or `limit` if that is less."""
-    return min(limit, -math.log1p(-lmbda)) if lmbda < 1 else limit
+    return inspected, hidden

@@ -1,7 +1,7 @@
 """The parts of the page that Gradio has no component for, as HTML: running texts, coloured tokens, candidates, passages.
 
 Text in, text out: everything that comes from a model or a corpus is escaped here. Looks are in `page.css`; `page.js`
-shows the details of the token under the pointer. Knows nothing of Gradio or of models.
+shows the details of the token under the pointer.
 """
 
 from __future__ import annotations
@@ -12,22 +12,12 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from demo.inspection import SOURCES, InspectedToken, greatest_lowering
+from demo.inspection import SOURCES, InspectedToken
+from demo.passages import Passage
 
 FULL_COLOUR = 10.0  # the factor at which a raised probability has the full colour
 SMALLEST_SCALE = math.log(1.25)  # nats; with a small lambda even the greatest lowering is pale
 HEADINGS = {"base": "Base", "memory": "Memory", "mixture": "Base + memory"}
-
-
-@dataclass(frozen=True)
-class ShownPassage:
-    """A training passage as text, and whether the token that followed there is the one that came here."""
-
-    before: str
-    next: str
-    after: str
-    same: bool
-    distance: float
 
 
 @dataclass(frozen=True)
@@ -41,7 +31,7 @@ class ShownToken:
     text: str
     inspected: InspectedToken
     candidates: dict[str, list[tuple[str, float, bool]]]
-    passages: list[ShownPassage] | None = None
+    passages: list[Passage] | None = None
 
 
 def asset(name: str) -> str:
@@ -90,7 +80,9 @@ def strength(moved: float, lmbda: float) -> float:
 
 
 def _lowering_scale(lmbda: float) -> float:
-    return max(greatest_lowering(lmbda, math.log(FULL_COLOUR)), SMALLEST_SCALE)
+    """The nats by which a mixture can lower a probability at most, -log(1 - lambda), within the scale's bounds."""
+    most = -math.log1p(-lmbda) if lmbda < 1 else math.inf
+    return max(min(most, math.log(FULL_COLOUR)), SMALLEST_SCALE)
 
 
 def inspector(sides: dict[str, tuple[str, list[ShownToken]]], lmbda: float) -> str:
@@ -98,28 +90,25 @@ def inspector(sides: dict[str, tuple[str, list[ShownToken]]], lmbda: float) -> s
 
     The first shown is the one that the memory raised most, among the last side's where it has tokens.
     """
-    active = _most_raised(sides)
-    flows, details = [], []
-    for name, (heading, tokens) in sides.items():
-        shown = [
-            token_button(name, number, token, lmbda, (name, number) == active) for number, token in enumerate(tokens)
-        ]
-        flows.append(
-            f'<div class="mlpm-flow" data-side="{name}"><h2>{escape(heading)}</h2>'
-            f'<p class="mlpm-tokens">{"".join(shown) or "no token"}</p></div>'
-        )
-        details += [token_details(name, number, token, (name, number) == active) for number, token in enumerate(tokens)]
-    return (
-        f'<div class="mlpm mlpm-inspector">{legend(lmbda)}<div class="mlpm-flows">{"".join(flows)}</div>'
-        f'<div class="mlpm-details">{"".join(details)}</div></div>'
-    )
-
-
-def _most_raised(sides: dict[str, tuple[str, list[ShownToken]]]) -> tuple[str, int] | None:
-    for name, (_, tokens) in reversed(sides.items()):
+    active = None
+    for name, (_, tokens) in sides.items():
         if tokens:
-            return name, max(range(len(tokens)), key=lambda number: tokens[number].inspected.moved)
-    return None
+            active = name, max(range(len(tokens)), key=lambda number: tokens[number].inspected.moved)
+    flows, details = "", ""
+    for name, (heading, tokens) in sides.items():
+        buttons = ""
+        for number, token in enumerate(tokens):
+            shown = f"mlpm-{name}-{number}", token, (name, number) == active
+            buttons += token_button(*shown, lmbda)
+            details += token_details(*shown)
+        flows += (
+            f'<div class="mlpm-flow" data-side="{name}"><h2>{escape(heading)}</h2>'
+            f'<p class="mlpm-tokens">{buttons or "no token"}</p></div>'
+        )
+    return (
+        f'<div class="mlpm mlpm-inspector">{legend(lmbda)}<div class="mlpm-flows">{flows}</div>'
+        f'<div class="mlpm-details">{details}</div></div>'
+    )
 
 
 def legend(lmbda: float) -> str:
@@ -133,31 +122,31 @@ def legend(lmbda: float) -> str:
     )
 
 
-def token_button(side: str, number: int, token: ShownToken, lmbda: float, active: bool) -> str:
+def token_button(identity: str, token: ShownToken, active: bool, lmbda: float) -> str:
     """A token in its colour. Line breaks are shown as an arrow, and made."""
     colour = strength(token.inspected.moved, lmbda)
     direction = "mlpm-up" if colour >= 0 else "mlpm-down"
     breaks = "<br>" * token.text.count("\n")
     return (
         f'<button type="button" class="mlpm-token {direction}{" mlpm-active" if active else ""}" '
-        f'style="--mlpm-s:{abs(colour):.3f}" data-detail="mlpm-{side}-{number}" '
+        f'style="--mlpm-s:{abs(colour):.3f}" data-detail="{identity}" '
         f'tabindex="{0 if active else -1}" aria-label="{escape(visible(token.text))} {factor(token.inspected.moved)}">'
         f"{escape(token.text.replace(chr(10), '↵')) or '·'}</button>{breaks}"
     )
 
 
-def token_details(side: str, number: int, token: ShownToken, active: bool) -> str:
+def token_details(identity: str, token: ShownToken, active: bool) -> str:
     """Probabilities of a token, the candidates of base, memory and mixture, and the nearest training passages."""
     inspected = token.inspected
     direction = "mlpm-up" if inspected.moved >= 0 else "mlpm-down"
     lists = "".join(_candidates(name, token) for name in SOURCES)
     return (
-        f'<section class="mlpm-detail" id="mlpm-{side}-{number}"{"" if active else " hidden"}>'
+        f'<section class="mlpm-detail" id="{identity}"{"" if active else " hidden"}>'
         f"<h3><code>{escape(visible(token.text))}</code>"
         f"<span>base <b>{percent(inspected.base)}</b></span><span>memory <b>{percent(inspected.memory)}</b></span>"
         f"<span>base + memory <b>{percent(inspected.mixture)}</b></span>"
         f'<span class="mlpm-factor {direction}" style="--mlpm-s:.6">{factor(inspected.moved)}</span></h3>'
-        f'<div class="mlpm-lists">{lists}</div>{_passages(token.passages)}</section>'
+        f'<div class="mlpm-lists">{lists}</div>{_passages(token)}</section>'
     )
 
 
@@ -171,15 +160,15 @@ def _candidates(name: str, token: ShownToken) -> str:
     return f'<div class="mlpm-list mlpm-from-{name}"><h4>{HEADINGS[name]}</h4><ol>{rows}</ol></div>'
 
 
-def _passages(passages: list[ShownPassage] | None) -> str:
-    if passages is None:
+def _passages(token: ShownToken) -> str:
+    if token.passages is None:
         return ""
     rows = "".join(
         f"<li><span>… {escape(one_line(passage.before).lstrip())}</span>"
-        f"<mark{' class=mlpm-same' if passage.same else ''}>{escape(one_line(passage.next))}</mark>"
-        f"<span>{escape(one_line(passage.after).rstrip())} …</span>"
+        f"<mark{' class=mlpm-same' if passage.token_id == token.inspected.token_id else ''}>"
+        f"{escape(one_line(passage.next))}</mark><span>{escape(one_line(passage.after).rstrip())} …</span>"
         f'<span class="mlpm-number" title="squared distance of the hidden states">{passage.distance:.1f}</span></li>'
-        for passage in passages
+        for passage in token.passages
     )
     return f'<div class="mlpm-passages"><h4>Nearest training passages</h4><ol>{rows}</ol></div>'
 

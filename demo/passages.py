@@ -1,7 +1,4 @@
-"""The training passages nearest to a hidden state: datastore row → window → text around it.
-
-Knows the datastore, its index and the windows that it was written from; nothing of models.
-"""
+"""The training passages nearest to a hidden state: datastore row → window → text around it."""
 
 from __future__ import annotations
 
@@ -55,13 +52,13 @@ class Passages:
         given = {"--dstore_path": dstore_path, "--index_path": index_path, "--dataset_name": dataset_name}
         for name, value in given.items():
             if not value:
-                raise InputError(f"{name}: is needed to show training passages, together with {_others(given, name)}")
-        self._datastore = Datastore.open(dstore_path)
-        self._searcher = KNNSearcher(index_path, probe=PROBE, datastore=self._datastore)
+                raise InputError(f"{name}: is needed to show training passages, as all of {', '.join(given)} are")
+        datastore = Datastore.open(dstore_path)
+        self._searcher = KNNSearcher(index_path, probe=PROBE, datastore=datastore)
         self._windows = load_windows(dataset_name, split)
         self._tokenizer = tokenizer
         counts = count_rows(self._windows)
-        check_belongs(self._datastore, rows=int(counts.sum()), dim=dim, layer_position=layer_position)
+        check_belongs(datastore, rows=int(counts.sum()), dim=dim, layer_position=layer_position)
         self._starts = np.cumsum(counts) - counts
 
     def nearest(self, hidden: Any, count: int) -> list[list[Passage]]:
@@ -81,11 +78,11 @@ class Passages:
         ids, labels = np.asarray(window["input_ids"]), np.asarray(window["labels"])  # (time,) each
         predicted = np.flatnonzero(labels[1:] != -100)
         place = int(predicted[row - int(self._starts[number])]) + 1  # of the token that followed
-        after = ids[place + 1 : place + 1 + TOKENS_AFTER][labels[place + 1 : place + 1 + TOKENS_AFTER] != -100]
+        after = slice(place + 1, place + 1 + TOKENS_AFTER)
         begin = max(0, place - TOKENS_BEFORE)
         decode = self._tokenizer.decode
         before, followed = decode(ids[begin:place].tolist()), decode(ids[begin : place + 1].tolist())
-        whole = decode(ids[begin : place + 1].tolist() + after.tolist())
+        whole = decode([*ids[begin : place + 1].tolist(), *ids[after][labels[after] != -100].tolist()])
         return Passage(
             before=before,
             next=followed.removeprefix(before),
@@ -94,7 +91,3 @@ class Passages:
             distance=distance,
             row=row,
         )
-
-
-def _others(given: dict[str, str | None], name: str) -> str:
-    return " and ".join(other for other in given if other != name)

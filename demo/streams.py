@@ -1,23 +1,20 @@
 """Two continuations of one prompt, the base's and the mixture's, made token by token in turn.
 
-`generate` runs to its end, so each of the two calls has a thread of its own; only one of them runs at any time, and
-each has its own random state. So a seed gives the same text whatever the other side does, and with lambda 0 both sides
-are equal, sampled or not. Knows token ids; nothing of pages or terminals.
+Each has its own attention cache and random state. So a seed gives the same text whatever the other side does, and with
+lambda 0 both sides are equal, sampled or not.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.generation.streamers import BaseStreamer
+from transformers import DynamicCache
 
 from models import MLPMemory
-from models.generation_checks import check_settings
 from utils.errors import InputError
 
 BASE, JOINT = "base", "joint"
@@ -39,19 +36,19 @@ class Sampling:
         """Return self. Raises InputError naming the flag, its value and what is expected."""
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise InputError(f"--temperature {self.temperature:g}: expected 0 (greedy) or a number above 0")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top_p {self.top_p}: expected a number above 0, at most 1")
         if not 0 <= self.seed < 1 << 63:
             raise InputError(f"--seed {self.seed}: expected a whole number from 0")
-        try:
-            check_settings({name: getattr(self, name) for name in ("max_new_tokens", "top_p", "num_beams")})
-        except ValueError as error:
-            raise InputError(f"--{error}") from None
+        for name in ("max_new_tokens", "num_beams"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: expected a whole number from 1")
         return self
 
     def options(self) -> dict[str, Any]:
         """The same as arguments of `generate`, in place of whatever the model's own settings say."""
         sampled = self.temperature > 0
         return {
-            "max_new_tokens": self.max_new_tokens,
             "do_sample": sampled,
             "temperature": self.temperature if sampled else 1.0,
             "top_p": self.top_p if sampled else 1.0,
@@ -69,11 +66,9 @@ def encode_prompt(joint: MLPMemory, tokenizer: Any, prompt: str, sampling: Sampl
     length, context = ids.shape[1], joint.config.max_position_embeddings
     if length == 0:
         raise InputError("--prompt: is empty, expected some text to continue")
-    if context is None:
-        return ids, None
-    if length > context:
+    if context is not None and length > context:
         raise InputError(f"--prompt: {length} tokens, longer than the base's context of {context}; shorten it")
-    room = context - length + 1  # the last token is never fed back
+    room = math.inf if context is None else context - length + 1  # the last token is never fed back
     if sampling.max_new_tokens <= room:
         return ids, None
     sampling.max_new_tokens = room
@@ -86,129 +81,47 @@ def side_by_side(
     """Yield (BASE or JOINT, its next token ids) until both have ended; beams come all at once at the end.
 
     `input_ids` (1, time). A token of each in turn, or, without `in_turn`, first all of the base's. The texts are the
-    same. The joint model's lambda and temperature must not change meanwhile. Closing the iterator stops both.
+    same. The joint model's lambda and temperature must not change meanwhile.
     """
+    sides = {
+        BASE: continuation(joint.base_lm, input_ids, sampling, pad_token_id),
+        JOINT: continuation(joint, input_ids, sampling, pad_token_id),
+    }
+    while sides:
+        for side in list(sides)[: None if in_turn else 1]:
+            tokens = next(sides[side], None)
+            if tokens is None:
+                del sides[side]
+            else:
+                yield side, tokens
+
+
+def continuation(model: Any, input_ids: torch.Tensor, sampling: Sampling, pad_token_id: int) -> Iterator[list[int]]:
+    """Yield the token ids that `generate` makes after `input_ids` (1, time), one at a time; those of beams together."""
+    ids = input_ids.to(model.get_input_embeddings().weight.device)
     options = sampling.options() | {"pad_token_id": pad_token_id}
-    with (
-        Continuation(joint.base_lm, input_ids, options, sampling.seed) as base,
-        Continuation(joint, input_ids, options, sampling.seed) as mixed,
-    ):
-        sides = {BASE: base, JOINT: mixed}
-        for together in [sides] if in_turn else [{side: sides[side]} for side in sides]:
-            while not all(continuation.ended for continuation in together.values()):
-                for side, continuation in together.items():
-                    if not continuation.ended and (tokens := continuation.step()):
-                        yield side, tokens
-
-
-class _ClosedError(Exception):
-    """Ends a `generate` call that nobody waits for. Never leaves this module."""
-
-
-class Continuation(BaseStreamer):
-    """One `generate` call that advances by a token at each `step`. Use it as a context manager, or call `close`."""
-
-    def __init__(self, model: Any, input_ids: torch.Tensor, options: dict[str, Any], seed: int) -> None:
-        self.ended = False
-        self._model, self._options = model, options
-        self._input_ids = input_ids.to(model.get_input_embeddings().weight.device)
-        self._random = _seeded(seed)
-        self._go, self._came = threading.Semaphore(0), threading.Semaphore(0)
-        self._tokens: list[int] = []
-        self._prompt_seen = self._closed = False
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def step(self) -> list[int]:
-        """The next token ids; none when the continuation ends (`ended`). Raises what `generate` raised."""
-        if self.ended:
-            return []
-        outside = _random_state()
-        _set_random_state(self._random)
-        try:
-            self._go.release()
-            self._came.acquire()
-        finally:
-            self._random = _random_state()
-            _set_random_state(outside)
-        if self._error is not None:
-            raise self._error
-        tokens, self._tokens = self._tokens, []
-        return tokens
-
-    def close(self) -> None:
-        """Stop, at the next token if one is being made."""
-        self._closed = True
-        self._go.release()
-        self._thread.join()
-
-    def put(self, value: torch.Tensor) -> None:
-        """Called by `generate` with the prompt, then with each token; returns when `step` asks for the next."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
+    at_once = 1 if sampling.num_beams == 1 else sampling.max_new_tokens
+    if at_once == 1:
+        # The cache makes each call go on where the one before ended.
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        options |= {"past_key_values": cache, "cache_implementation": None}
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(sampling.seed)
+        random = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+    for _ in range(0, sampling.max_new_tokens, at_once):
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(random[0])
+            for device, state in zip(devices, random[1], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=at_once, **options)
+            random = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+        tokens, ids = whole[0, ids.shape[1] :].tolist(), whole
+        yield tokens
+        if tokens[-1] in ends:
             return
-        self._tokens.extend(value.flatten().tolist())
-        self._hand_over()
-
-    def end(self) -> None:
-        """Called by `generate` after the last token; `_run` ends the thread."""
-
-    def _hand_over(self) -> None:
-        self._came.release()
-        self._go.acquire()
-        if self._closed:
-            raise _ClosedError
-
-    def _run(self) -> None:
-        self._go.acquire()
-        try:
-            if not self._closed:
-                self._generate()
-        except _ClosedError:
-            pass
-        except BaseException as error:
-            self._error = error
-        finally:
-            self.ended = True
-            self._came.release()
-
-    def _generate(self) -> None:
-        beams = self._options["num_beams"] > 1
-        output = self._model.generate(
-            self._input_ids,
-            attention_mask=torch.ones_like(self._input_ids),
-            streamer=None if beams else self,
-            **self._options,
-        )
-        if beams:
-            self._tokens.extend(output[0, self._input_ids.shape[1] :].tolist())
-
-    def __enter__(self) -> Continuation:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return torch.get_rng_state(), cuda
-
-
-def _set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])
-
-
-def _seeded(seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The random state that `seed` gives, without changing the one there is."""
-    outside = _random_state()
-    torch.manual_seed(seed)
-    state = _random_state()
-    _set_random_state(outside)
-    return state
 
 
 def padding_token(tokenizer: Any) -> tuple[int, str | None]:
@@ -237,9 +150,6 @@ class RunningText:
     def __init__(self, tokenizer: Any, prompt_ids: list[int]) -> None:
         self.tokens: list[int] = []
         self._tokenizer, self._prompt = tokenizer, prompt_ids
-
-    def add(self, tokens: list[int]) -> None:
-        self.tokens.extend(tokens)
 
     def text(self, *, ended: bool = False) -> str:
         """All of it so far; with `ended`, incomplete characters included."""

@@ -1,11 +1,7 @@
-"""A run of the page: settings in, HTML out while the continuations grow, then each token inspected.
-
-Joins models and HTML; knows nothing of Gradio, so it is tested without a browser.
-"""
+"""A run of the page: settings in, HTML out while the continuations grow, then each token inspected."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,18 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from demo import page
-from demo.inspection import SOURCES, InspectedToken, inspect_tokens
+from demo.inspection import SOURCES, inspect_tokens
 from demo.passages import Passages
-from demo.streams import (
-    BASE,
-    JOINT,
-    RunningText,
-    Sampling,
-    encode_prompt,
-    padding_token,
-    side_by_side,
-    text_after,
-)
+from demo.streams import BASE, JOINT, RunningText, Sampling, encode_prompt, padding_token, side_by_side, text_after
 from models import MLPMemory
 from utils.errors import InputError, check_fraction, check_positive, one_line
 
@@ -41,7 +28,7 @@ class View(NamedTuple):
 
 
 class Viewer:
-    """Runs one prompt at a time, whatever the number of browsers.
+    """Runs prompts, one at a time: the page's queue sees to that.
 
     Args:
         joint, tokenizer: the models.
@@ -60,18 +47,16 @@ class Viewer:
     ) -> None:
         self.joint, self.tokenizer = joint, tokenizer
         self._passages, self._passage_count, self._candidate_count = passages, passage_count, candidate_count
-        self._turn = threading.Lock()
         self._owner: object = None
-        self._stopped = threading.Event()
+        self._stopped = False
 
     def empty(self) -> View:
         """The view before the first run."""
-        return self._view("", {}, status=page.status(padding_token(self.tokenizer)[1] or ""))
+        return self._view("", {}, padding_token(self.tokenizer)[1] or "")
 
     def stop(self, owner: object = None) -> None:
         """End the run of `owner` at the next token; what was made is inspected."""
-        if self._owner == owner:
-            self._stopped.set()
+        self._stopped = self._stopped or self._owner == owner
 
     def run(
         self, prompt: str, lmbda: float, knn_temp: float, sampling: Sampling, owner: object = None
@@ -80,18 +65,16 @@ class Viewer:
 
         Bad input and want of memory are told in the view's status.
         """
-        with self._turn:
-            self._owner = owner
-            self._stopped.clear()
-            try:
-                yield from self._run(prompt, lmbda, knn_temp, sampling)
-            except InputError as error:
-                yield self._view(prompt, {}, status=page.status(str(error).removeprefix("--"), problem=True))
-            except torch.OutOfMemoryError as error:
-                told = f"out of memory ({one_line(error, 160)}); ask for fewer tokens"
-                yield self._view(prompt, {}, status=page.status(told, problem=True))
-            finally:
-                self._owner = None
+        self._owner, self._stopped = owner, False
+        try:
+            yield from self._run(prompt, lmbda, knn_temp, sampling)
+        except InputError as error:
+            yield self._view(prompt, {}, str(error).removeprefix("--"), problem=True)
+        except torch.OutOfMemoryError as error:
+            told = f"out of memory ({one_line(error, 160)}); ask for fewer tokens"
+            yield self._view(prompt, {}, told, problem=True)
+        finally:
+            self._owner = None
 
     def _run(self, prompt: str, lmbda: float, knn_temp: float, sampling: Sampling) -> Iterator[View]:
         sampling.check()
@@ -99,81 +82,58 @@ class Viewer:
         self.joint.knn_temp = check_positive("--memory temperature", knn_temp)
         input_ids, remark = encode_prompt(self.joint, self.tokenizer, prompt, sampling)
         prompt_ids = input_ids[0].tolist()
-        running = {side: RunningText(self.tokenizer, prompt_ids) for side in (BASE, JOINT)}
+        texts = {side: RunningText(self.tokenizer, prompt_ids) for side in (BASE, JOINT)}
         started = time.monotonic()
         pad_token_id, _ = padding_token(self.tokenizer)
-        pieces = side_by_side(self.joint, input_ids, sampling, pad_token_id)
-        try:
-            for side, tokens in pieces:
-                running[side].add(tokens)
-                if side == JOINT:  # one view for a token of each
-                    yield self._view(prompt, running, running=True, status=page.status("generating …"))
-                if self._stopped.is_set():
-                    break
-        finally:
-            pieces.close()
-        made = sum(len(each.tokens) for each in running.values())
-        told = f"{made} tokens in {time.monotonic() - started:.1f} s"
-        status = page.status("; ".join(filter(None, ("stopped" if self._stopped.is_set() else None, told, remark))))
-        yield self._view(prompt, running, status=page.status("looking inside …"))
-        yield self._view(prompt, running, inspector=self._inspector(prompt_ids, running), status=status)
+        for side, tokens in side_by_side(self.joint, input_ids, sampling, pad_token_id):
+            texts[side].tokens += tokens
+            if side == JOINT:  # one view for a token of each
+                yield self._view(prompt, texts, "generating …", running=True)
+            if self._stopped:
+                break
+        told = f"{sum(len(each.tokens) for each in texts.values())} tokens in {time.monotonic() - started:.1f} s"
+        told = "; ".join(filter(None, ("stopped" if self._stopped else None, told, remark)))
+        yield self._view(prompt, texts, "looking inside …")
+        sides = {
+            side: (f"{HEADINGS[side]}, token by token", self._inspected(prompt_ids, each.tokens))
+            for side, each in texts.items()
+        }
+        yield self._view(prompt, texts, told, inspector=page.inspector(sides, self.joint.lmbda))
 
     def _view(
         self,
         prompt: str,
         texts: dict[str, RunningText],
-        *,
         status: str,
+        *,
         inspector: str = "",
         running: bool = False,
+        problem: bool = False,
     ) -> View:
+        shown = {side: text.text(ended=not running) for side, text in texts.items()}
         panes = [
-            page.running_text(
-                side,
-                HEADINGS[side],
-                prompt if texts else "",
-                texts[side].text(ended=not running) if texts else "",
-                running=running,
-            )
-            for side in (BASE, JOINT)
+            page.running_text(side, heading, prompt if texts else "", shown.get(side, ""), running=running)
+            for side, heading in HEADINGS.items()
         ]
-        return View(*panes, inspector, status)
+        return View(*panes, inspector, page.status(status, problem=problem))
 
-    def _inspector(self, prompt_ids: list[int], running: dict[str, RunningText]) -> str:
-        sides = {
-            side: (f"{HEADINGS[side]}, token by token", self._shown(prompt_ids, each.tokens))
-            for side, each in running.items()
-        }
-        return page.inspector(sides, self.joint.lmbda)
-
-    def _shown(self, prompt_ids: list[int], tokens: list[int]) -> list[page.ShownToken]:
-        """The tokens of a continuation, inspected, with the texts that the page shows."""
+    def _inspected(self, prompt_ids: list[int], tokens: list[int]) -> list[page.ShownToken]:
+        """The tokens of a continuation with their numbers and the texts that the page shows."""
         whole = prompt_ids + tokens
         inspected, hidden = inspect_tokens(self.joint, whole, len(prompt_ids), self._candidate_count)
-        found: list[list[page.ShownPassage] | None] = [None] * len(inspected)
+        passages: list[Any] = [None] * len(inspected)
         if self._passages is not None and inspected:
-            found = [
-                [
-                    page.ShownPassage(
-                        each.before, each.next, each.after, each.token_id == token.token_id, each.distance
-                    )
-                    for each in passages
-                ]
-                for token, passages in zip(inspected, self._passages.nearest(hidden, self._passage_count), strict=True)
-            ]
-        return [
-            self._shown_token(whole[: token.position], token, passages)
-            for token, passages in zip(inspected, found, strict=True)
-        ]
-
-    def _shown_token(
-        self, before: list[int], token: InspectedToken, passages: list[page.ShownPassage] | None
-    ) -> page.ShownToken:
-        def text(token_id: int) -> str:
-            return text_after(self.tokenizer, before, [token_id], special=True)
-
-        candidates = {
-            name: [(text(each), probability, each == token.token_id) for each, probability in token.top[name]]
-            for name in SOURCES
-        }
-        return page.ShownToken(text(token.token_id), token, candidates, passages)
+            passages = self._passages.nearest(hidden, self._passage_count)
+        shown = []
+        for token, nearest in zip(inspected, passages, strict=True):
+            before = whole[: token.position]
+            names = {
+                each: text_after(self.tokenizer, before, [each], special=True)
+                for each in {token.token_id, *(each for source in SOURCES for each, _ in token.top[source])}
+            }
+            candidates = {
+                source: [(names[each], probability, each == token.token_id) for each, probability in token.top[source]]
+                for source in SOURCES
+            }
+            shown.append(page.ShownToken(names[token.token_id], token, candidates, nearest))
+        return shown

@@ -1,4 +1,4 @@
-"""The demos' parts: inspection, streams in turn, columns, the command line, passages, the page's HTML. No browser."""
+"""The demos' parts: inspection, streams in turn, the command line, passages, the page's HTML. No browser."""
 
 import fcntl
 import json
@@ -10,26 +10,24 @@ import struct
 import subprocess
 import sys
 import termios
-import threading
 from html.parser import HTMLParser
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, GOLDEN, ROOT, command, refused, refused_here, run
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from qa_models import byte_tokenizer, save_models
 from safetensors.torch import load_file
 from tiny_models import letter_tokenizer, tiny_base, tiny_joint, tiny_memory
 
 from demo import page
-from demo.columns import Columns, printable, text_width, wrap
+from demo.generation_example import printable
 from demo.inspection import SOURCES, inspect_tokens
-from demo.opening import PairArguments, choose_pair
-from demo.passages import Passages
+from demo.pair import PairArguments, choose_pair
+from demo.passages import Passage, Passages
 from demo.streams import BASE, JOINT, RunningText, Sampling, encode_prompt, side_by_side, text_after
 from demo.viewer import Viewer
 from models import MLPMemory
@@ -70,19 +68,13 @@ def test_inspected_probabilities_are_the_golden_ones(family, lmbda, knn_temp, na
                     assert probability == pytest.approx(before[candidate].exp().item(), abs=1e-5)
 
 
-def test_inspection_from_a_later_token_is_the_tail_of_the_whole_in_blocks_of_any_size(joint, monkeypatch):
+def test_inspection_from_a_later_token_is_the_tail_of_the_whole(joint):
     ids = [5, 9, 13, 40, 7, 22, 31, 8]
     whole, hidden = inspect_tokens(joint, ids, 1)
     tail, later = inspect_tokens(joint, ids, 5)
     assert [token.position for token in tail] == [5, 6, 7]
     assert [token.mixture for token in tail] == pytest.approx([token.mixture for token in whole[4:]], abs=1e-5)
     assert torch.allclose(later, hidden[4:], atol=1e-5)
-    monkeypatch.setattr("demo.inspection.ROWS_AT_A_TIME", 2)
-    blocks, _ = inspect_tokens(joint, ids, 1)
-    assert [(token.position, token.token_id) for token in blocks] == [
-        (token.position, token.token_id) for token in whole
-    ]
-    assert [token.base for token in blocks] == pytest.approx([token.base for token in whole], abs=1e-5)
 
 
 def test_a_mixture_lowers_no_token_below_its_bound_and_with_lambda_0_moves_none():
@@ -113,14 +105,25 @@ def both(model, sampling, prompt=PROMPT, **options) -> dict[str, list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_both_continuations_are_what_generate_gives(joint, beams):
-    made = both(joint, Sampling(12, num_beams=beams))
-    ids = torch.tensor([PROMPT])
-    settings = {"max_new_tokens": 12, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
-    for side, model in ((BASE, joint.base_lm), (JOINT, joint)):
-        expected = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-        assert made[side] == expected[0, len(PROMPT) :].tolist()
+@pytest.mark.parametrize(("family", "beams"), [("gpt2", 1), ("llama", 1), ("llama", 3), ("mistral", 1)])
+def test_both_continuations_are_what_generate_gives(family, beams):
+    joint, ids = tiny_joint(family, lmbda=0.6, knn_temp=2.0), torch.tensor([PROMPT])
+    mask = torch.ones_like(ids)
+    greedy, sampled = Sampling(12, num_beams=beams), Sampling(12, temperature=1.5, top_p=0.9, seed=7)
+    for sampling in (greedy,) if beams > 1 else (greedy, sampled):
+        made = both(joint, sampling)
+        for side, model in ((BASE, joint.base_lm), (JOINT, joint)):
+            torch.manual_seed(sampling.seed)
+            options = {"max_new_tokens": 12, "pad_token_id": 0, **sampling.options()}
+            expected = model.generate(ids, attention_mask=mask, **options)
+            assert made[side] == expected[0, len(PROMPT) :].tolist()
+
+
+def test_attention_that_slides_over_a_window_gives_what_generate_gives():
+    base = tiny_base("mistral", sliding_window=4)
+    joint, ids = MLPMemory(base, tiny_memory(base), 0.5).eval(), torch.tensor([PROMPT])
+    expected = joint.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, pad_token_id=0)
+    assert both(joint, Sampling(12))[JOINT] == expected[0, len(PROMPT) :].tolist()
 
 
 def test_tokens_come_in_turn_or_one_side_after_the_other_and_are_the_same(joint):
@@ -146,15 +149,6 @@ def test_with_lambda_0_both_sides_sample_the_same_text():
     model = tiny_joint("mistral", lmbda=0.0)
     made = both(model, Sampling(12, temperature=1.2))
     assert made[BASE] == made[JOINT] != []
-
-
-def test_a_stopped_pair_of_continuations_leaves_no_thread(joint):
-    before = threading.active_count()
-    pieces = side_by_side(joint, torch.tensor([PROMPT]), Sampling(40), 0)
-    next(pieces)
-    assert threading.active_count() == before + 2
-    pieces.close()
-    assert threading.active_count() == before
 
 
 def test_what_generate_raises_reaches_the_reader(joint):
@@ -202,10 +196,10 @@ def test_a_character_made_of_several_tokens_is_shown_when_it_is_whole():
     assert len(ids) == 5
     running, seen = RunningText(tokenizer, prompt), []
     for token in ids:
-        running.add([token])
+        running.tokens.append(token)
         seen.append(running.text())
     assert seen == ["", "é", "é", "é", "é€"]
-    running.add(ids[:1])
+    running.tokens.append(ids[0])
     assert running.text(ended=True).startswith("é€") and len(running.text(ended=True)) > 2
 
 
@@ -218,67 +212,8 @@ def test_text_after_keeps_the_blank_in_front_of_a_word():
     assert text_after(tokenizer, ids, [tokenizer.eos_token_id], special=True) == "<eos>"
 
 
-# ---------------------------------------------------------------------------------------------------------- columns
-
-texts = st.text(alphabet=st.sampled_from("ab cd 漢é\u0301\n"), max_size=60)
-
-
-@given(texts, st.integers(4, 12))
-@settings(max_examples=200, deadline=None)
-def test_lines_fit_lose_nothing_but_blanks_and_stay_as_the_text_grows(text, width):
-    lines = wrap(text, width)
-    assert all(text_width(line) <= width for line in lines)
-    assert "".join(lines).replace(" ", "") == text.replace("\n", "").replace(" ", "")
-    for cut in range(len(text)):
-        before = wrap(text[:cut], width)
-        assert lines[: len(before) - 1] == before[:-1]
-
-
 def test_nothing_in_a_text_moves_the_terminals_cursor():
     assert printable("a\x1b[2Jb\r\nc\td\x07\x9b") == "a·[2Jb\nc    d··"
-
-
-class Screen(StringIO):
-    """A terminal as far as `Columns` uses one: line ends, cursor up, clear below. Rows above the screen are fixed."""
-
-    encoding = "utf-8"
-
-    def __init__(self, height: int) -> None:
-        super().__init__()
-        self.height, self.rows, self.at = height, [""], 0
-
-    def write(self, text: str) -> int:
-        for up, line, end in re.findall(r"\x1b\[(\d+)A\x1b\[J|([^\x1b\n]+)|(\n)", text):
-            if up:
-                self.at -= int(up)
-                assert self.at >= max(0, len(self.rows) - self.height), "went above the screen"
-                del self.rows[self.at :]
-                self.rows.append("")
-            elif line:
-                self.rows[self.at] += line
-            elif end:
-                self.at += 1
-                self.rows.append("")
-        return len(text)
-
-
-@given(texts, texts, st.integers(4, 12), st.randoms(use_true_random=False))
-@settings(max_examples=150, deadline=None)
-def test_two_growing_texts_end_up_side_by_side_whole_on_a_screen_of_any_height(left, right, height, random):
-    screen = Screen(height)
-    columns = Columns(screen, ("L", "R"), width=27, height=height)
-    a = b = 0
-    while a < len(left) or b < len(right):
-        a, b = (a + 1, b) if b >= len(right) or (a < len(left) and random.random() < 0.5) else (a, b + 1)
-        columns.update((left[:a], right[:b]), (False, False))
-    columns.update((left, right), (True, True))
-    title, rule, *rows = [row.split("│") for row in screen.rows[:-1]]
-    assert title[0].strip() == "L" and title[1].strip() == "R" and set(rule[0].strip()) == {"─"}
-    shown = ([row[0].rstrip() for row in rows], [row[1].strip() for row in rows])
-    for text, lines in zip((left, right), shown, strict=True):
-        expected = [line.rstrip() for line in wrap(text, 11)]
-        assert [line.strip() for line in lines[: len(expected)]] == [line.strip() for line in expected]
-        assert not any(lines[len(expected) :])
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -331,7 +266,7 @@ def test_flags_stand_in_for_what_the_quickstart_says(quickstart, tmp_path):
     assert (pair.lmbda, pair.knn_temp, pair.prompt, pair.base) == (0.1, 1.2, "Why?", "other")
 
 
-def test_the_mistral_preset_is_the_seeds_example():
+def test_the_mistral_preset_is_the_originals_example():
     pair = choose_pair(PairArguments(preset="mistral"))
     assert (pair.base, pair.memory) == ("mistralai/Mistral-7B-v0.3", "Rubin-Wei/MLPMemory-Mistral-wikipedia")
     assert (pair.lmbda, pair.knn_temp) == (0.75, 1.0)
@@ -394,9 +329,9 @@ def test_a_terminal_that_is_wide_enough_shows_two_columns(saved, columns):
     process.stderr.close()
     text = seen.decode()
     if columns == 100:
-        assert re.search(r"^base: .*│ base \+ memory: ", text, re.MULTILINE) and "\x1b[J" in text
+        assert re.search(r"base: .*│.*base \+ memory: ", text) and "\x1b[1A" in text
     else:
-        assert "[base: " in text and "[base + memory: " in text and "\x1b[J" not in text
+        assert "[base: " in text and "[base + memory: " in text and "\x1b[" not in text
 
 
 @pytest.mark.parametrize(
@@ -587,7 +522,7 @@ def test_what_comes_from_a_model_or_a_corpus_is_never_markup(viewer):
         evil,
         token,
         {name: [(evil, 0.5, True)] for name in SOURCES},
-        [page.ShownPassage(evil, evil, evil, True, 1.5)],
+        [Passage(evil, evil, evil, 6, 1.5, 0)],
     )
     html = [
         page.inspector({"base": (evil, [shown]), "joint": (evil, [shown])}, 0.5),

@@ -18,13 +18,13 @@ def test_rule_takes_the_words_after_is_a_and_the_first_year():
     assert cases[0].answer == " unincorporated community"
     assert cases[1].prompt.endswith("that was founded in")
     assert cases[1].answer == " 1877"
+    assert list(cases_of("Title\n\nNothing to see here.")) == list(cases_of("")) == []
 
 
 def test_a_definition_is_answered_by_as_many_words_as_are_asked_for(tmp_path, capsys):
     article = "Paradox, Colorado\n\nParadox is an unincorporated community that was founded in 1877 by farmers."
     for words, answer in ((1, " unincorporated"), (3, " unincorporated community that")):
         assert [case.answer for case in cases_of(article, words)] == [answer, " 1877"]
-        assert [case.answer for case in choose_cases([article], 9, words)] == [answer, " 1877"]
     assert [case.answer for case in cases_of("T\n\nThe thing is a stone", 2)] == []
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "T\n\nThe thing is a stone"}) + "\n")
     flags = ("--model_name_or_path", tmp_path, "--knn_generator_path", "no", "--articles", tmp_path / "a.jsonl")
@@ -56,11 +56,6 @@ def test_bad_input_ends_in_one_line(llama_world, tmp_path, flag, value, told):
     assert told in refused_here("downstream.recall", *(text for pair in flags.items() for text in pair))
 
 
-def test_articles_without_a_definition_or_year_give_no_case():
-    assert list(cases_of("Title\n\nNothing to see here.")) == []
-    assert list(cases_of("")) == []
-
-
 def test_cases_are_spread_over_the_articles():
     articles = [f"Thing {n}\n\nThing {n} is a small thing of kind {n}." for n in range(100)]
     chosen = choose_cases(articles, 10)
@@ -71,7 +66,8 @@ def test_cases_are_spread_over_the_articles():
 def test_right_answers_are_those_greedy_decoding_gives(llama_world, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from downstream.recall import RecallArguments, recall
+    from downstream.recall import recall
+    from downstream.scoring import Evaluator
     from models import MLPMemory, load_memory
 
     more = ("--knn_dstore_path", llama_world.dstore("train"), "--validation_split_name", "none", "--init_from_base")
@@ -84,8 +80,8 @@ def test_right_answers_are_those_greedy_decoding_gives(llama_world, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(llama_world.base).eval()
     memory = load_memory(tmp_path / "m" / "epoch_1").eval()
     cases = choose_cases(lines, 40)
-    found = recall(base, memory, tokenizer, cases, RecallArguments(lmbda=0.5, batch_size=7))
     joint = MLPMemory(base, memory, 0.5, 1.0)
+    found = recall(Evaluator(joint, tokenizer, 7), cases, 0.5)
     for name, model in (("base", base), ("memory", joint)):
         for case, right in zip(cases, found[name], strict=True):
             prompt = tokenizer(case.prompt, return_tensors="pt")["input_ids"]

@@ -1,0 +1,128 @@
+"""Which base and which memory a demo shows, and opening them: the quickstart's, a preset's, or those of the flags."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.base_model import BaseArguments
+from utils.cli import flag
+from utils.errors import InputError, check_fraction, check_positive
+
+QUICKSTART, MISTRAL = "quickstart", "mistral"
+
+
+@dataclass
+class Pair:
+    """A base and its memory (folders or hub names), the mixture, a prompt that suits them, and what there is to look
+    passages up in: datastore, index, windows folder (None where there is none)."""
+
+    base: str
+    memory: str
+    lmbda: float = 0.25
+    knn_temp: float = 1.0
+    prompt: str = "The capital of France is"
+    dstore_path: str | None = None
+    index_path: str | None = None
+    dataset_name: str | None = None
+
+
+@dataclass
+class PairArguments(BaseArguments):
+    """Which base and memory, how they are mixed and held."""
+
+    preset: str = flag(
+        QUICKSTART,
+        "quickstart: what scripts/quickstart.sh trained; mistral: Mistral-7B-v0.3 with its published Wikipedia memory",
+    )
+    quickstart: str = flag("results/quickstart", "the quickstart's output folder")
+    model_name_or_path: str | None = flag(None, "base model: a folder or a hub name; default: the preset's")
+    knn_generator_path: str | None = flag(None, "the MLP memory: a folder or a hub name; default: the preset's")
+    prompt: str | None = flag(None, "text to continue; default: one of the preset's")
+    lmbda: float | None = flag(None, "weight of the memory, from 0 to 1; default: the preset's best")
+    knn_temp: float | None = flag(None, "temperature of the memory's softmax; default: the preset's best")
+    torch_dtype: str = flag("auto", "float32, bfloat16, float16, or auto: the fastest here")
+
+
+def choose_pair(arguments: PairArguments) -> Pair:
+    """The preset's pair with what the flags say in its place, checked. Raises InputError; loads nothing."""
+    if arguments.preset not in (QUICKSTART, MISTRAL):
+        raise InputError(f"--preset {arguments.preset}: expected {QUICKSTART} or {MISTRAL}")
+    if arguments.model_name_or_path and arguments.knn_generator_path:
+        pair = Pair(arguments.model_name_or_path, arguments.knn_generator_path)
+    elif arguments.preset == MISTRAL:
+        # The original's example: a question that the base gets wrong and its published memory right.
+        question = "who sings i can't take my eyes off of you?"
+        pair = Pair(
+            base="mistralai/Mistral-7B-v0.3",
+            memory="Rubin-Wei/MLPMemory-Mistral-wikipedia",
+            lmbda=0.75,
+            prompt=f"Answer the questions:\n\nQuestion: {question}? The answer is:",
+        )
+    else:
+        pair = quickstart_pair(Path(arguments.quickstart))
+    pair.base = arguments.model_name_or_path or pair.base
+    pair.memory = arguments.knn_generator_path or pair.memory
+    for name in ("lmbda", "knn_temp", "prompt"):
+        if getattr(arguments, name) is not None:
+            setattr(pair, name, getattr(arguments, name))
+    check_fraction("--lmbda", pair.lmbda)
+    check_positive("--knn_temp", pair.knn_temp)
+    if not pair.prompt.strip():
+        raise InputError("--prompt: is empty, expected some text to continue")
+    return pair
+
+
+def quickstart_pair(folder: Path) -> Pair:
+    """What a quickstart left in `folder`, at its best lambda and temperature. Raises InputError when there is none."""
+    from utils.files import read_json
+
+    work = folder / "work"
+    # An epoch's folder without a config was never finished.
+    epochs = [path for path in (work / "memory").glob("epoch_*") if any(path.rglob("config.json"))]
+    if not epochs:
+        raise InputError(
+            f"{folder}: holds no trained memory; make one with: bash scripts/quickstart.sh (minutes, without a GPU), "
+            "or name your own with --model_name_or_path and --knn_generator_path"
+        )
+    # The base is what the evaluation used, else (or where the folder has been moved) the embedded one.
+    embedded, joint_test = work / "embedded" / "model", work / "joint_test" / "results.json"
+    base = read_json(joint_test)["model"] if joint_test.exists() else str(embedded)
+    if embedded.is_dir() and not Path(base).exists():
+        base = str(embedded)
+    memory = max(epochs, key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
+    pair = Pair(base, str(memory))
+    if (folder / "results.json").exists():
+        results = read_json(folder / "results.json")
+        pair.lmbda, pair.knn_temp = results["lambda"], results["knn_temp"]
+        pair.prompt = next((example["prompt"] for example in results["examples"]), pair.prompt)
+    dstore = next((work / "dstore").glob("dstore_*_train_*.arrow"), None)
+    index, windows = work / "dstore" / "train.index", work / "windows"
+    if dstore is not None and index.exists() and windows.is_dir():
+        pair.dstore_path, pair.index_path, pair.dataset_name = str(dstore), str(index), str(windows)
+    return pair
+
+
+def open_pair(pair: Pair, arguments: PairArguments) -> tuple[Any, Any]:
+    """(joint model in evaluation mode, tokenizer).
+
+    Raises:
+        InputError: no model, tokenizer or memory where `pair` says, or a memory of another base.
+    """
+    from models import MLPMemory
+    from utils.loading import quiet_libraries
+
+    quiet_libraries()
+    arguments.model_name_or_path = pair.base
+    tokenizer = arguments.open_tokenizer(required=True)
+    base = arguments.open_base(tokenizer)
+    memory = arguments.open_memory_of(base, pair.memory)
+    return MLPMemory(base, memory, pair.lmbda, pair.knn_temp, arguments.layer_position), tokenizer
+
+
+def short_name(path: str) -> str:
+    """A name for people: the last part of a hub name, the last two of a folder's path."""
+    parts = Path(path).resolve().parts if Path(path).exists() else (path.rsplit("/", 1)[-1],)
+    return "/".join(parts[-2:])
