@@ -23,14 +23,9 @@ if [ "${USE_NEURAL_KNN:-1}" = 1 ]; then
     options+=(--lmbda "${LAMBDA:-0.50}" --knn_temp "${KNN_TEMP:-1}")
     OUTPUT_DIR="${OUTPUT_DIR:-results/general}"
 fi
-[ -z "${INCLUDE_PATH:-}" ] || options+=(--include_path "$INCLUDE_PATH")
-[ -z "${LIMIT:-}" ] || options+=(--limit "$LIMIT")
-[ -z "${TORCH_DTYPE:-}" ] || options+=(--torch_dtype "$TORCH_DTYPE")
-[ -z "${DEVICE_MAP:-}" ] || options+=(--device_map "$DEVICE_MAP")
+add_given --include_path INCLUDE_PATH --limit LIMIT --torch_dtype TORCH_DTYPE --device_map DEVICE_MAP
 
 run "evaluate general tasks" "$PYTHON" -m downstream.lm_eval_mlpmem \
-    --model_name_or_path "${MODEL:-mistralai/Mistral-7B-v0.3}" \
-    --tasks "${TASKS:-mlpmem_general}" \
-    --per_device_eval_batch_size "${BATCH_SIZE_EVAL:-8}" \
-    --output_dir "${OUTPUT_DIR:-results/general-base}" \
+    --model_name_or_path "${MODEL:-mistralai/Mistral-7B-v0.3}" --tasks "${TASKS:-mlpmem_general}" \
+    --per_device_eval_batch_size "${BATCH_SIZE_EVAL:-8}" --output_dir "${OUTPUT_DIR:-results/general-base}" \
     ${options[@]+"${options[@]}"} "$@"

@@ -7,9 +7,5 @@ find_python
 
 run "evaluate base" "$PYTHON" -m train_base \
     --model_name_or_path "${MODEL:-Rubin-Wei/gpt2-large-finetuned-wikitext103}" \
-    --dataset_name "${DATASET:-./dataset/wikitext-gpt2}" \
-    --per_device_eval_batch_size "${BATCH_SIZE_EVAL:-8}" \
-    --do_eval \
-    --eval_subset "${SUBSET:-test}" \
-    --output_dir "${OUTPUT_DIR:-tmp/}" \
-    --report_to none "$@"
+    --dataset_name "${DATASET:-./dataset/wikitext-gpt2}" --per_device_eval_batch_size "${BATCH_SIZE_EVAL:-8}" \
+    --do_eval --eval_subset "${SUBSET:-test}" --output_dir "${OUTPUT_DIR:-tmp/}" --report_to none "$@"

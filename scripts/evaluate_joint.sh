@@ -8,14 +8,9 @@ find_python
 
 read -r -a lmbda <<<"${LAMBDA:-0.25}"
 read -r -a knn_temp <<<"${KNN_TEMP:-1}"
-run "evaluate joint" "$PYTHON" -m evaluate_joint \
-    --do_test \
-    --model_name_or_path "${MODEL:-Rubin-Wei/gpt2-large-finetuned-wikitext103}" \
-    --dataset_name "${DATASET:-./dataset/wikitext-gpt2}" \
-    --dataset_split_name "${SUBSET:-test}" \
-    --per_device_eval_batch_size "${BATCH_SIZE_EVAL:-8}" \
-    --output_dir "${OUTPUT_DIR:-tmp/}" \
-    --knn_temp "${knn_temp[@]}" \
-    --lmbda "${lmbda[@]}" \
-    --knn_generator_path "${KNN_PATH:-Rubin-Wei/MLPMemory-gpt2-large}" \
-    --report_to none "$@"
+run "evaluate joint" "${ONE[@]}" -m evaluate_joint \
+    --do_test --model_name_or_path "${MODEL:-Rubin-Wei/gpt2-large-finetuned-wikitext103}" \
+    --dataset_name "${DATASET:-./dataset/wikitext-gpt2}" --dataset_split_name "${SUBSET:-test}" \
+    --per_device_eval_batch_size "${BATCH_SIZE_EVAL:-8}" --output_dir "${OUTPUT_DIR:-tmp/}" \
+    --knn_temp "${knn_temp[@]}" --lmbda "${lmbda[@]}" \
+    --knn_generator_path "${KNN_PATH:-Rubin-Wei/MLPMemory-gpt2-large}" --report_to none "$@"

@@ -32,9 +32,7 @@ MEMORY="${MEMORY:-Rubin-Wei/MLPMemory-gpt2-large}"
 windows="${WINDOWS:-$WORK/windows}"
 EPOCHS="${EPOCHS:-50}"
 [ "$TRAIN" != 1 ] || MEMORY="$WORK/memory/epoch_$EPOCHS"
-mkdir -p "$DONE"
-precision=()
-[ -z "${TORCH_DTYPE:-}" ] || precision=(--torch_dtype "$TORCH_DTYPE")
+precision=(${TORCH_DTYPE:+--torch_dtype "$TORCH_DTYPE"})
 
 # 1. What it will take.
 facts=(--small_vanilla "${SMALL_VANILLA:-}" --small "${SMALL:-}" --vanilla "$LARGE_VANILLA" --large "$LARGE" --xl "$XL"
@@ -48,10 +46,10 @@ run "estimate" "$PYTHON" -m downstream.reproduction --step plan "${facts[@]}"
 # 2. Text to token windows, 1024 tokens each, 512 apart.
 if [ -z "${WINDOWS:-}" ]; then
     DATASET_CONFIG="${DATASET_CONFIG-wikitext-103-raw-v1}"
-    config=()
-    [ -z "$DATASET_CONFIG" ] || config=(--dataset_config_name "$DATASET_CONFIG")
+    options=()
+    add_given --dataset_config_name DATASET_CONFIG
     once "windows" "$PYTHON" utils/preprocess_dataset.py \
-        --dataset_name "${DATASET:-Salesforce/wikitext}" ${config[@]+"${config[@]}"} \
+        --dataset_name "${DATASET:-Salesforce/wikitext}" ${options[@]+"${options[@]}"} \
         --tokenizer_path "${TOKENIZER:-$LARGE_VANILLA}" --output_dir "$windows" --num_proc "${NUM_PROC:-4}"
 fi
 

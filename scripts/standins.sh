@@ -19,7 +19,6 @@ WORK="$OUTPUT/standins"
 DONE="$OUTPUT/work/done"  # shared with the chain at the end, whose stages rest on these
 SEED="${SEED:-42}"
 BLOCK_SIZE=128
-mkdir -p "$DONE"
 
 # 1. Text of two kinds, and one tokenizer for all models.
 if [ -z "${WEB_TEXT:-}" ] || [ -z "${WIKI_TEXT:-}" ]; then

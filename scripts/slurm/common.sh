@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
 # Shared by the jobs: the repository's root (sbatch runs a copy of a job's script, so its place says nothing), and
 # launching on all of a job's machines. A job that was interrupted is queued again and continues where it stopped.
 cd "${MLPMEM_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}}"
@@ -7,10 +7,9 @@ cd "${MLPMEM_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}}"
 find_python
 export PYTHON
 
-# on_all NAME ARGUMENTS...: accelerate launch ARGUMENTS... on every machine of the job, one process for each GPU.
-on_all() {
-    local name="$1" machines="${SLURM_JOB_NUM_NODES:-1}" hosts
-    shift
+# on_all_machines: ON_ALL, the beginning of a command on every machine of the job, one process for each GPU.
+on_all_machines() {
+    local machines="${SLURM_JOB_NUM_NODES:-1}" hosts
     GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
     hosts="$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}")"
     MAIN_HOST="${hosts%%$'\n'*}"
@@ -21,6 +20,6 @@ on_all() {
         [ "$machines" -eq 1 ] || ACCELERATE_CONFIG=accelerate_config/multi_node.yaml
     fi
     export ACCELERATE_CONFIG GPUS_PER_NODE MAIN_HOST MAIN_PORT
-    run "$name" srun --nodes "$machines" --ntasks "$machines" --ntasks-per-node 1 --kill-on-bad-exit=1 \
-        bash scripts/slurm/machine.sh "$@"
+    ON_ALL=(srun --nodes "$machines" --ntasks "$machines" --ntasks-per-node 1 --kill-on-bad-exit=1
+        bash scripts/slurm/machine.sh)
 }

@@ -2,11 +2,6 @@
 # One machine's part of a launch; srun starts it on each machine of a job (see common.sh beside it).
 set -euo pipefail
 machines="${SLURM_JOB_NUM_NODES:-1}"
-exec "$PYTHON" -m accelerate.commands.launch \
-    --config_file "$ACCELERATE_CONFIG" \
-    --num_machines "$machines" \
-    --num_processes "$((machines * GPUS_PER_NODE))" \
-    --machine_rank "${SLURM_NODEID:-0}" \
-    --main_process_ip "$MAIN_HOST" \
-    --main_process_port "$MAIN_PORT" \
-    "$@"
+exec "$PYTHON" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG" \
+    --num_machines "$machines" --num_processes "$((machines * GPUS_PER_NODE))" --machine_rank "${SLURM_NODEID:-0}" \
+    --main_process_ip "$MAIN_HOST" --main_process_port "$MAIN_PORT" "$@"
