@@ -1,4 +1,4 @@
-"""Windows and training runs from outside that are damaged or made to harm: refused in one line, nothing of them is run."""
+"""Training runs from outside that are damaged or made to harm: refused in one line, nothing of them is run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from conftest import command, refused_here
@@ -20,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from training.checkpoints import latest_checkpoint, read_record, read_state
 from utils.errors import InputError
-from utils.loading import load_windows
 
 MANY = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
@@ -144,47 +142,3 @@ def test_an_absurd_step_in_a_checkpoint_is_refused(llama_world, trained, tmp_pat
     goes_on = ("--num_train_epochs", 2, "--resume_from_checkpoint", tmp_path / "epoch_1")
     line = refused_here("train_mlpmem_offline", *flags(llama_world, tmp_path / "out", *goes_on))
     assert str(tmp_path / "epoch_1") in line
-
-
-# Windows
-
-
-WINDOW = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 1, 1], "dstore_range": [0, 2]}
-
-
-def saved_windows(folder: Path, **columns: Any) -> Path:
-    rows = {name: [value, value] for name, value in WINDOW.items()} | columns
-    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows)}).save_to_disk(str(folder))
-    return folder
-
-
-def arrow_file(folder: Path) -> Path:
-    return next((folder / "train").glob("*.arrow"))
-
-
-@pytest.mark.parametrize("name", WINDOW)
-@pytest.mark.parametrize("value", [["a", "b"], [1, 2], [[1.5], [2.5]], [["a"], ["b"]]])
-def test_columns_of_the_wrong_kind_are_refused(tmp_path, name, value):
-    folder = saved_windows(tmp_path / "windows", **{name: value})
-    with pytest.raises(InputError, match=rf"column {name}"):
-        load_windows(folder, "train")
-
-
-def test_a_windows_folder_that_was_cut_off_is_refused(tmp_path):
-    folder = saved_windows(tmp_path / "windows")
-    content = arrow_file(folder).read_bytes()
-    arrow_file(folder).write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match="windows"):
-        load_windows(folder, "train")
-
-
-@pytest.mark.parametrize(
-    "dstore_range",
-    [[[0, 1 << 60], [1 << 60, 1 << 61]], [[5, 2], [2, 4]], [[0, 2], [9, 11]], [[0], [2]], [[-4, 2], [2, 4]]],
-)
-def test_absurd_row_numbers_of_windows_are_refused(llama_world, tmp_path, dstore_range):
-    folder = saved_windows(tmp_path / "windows", dstore_range=dstore_range)
-    base = ("--model_name_or_path", llama_world.base, "--dataset_name", folder)
-    more = ("--do_eval", "--eval_subset", "train", "--save_knnlm_dstore", "--dstore_dir", tmp_path / "dstore")
-    assert "window" in refused_here("train_base", *base, *more, "--output_dir", tmp_path / "out")
-    assert not list(tmp_path.rglob("part-*"))

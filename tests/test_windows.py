@@ -17,11 +17,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from utils import text_files, windows
 from utils.errors import InputError
+from utils.loading import load_windows
 from utils.preprocess_dataset import tokenize_and_group_text
-from utils.windows import WindowSizes, cut_windows, token_ids, windows_of_split
+from utils.windows import WindowSizes, cut_windows, token_ids
 
 GOLDEN = Path(__file__).parent / "golden" / "preprocess"
 COLUMNS = ("input_ids", "labels", "attention_mask", "dstore_range")
+
+pytestmark = pytest.mark.unit
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +76,6 @@ def test_golden_windows_are_reproduced_by_one_process_and_by_two(golden, tokeniz
     assert list(made) == ["train"] and set(made["train"].column_names) == set(COLUMNS)
     for name in COLUMNS:
         assert made["train"][name][:] == golden[name], name
-
-
-def test_processes_write_the_same_bytes_as_one(golden, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(windows, "BATCHES_PER_PART", 1)
-    rows = datasets.Dataset.from_dict({"text": golden["text"] * 3})
-    for processes in (1, 3):
-        work = tmp_path / str(processes)
-        work.mkdir()
-        made, _ = windows_of_split(rows, tokenizer, WindowSizes(64, 32), processes, work)
-        made.save_to_disk(str(work / "saved"))
-    (one,), (three,) = ((tmp_path / name / "saved").glob("*.arrow") for name in ("1", "3"))
-    assert one.read_bytes() == three.read_bytes()
 
 
 @settings(max_examples=60, deadline=None)
@@ -241,3 +232,33 @@ def test_documents_are_chosen_by_length_and_number(tmp_path):
 def test_too_few_documents_to_divide_are_refused(tmp_path, texts, fraction):
     with pytest.raises(InputError, match=f"{len(texts)} documents are too few"):
         split_texts(datasets.Dataset.from_dict({"text": texts}), tmp_path / "a", validation_fraction=fraction)
+
+
+WINDOW = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 1, 1], "dstore_range": [0, 2]}
+
+
+def saved_windows(folder: Path, **columns) -> Path:
+    rows = {name: [value, value] for name, value in WINDOW.items()} | columns
+    rows = {name: value for name, value in rows.items() if value is not None}
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows)}).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("value", [None, ["a", "b"], [1, 2], [[1.5], [2.5]], [["a"], ["b"]]])
+@pytest.mark.parametrize("name", WINDOW)
+def test_windows_without_a_column_or_with_one_of_another_kind_are_refused(tmp_path, name, value):
+    with pytest.raises(InputError, match=rf"split train.* column {name}"):
+        load_windows(saved_windows(tmp_path / "windows", **{name: value}), "train")
+
+
+def test_a_windows_folder_that_is_empty_or_was_cut_off_is_refused(tmp_path):
+    folder = saved_windows(tmp_path / "windows")
+    assert len(load_windows(folder, "train", at_most=1)) == 1
+    (file,) = (folder / "train").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(InputError, match="is not a windows folder"):
+        load_windows(folder, "train")
+    none = load_windows(saved_windows(tmp_path / "whole"), "train").with_format(None).select([])
+    datasets.DatasetDict({"train": none}).save_to_disk(str(tmp_path / "empty"))
+    with pytest.raises(InputError, match="make the windows with"):
+        load_windows(tmp_path / "empty", "train")

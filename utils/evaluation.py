@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from tqdm import tqdm
 from utils.errors import InputError
 from utils.files import ensure_folder, read_json, write_json
 
-LOGITS_BYTES = 4 << 20  # a chunk of float32 logits that stays in a core's cache while it is read several times
+PRODUCT_BYTES = 64 << 20  # logits of one product on a CPU
+CACHED_BYTES = 4 << 20  # of these, what stays in a core's cache while it is read several times
 
 
 def label_log_probabilities(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperatures: Sequence[float] = (1.0,), bias: Tensor | None = None
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperatures: Sequence[float] = (1.0,)
 ) -> Tensor:
     """Log-probability of each row's label under softmax(hidden @ weight.T / T), for several T at once.
 
@@ -33,23 +34,33 @@ def label_log_probabilities(
         weight: (V, hidden), the head.
         labels: (rows,), int64 in [0, V).
         temperatures: the T values, each above 0.
-        bias: (V,), the head's bias if it has one.
 
     Returns:
         (rows, len(temperatures)) float32. The arithmetic after the product is float32.
     """
-    head = weight.t()  # (hidden, V)
     hidden = hidden.to(weight.dtype)
-    out = torch.empty(hidden.shape[0], len(temperatures), dtype=torch.float32, device=hidden.device)
-    # The product runs on a block of rows, the reductions on slices of it that stay in cache.
-    block = max(1, (64 << 20) // (4 * weight.shape[0])) if hidden.device.type == "cpu" else 4096
-    piece = max(1, LOGITS_BYTES // (4 * weight.shape[0])) if hidden.device.type == "cpu" else block
-    for start in range(0, hidden.shape[0], block):
-        logits = hidden[start : start + block] @ head  # (block, V)
-        if bias is not None:
-            logits = logits + bias
-        for begin in range(0, logits.shape[0], piece):
-            rows = slice(start + begin, start + min(begin + piece, logits.shape[0]))
+    return _by_blocks(lambda rows: hidden[rows] @ weight.t(), weight.shape[0], labels, temperatures)
+
+
+def base_label_log_probabilities(base: Any, final: Tensor, labels: Tensor) -> Tensor:
+    """The base's log-probabilities (rows,) of `labels` from the input of its head (rows, hidden)."""
+    from models.capture import base_logits
+
+    return _by_blocks(lambda rows: base_logits(base, final[rows]), base.config.vocab_size, labels, (1.0,))[:, 0]
+
+
+def _by_blocks(
+    logits_of: Callable[[slice], Tensor], vocabulary: int, labels: Tensor, temperatures: Sequence[float]
+) -> Tensor:
+    """(rows, T) float32 as `temperature_grid` has it, never holding more than a block of logits."""
+    out = torch.empty(len(labels), len(temperatures), dtype=torch.float32, device=labels.device)
+    on_cpu = labels.device.type == "cpu"
+    block = max(1, PRODUCT_BYTES // (4 * vocabulary)) if on_cpu else 4096
+    piece = max(1, CACHED_BYTES // (4 * vocabulary)) if on_cpu else block
+    for start in range(0, len(labels), block):
+        logits = logits_of(slice(start, start + block))  # (block, V)
+        for begin in range(0, len(logits), piece):
+            rows = slice(start + begin, start + min(begin + piece, len(logits)))
             out[rows] = temperature_grid(logits[begin : begin + piece], labels[rows], temperatures)
     return out
 
@@ -143,24 +154,16 @@ def perplexity(mean_nll: float) -> float:
 
 
 def window_batches(
-    windows: Any, batch_size: int, *, process_index: int = 0, num_processes: int = 1, limit: int | None = None
+    windows: Any, batch_size: int, *, process_index: int = 0, num_processes: int = 1
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Batches of windows in order, each on one process: batch b goes to process b mod N.
 
-    Yields (number of the first window, {"input_ids": (batch, time), "labels": (batch, time)}).
+    Yields (number of the first window, {"input_ids": (batch, time), "labels": (batch, time)}), int64.
     Batch boundaries follow the global window number, whatever the number of processes.
     """
-    count = len(windows) if limit is None else min(limit, len(windows))
-    starts = range(0, count, batch_size)
-    for start in starts[process_index::num_processes]:
-        rows = windows[start : min(start + batch_size, count)]
-        yield (
-            start,
-            {
-                "input_ids": torch.from_numpy(np.ascontiguousarray(rows["input_ids"]).astype(np.int64, copy=False)),
-                "labels": torch.from_numpy(np.ascontiguousarray(rows["labels"]).astype(np.int64, copy=False)),
-            },
-        )
+    for start in range(0, len(windows), batch_size)[process_index::num_processes]:
+        rows = windows[start : start + batch_size]
+        yield start, {name: torch.from_numpy(rows[name].astype(np.int64)) for name in ("input_ids", "labels")}
 
 
 def predicted_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,37 +231,22 @@ class Scorer:
 
     @torch.inference_mode()
     def batches(
-        self, windows: Any, batch_size: int, *, limit: int | None = None, description: str = "evaluate"
+        self, windows: Any, batch_size: int, *, description: str = "evaluate"
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (captured hidden states (rows, hidden), base log-probabilities (rows,), labels (rows,)) by batch."""
+        """This process's (captured hidden states (rows, hidden), base log-probabilities (rows,), labels (rows,))."""
         from accelerate import PartialState
 
         state = PartialState()
-        count = len(windows) if limit is None else min(limit, len(windows))
-        share = len(range(0, count, batch_size)[state.process_index :: state.num_processes])
-        bar = tqdm(total=share, desc=description, unit="batch", disable=None if state.is_main_process else True)
-        for _, batch in window_batches(
-            windows, batch_size, process_index=state.process_index, num_processes=state.num_processes, limit=limit
-        ):
+        share = {"process_index": state.process_index, "num_processes": state.num_processes}
+        total = len(range(state.process_index * batch_size, len(windows), state.num_processes * batch_size))
+        batches = window_batches(windows, batch_size, **share)
+        silent = None if state.is_main_process else True
+        for _, batch in tqdm(batches, total=total, desc=description, unit="batch", disable=silent):
             mask, labels = predicted_positions(batch["labels"])
             if labels.numel():
                 labels = labels.to(self.device)
                 captured, base = self.score(batch["input_ids"], mask, labels)
                 yield captured, base, labels
-            bar.update()
-        bar.close()
-
-
-def base_label_log_probabilities(base: Any, final: Tensor, labels: Tensor) -> Tensor:
-    """The base's log-probabilities (rows,) of `labels` from the input of its head (rows, hidden)."""
-    from models.capture import base_logits
-
-    out = torch.empty(final.shape[0], dtype=torch.float32, device=final.device)
-    block = max(1, (64 << 20) // (4 * base.config.vocab_size)) if final.device.type == "cpu" else 4096
-    for start in range(0, final.shape[0], block):
-        rows = slice(start, start + block)
-        out[rows] = temperature_grid(base_logits(base, final[rows]), labels[rows], (1.0,))[:, 0]
-    return out
 
 
 def chosen(path: str) -> tuple[list[float], list[float]]:
@@ -271,18 +259,17 @@ def chosen(path: str) -> tuple[list[float], list[float]]:
 
 def report_scores(
     score: MixtureScore, mixture: str | None, output_dir: str | Path, started: float, **about: Any
-) -> dict[str, Any]:
+) -> None:
     """Add up the processes' scores, print what they come to, and write `results.json` into `output_dir`.
+
+    It holds perplexity, lmbda and knn_temp (of the best mixture, or of the base), base_perplexity, tokens, grid (a row
+    for each combination), and `about`.
 
     Args:
         score: this process's sums.
         mixture: what was mixed into the base, as "kNN-LM"; None where the base was scored alone.
         started: `time.time()` at the command's start.
         about: what was scored: `dataset` and `split`, and whatever else belongs into the results.
-
-    Returns:
-        the results: perplexity, lmbda and knn_temp (of the best mixture, or of the base), base_perplexity, tokens,
-        grid (a row for each combination), and `about`.
 
     Raises:
         InputError: no token was scored.
@@ -305,10 +292,9 @@ def report_scores(
             f"{best['knn_temp']:g} ({tokens} tokens, token-weighted)"
         )
     grid = [] if mixture is None else score.grid()
-    results = {**best, "base_perplexity": base, "tokens": tokens, "grid": grid, **about}
     if PartialState().is_main_process:
+        results = {**best, "base_perplexity": base, "tokens": tokens, "grid": grid, **about}
         write_results(output_dir, results, started)
-    return results
 
 
 def versions() -> dict[str, str]:

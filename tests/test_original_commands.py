@@ -82,7 +82,7 @@ QA = "bash downstream/eval_qa.sh"
 
 
 class Chain:
-    """A family's run through the seed's README, in processes of their own or in this one."""
+    """A family's run through the original's README, in processes of their own or in this one."""
 
     def __init__(self, family: str, folder: Path, *, processes: bool) -> None:
         self.family, self.folder, self.processes = family, folder, processes
@@ -94,15 +94,17 @@ class Chain:
             (corpus / f"{split}.txt").write_text("".join(lines))
         (folder / "nq.jsonl").write_text('{"question": "zi kimoho ke", "answer": ["mo", "so"]}\n' * 3)
 
+    def shell(self, *words: str, **values: object) -> None:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = shell(*words, PATH=path, HF_HUB_OFFLINE=1, **values)
+        assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
     def do(self, text: str, **values: object) -> None:
-        """Run a command of the seed with its variables and paths filled in."""
+        """Run a command of the original with its variables and paths filled in."""
         values = {name: str(value) for name, value in values.items()}
         text = text.replace("/path/to/wikitext", str(self.folder / "wikitext"))
         if self.processes:
-            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-            done = shell("bash", "-c", text, PATH=path, HF_HUB_OFFLINE=1, **values)
-            assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-            return
+            return self.shell("bash", "-c", text, **values)
         for name, value in values.items():
             text = text.replace(f"${{{name}}}", value)
         words = shlex.split(text.replace("\\\n", " "))
@@ -114,12 +116,9 @@ class Chain:
             command(words[1].removesuffix(".py").replace("/", "."), *words[2:])
 
     def script(self, text: str, folder: str, **values: object) -> None:
-        """Run a shell script of the seed from `folder`; in this process, run the command it would run."""
+        """Run a shell script of the original from `folder`; in this process, run the command it would run."""
         if self.processes:
-            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-            done = shell(*text.split(), cwd=ROOT / folder, PATH=path, **values)
-            assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-            return
+            return self.shell(*text.split(), cwd=ROOT / folder, **values)
         program = stub_python(self.folder / f"stub{len(list(self.folder.iterdir()))}")
         assert shell(*text.split(), cwd=ROOT / folder, PYTHON=program, **values).returncode == 0
         (call,) = calls(program)
@@ -131,7 +130,7 @@ class Chain:
 
 
 def make_long_base(family: str, folder: Path) -> Path:
-    """A tiny random base with room for the seed's windows of 1,024 tokens."""
+    """A tiny random base with room for the original's windows of 1,024 tokens."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -148,7 +147,7 @@ def make_long_base(family: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_command_of_the_seed_does_its_job(family, tmp_path, capsys, monkeypatch):
+def test_every_command_of_the_original_does_its_job(family, tmp_path, capsys, monkeypatch):
     from knn_utils.datastore import Datastore, KNNTargets
     from models import load_memory
     from utils.loading import load_windows
@@ -329,28 +328,14 @@ def test_flags_without_a_use_say_so_and_the_command_goes_on(llama_world, tmp_pat
     command("evaluate_joint", *model, *joint, "--report_to", "all")
     assert told(capsys) == ["--report_to all"]
 
-    (tmp_path / "nq.jsonl").write_text('{"question": "zi kimoho", "answer": ["mo"]}\n')
-    asked = ("--model_name_or_path", world.base, "--dataset_name", tmp_path / "nq.jsonl", "--do_eval")
-    command(
-        "downstream.eval_qa",
-        *(*asked, "--output_dir", tmp_path / "qa", "--dataset_config_name", "x", "--eval_subset", "y"),
-    )
-    assert told(capsys) == ["--dataset_config_name", "--eval_subset"]
-
 
 def test_quantised_bases_are_refused_in_one_line_without_the_library(llama_world, tmp_path):
     if importlib.util.find_spec("bitsandbytes"):
         pytest.skip("bitsandbytes is installed")
-    world = llama_world
-    model = ("--model_name_or_path", world.base, "--dataset_name", world.windows, "--output_dir", tmp_path)
-    assert "bitsandbytes" in refused_here("train_base", *model, "--do_eval", "--load_in_4bit")
-    command("train_mlpmem_offline", *world.trainer(tmp_path / "memory", "--knn_dstore_path", world.dstore("train")))
-    memory = ("--knn_generator_path", tmp_path / "memory" / "epoch_1", "--load_in_8bit")
-    assert "bitsandbytes" in refused_here("evaluate_joint", *model, *memory)
-    assert "bitsandbytes" in refused_here("train_mlpmem_online", *world.trainer(tmp_path / "on", "--load_in_4bit"))
-    (tmp_path / "nq.jsonl").write_text('{"question": "zi kimoho", "answer": ["mo"]}\n')
-    asked = ("--model_name_or_path", world.base, "--dataset_name", tmp_path / "nq.jsonl", "--output_dir", tmp_path)
-    assert "bitsandbytes" in refused_here("downstream.eval_qa", *asked, "--load_in_4bit")
+    base = ("--model_name_or_path", llama_world.base, "--dataset_name", llama_world.windows, "--output_dir", tmp_path)
+    assert "bitsandbytes" in refused_here("train_base", *base, "--do_eval", "--load_in_4bit")
+    online = llama_world.trainer(tmp_path / "memory", "--load_in_8bit")
+    assert "bitsandbytes" in refused_here("train_mlpmem_online", *online)
 
 
 def test_a_base_in_half_precision_spread_by_accelerate_gives_nearly_the_same_perplexity(llama_world, tmp_path):
@@ -416,10 +401,8 @@ def test_training_reads_the_files_of_the_original(llama_world, tmp_path):
         shard = shard.select(names)
         write_single_file(shards / f"data-{number:05d}-of-00003.arrow", shard.schema, [shard])
     windows = tmp_path / "windows"
-    splits = datasets.load_from_disk(str(world.windows))
-    datasets.DatasetDict({name: split.select(range(len(split))) for name, split in splits.items()}).save_to_disk(
-        str(windows)
-    )
+    train = datasets.load_from_disk(str(world.windows))["train"]
+    datasets.DatasetDict({"train": train, "validation": train}).save_to_disk(str(windows))
     outputs = []
     for name, where, targets, dstore in (
         ("ours", world.windows, world.targets, world.dstore("train")),
@@ -432,14 +415,3 @@ def test_training_reads_the_files_of_the_original(llama_world, tmp_path):
         log = json.loads((tmp_path / name / "training.json").read_text())["log"]
         outputs.append([entry["loss"] for entry in log if "loss" in entry])
     assert outputs[0] == outputs[1]
-    command(
-        "knn_utils.build_index",
-        *("--dstore_path", stream, "--index_path", tmp_path / "train.index", "--index_factory", "Flat"),
-    )
-    command(
-        "knn_utils.saveKNNMulti",
-        *("--dstore_path", stream, "--index_path", tmp_path / "train.index", "--val_path", tmp_path / "train_vals.pkl"),
-        *("--output_path", tmp_path / "again", "--k", 16, "--knn_temp", 4, "--ignore_first", "True"),
-    )
-    again = KNNTargets.open(tmp_path / "again").read(0, 50)
-    assert (again.id_cnt == found.read(0, 50).id_cnt).all()
