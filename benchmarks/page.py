@@ -11,6 +11,8 @@ from benchmarks.timing import Row
 from utils.errors import InputError
 from utils.files import atomic_file
 
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+
 
 def machine(device: str) -> dict[str, Any]:
     """What a figure depends on beside the code."""
@@ -60,45 +62,31 @@ def setting_line(results: dict[str, Any]) -> str:
     )
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The page's table, with its setting and machine."""
-    lines = [setting_line(results), "", line("stage", "figure", "reached", "target", "", "of what"), line(*["---"] * 6)]
+def markdown(results: dict[str, Any], before: dict[str, Any] | None = None) -> str:
+    """The table with its setting and machine; beside each figure that of the earlier run `before`, where there is one."""
+    earlier = {(row.stage, row.name): row for row in read_rows(before)} if before else None
+    header = ["stage", "figure", "reached", "target", "", "of what"]
+    if earlier is not None:
+        header[2:3] = ["before", "now"]
+    lines = [setting_line(results), "", line(*header), line(*["---"] * len(header))]
     for row in read_rows(results):
-        reached = figure(row.reached, row.unit)
-        lines.append(line(row.stage, row.name, reached, target(row), row.verdict(), row.detail))
-    lines += [line(stage, "did not run", "–", "–", "", problem) for stage, problem in results["failed"].items()]
+        old = earlier.get((row.stage, row.name)) if earlier else None
+        then = [figure(old.reached if old else None, row.unit)] if earlier is not None else []
+        now = figure(row.reached, row.unit)
+        lines.append(line(row.stage, row.name, *then, now, target(row), row.verdict(), row.detail))
+    lines += [line(stage, f"did not run: {problem}") for stage, problem in results["failed"].items()]
     return "\n".join(lines)
 
 
-def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Each figure of two runs; the change is in percent of the first, worse or better by the target's direction."""
-    earlier = {(row.stage, row.name): row for row in read_rows(before)}
-    lines = [setting_line(before), "", line("stage", "figure", "before", "after", "change"), line(*["---"] * 5)]
-    for row in read_rows(after):
-        old = earlier.get((row.stage, row.name))
-        then = old.reached if old else None
-        change = "–"
-        if then is not None and row.reached is not None and then > 0:
-            percent = 100 * (row.reached / then - 1)
-            better = percent == 0 or (percent < 0) == (row.sign == "<=")
-            change = f"{percent:+.1f}%" + ("" if better else " (worse)")
-        lines.append(line(row.stage, row.name, figure(then, row.unit), figure(row.reached, row.unit), change))
-    return "\n".join(lines)
-
-
-def put_in_page(page: Path, text: Callable[[], str], mark: str = "table") -> None:
-    """Put `text()` between the lines `<!-- MARK: begin -->` and `<!-- MARK: end -->` of `page`.
-
-    Raises InputError where there are none.
-    """
-    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+def put_in_page(page: Path, text: Callable[[], str]) -> None:
+    """Put `text()` between the marks of `page`, in place of what stood there. Raises InputError where there are none."""
     old = page.read_text(encoding="utf-8") if page.exists() else ""
-    if begin not in old or end not in old.split(begin, 1)[1]:
-        raise InputError(f"--page {page}: expected a page with the lines {begin} and {end}")
-    head, rest = old.split(begin, 1)
-    tail = rest.split(end, 1)[1]
+    if BEGIN not in old or END not in old.split(BEGIN, 1)[1]:
+        raise InputError(f"--page {page}: expected a page with the lines {BEGIN} and {END}")
+    head, rest = old.split(BEGIN, 1)
+    tail = rest.split(END, 1)[1]
     with atomic_file(page) as temporary:
-        temporary.write_text(f"{head}{begin}\n{text()}\n{end}{tail}", encoding="utf-8")
+        temporary.write_text(f"{head}{BEGIN}\n{text()}\n{END}{tail}", encoding="utf-8")
 
 
 def bar_chart(rows: Sequence[Row], path: Path) -> None:

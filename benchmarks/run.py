@@ -3,7 +3,7 @@
     python -m benchmarks.run                               all stages, about ten minutes on two quiet cores
     python -m benchmarks.run decoding start                some of them
     python -m benchmarks.run --page docs/performance.md    the page's table from the last run's results.json
-    python -m benchmarks.run --page docs/performance.md --before OLD/results.json    and what has changed since then
+    python -m benchmarks.run --page docs/performance.md --before OLD/results.json    beside an earlier run's figures
 
 Each figure and its limit are measured in one process, in turn, after a warm-up; ratios are medians over rounds. Each
 stage has a process of its own: one that fails leaves the others their figures. Stages that were left out keep those
@@ -43,7 +43,9 @@ class RunArguments(BenchmarkArguments):
     """The setting, or a page to write."""
 
     page: str | None = flag(None, "write the table of results.json into this page, and measure nothing")
-    before: str | None = flag(None, "with --page: results.json of an earlier run, to be compared on the page")
+    before: str | None = flag(
+        None, "with --page: results.json of an earlier run, whose figures stand beside the last one's"
+    )
 
 
 @command
@@ -54,7 +56,10 @@ def main() -> None:
     (arguments,) = parse(RunArguments, description=description, arguments=flags)
     output = Path(arguments.output_dir)
     if arguments.page:
-        write_page(Path(arguments.page), output / "results.json", arguments.before)
+        from benchmarks.page import markdown, put_in_page
+
+        before = read_json(arguments.before) if arguments.before else None
+        put_in_page(Path(arguments.page), lambda: markdown(read_json(output / "results.json"), before))
         return
     arguments.check()
     run(Setting.of(arguments), chosen, ensure_folder(output))
@@ -68,15 +73,6 @@ def split_stages(words: list[str]) -> tuple[list[str], list[str]]:
         if name not in STAGES:
             raise InputError(f"{name}: no such stage; expected some of {', '.join(STAGES)}")
     return [name for name in STAGES if name in stages] or list(STAGES), words[count:]
-
-
-def write_page(page: Path, results: Path, before: str | None) -> None:
-    """Put the table of `results` into `page`, and, with `before`, its comparison with that earlier run."""
-    from benchmarks.page import comparison, markdown, put_in_page
-
-    put_in_page(page, lambda: markdown(read_json(results)))
-    if before:
-        put_in_page(page, lambda: comparison(read_json(before), read_json(results)), "before and after")
 
 
 def run(setting: Setting, stages: list[str], output: Path) -> None:
