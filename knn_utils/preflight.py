@@ -290,7 +290,7 @@ def open_targets(arguments: PreflightArguments, opened: Opened) -> None:
 
 
 def open_memory_config(path: str, opened: Opened) -> None:
-    from models.loading import find_memory, read_memory_config
+    from models.stack import find_memory, read_memory_config
 
     try:
         config = read_memory_config(find_memory(path))

@@ -1,4 +1,4 @@
-"""The memory stacks, the joint model and hidden-state capture. Knows nothing of datasets, FAISS or command lines.
+"""The memory stacks, the joint model and hidden-state capture.
 
 Importing it registers the joint model with transformers, so that `AutoModelForCausalLM.from_pretrained` and
 `pipeline("text-generation", …)` open a folder of `MLPMemory.save_pretrained`. The stacks are imported when asked for.
@@ -7,48 +7,23 @@ Importing it registers the joint model with transformers, so that `AutoModelForC
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models.mlpMemory import MLPMemory, MLPMemoryConfig
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from .families import load_memory, memory_class
+from .mlpMemory import MLPMemory, MLPMemoryConfig
+from .stack import memory_config
 
 AutoConfig.register(MLPMemoryConfig.model_type, MLPMemoryConfig, exist_ok=True)
 AutoModelForCausalLM.register(MLPMemoryConfig, MLPMemory, exist_ok=True)
 
-# The families with a class of their own (the seed's); any other gets the generic stack.
-FAMILY_CLASSES = {"gpt2": "GPT2MLPModel", "llama": "LlamaMLPModel", "mistral": "MistralMLPModel"}
+_STACKS = {"GPT2MLPModel": ".mlpGPT2", "LlamaMLPModel": ".mlpLlama", "MistralMLPModel": ".mlpMistral"}
 
-_HOMES = {
-    "GPT2MLPModel": "models.mlpGPT2",
-    "LlamaMLPModel": "models.mlpLlama",
-    "MistralMLPModel": "models.mlpMistral",
-    "MLPMemory": "models.mlpMemory",
-    "MLPMemoryConfig": "models.mlpMemory",
-    "load_memory": "models.loading",
-    "memory_config": "models.stack",
-}
-
-__all__ = [*_HOMES, "memory_class"]
-
-
-def memory_class(config: PretrainedConfig) -> type:
-    """The stack class for a base's (or a memory's) config: the family's own, else the generic one for its family.
-
-    Raises ValueError when the family's blocks have no `.mlp`.
-    """
-    name = FAMILY_CLASSES.get(config.model_type)
-    if name is not None:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    from models.mlpGeneric import generic_class
-
-    return generic_class(config)
+__all__ = [*_STACKS, "MLPMemory", "MLPMemoryConfig", "load_memory", "memory_class", "memory_config"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _STACKS:
+        return getattr(importlib.import_module(_STACKS[name], __name__), name)
     raise AttributeError(f"module 'models' has no attribute {name!r}")

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
@@ -177,18 +177,42 @@ def hidden_and_head_input(
 
 
 def base_logits(base: nn.Module, head_input: torch.Tensor) -> torch.Tensor:
-    """The base's logits (…, vocabulary) from its head's input (…, hidden): the head, then the family's scale and cap."""
-    logits = base.get_output_embeddings()(head_input)
-    config = base.config.get_text_config()
-    scale, cap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
-    if scale != 1.0:
-        logits = logits.float() * scale
-    if cap is not None:
-        logits = torch.tanh(logits.float() / cap) * cap
-    return logits
+    """The base's logits (…, vocabulary) from its head's input (…, hidden): the head, then the family's scale and cap.
+
+    Raises ValueError as `logit_scale` does.
+    """
+    logits, scale = base.get_output_embeddings()(head_input), logit_scale(base)
+    return _capped(logits if scale == 1.0 else logits.float() * scale, base)
 
 
-def logit_scale(config: PretrainedConfig) -> float:
-    """The factor between the head's output and the logits; 1 for most families."""
-    factor = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    return factor / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+_scales: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def logit_scale(base: nn.Module) -> float:
+    """The constant by which a family multiplies its head's output (1 for most), before it caps its logits if it does.
+
+    Configs name it in several ways, one name for contrary things; so it is measured, once for each model. Raises
+    ValueError when the logits are no such function of the head's output.
+    """
+    if base not in _scales:
+        head, embeddings = base.get_output_embeddings(), base.get_input_embeddings().weight
+        ids = torch.arange(8, device=embeddings.device).remainder(len(embeddings)).unsqueeze(0)
+        with HiddenCapture.on(head) as capture:
+            logits = base(input_ids=ids, use_cache=False).logits.float()
+            raw = head(capture.take()).float()
+        scale = 1.0
+        if not torch.allclose(_capped(raw, base), logits, rtol=1e-3):
+            scale = ((logits * raw).sum() / raw.square().sum()).item()
+        if not torch.allclose(_capped(raw * scale, base), logits, rtol=0.02, atol=0.02 * logits.abs().max().item()):
+            raise ValueError(
+                f"model family '{base.config.model_type}': scales its logits in a way that is not known here"
+            )
+        _scales[base] = scale
+    return _scales[base]
+
+
+def _capped(logits: torch.Tensor, base: nn.Module) -> torch.Tensor:
+    """cap · tanh(logits / cap), where the family caps its logits so."""
+    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits.float() / cap) * cap

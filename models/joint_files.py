@@ -1,8 +1,8 @@
-"""The folder of a joint model, and opening one from a base and a memory.
+"""The folder of a joint model: its config, its model card, and which base it belongs to.
 
 Layout: `config.json` (which base, lambda, temperature, layer), `memory/` (the memory in the published layout), the
-tokenizer, `README.md` (a model card) and, if asked for, the base itself in `base/`. `config.json` is written last, so a
-folder that has one is whole. Knows how to open models; nothing of mixing or training.
+tokenizer, `README.md` (the card) and, if asked for, the base itself in `base/`. `config.json` is written last, so a
+folder that has one is whole.
 """
 
 from __future__ import annotations
@@ -10,23 +10,17 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from models.capture import captured_module
-from models.joint_config import MLPMemoryConfig
-from models.loading import load_memory
-from models.model_card import model_card
-
-if TYPE_CHECKING:
-    from models.mlpMemory import MLPMemory
+from .stack import download
 
 logger = logging.getLogger(__name__)
 
@@ -35,74 +29,102 @@ INSIDE = "base"
 OWN_HUB_ARGUMENTS = ("revision", "subfolder", "code_revision", "adapter_kwargs", "_from_auto", "_commit_hash")
 
 
-def open_joint(
-    cls: type[MLPMemory],
-    base: str | os.PathLike | PreTrainedModel,
-    memory: str | os.PathLike | nn.Module | None,
-    settings: dict[str, Any],
-    *,
-    config: MLPMemoryConfig | None,
-    device: torch.device | str | None,
-    memory_dtype: torch.dtype | None,
-    memory_device: torch.device | str | None,
-    base_arguments: dict[str, Any],
-) -> MLPMemory:
-    """Open base and memory and join them, in eval mode; `MLPMemory.from_pretrained` documents the arguments."""
-    revision = base_arguments.get("revision")
-    if memory is None:
-        base_arguments = {name: value for name, value in base_arguments.items() if name not in OWN_HUB_ARGUMENTS}
-        folder, config = _joint_folder(base, config, revision)
-        memory, base = folder / "memory", _base_of(folder, config)
-        reference = config.base_model_name_or_path or base
-    else:
-        reference = base.name_or_path if isinstance(base, nn.Module) else str(base)
-        config = None if isinstance(memory, nn.Module) else _read_config(Path(memory))
-    saved = {} if config is None else {name: getattr(config, name) for name in ("lmbda", "knn_temp", "layer_position")}
-    chosen = saved | {name: value for name, value in settings.items() if value is not None}
-    if not isinstance(base, nn.Module):
-        base = AutoModelForCausalLM.from_pretrained(str(base), **base_arguments)
-        if device is not None:
-            base.to(device)
-    if not isinstance(memory, nn.Module):
-        weight = next(captured_module(base, chosen.get("layer_position", -1)).parameters())
-        place = base.device if weight.is_meta else weight.device  # meta: accelerate keeps the block elsewhere
-        memory = load_memory(memory, dtype=memory_dtype or base.dtype, device=memory_device or place)
-    _resize_to_memory(base, memory, reference)
-    joint = cls(base, memory, **chosen)
-    joint.config.base_model_name_or_path = reference
-    return joint.eval()
+class MLPMemoryConfig(PretrainedConfig):
+    """Config of `MLPMemory`. `text_config` is the base's own, so that generation finds its cache and context sizes.
+
+    `base_model_name_or_path` says which base the folder belongs to ("." : it is inside, in `base/`).
+    Raises ValueError for a lambda outside [0, 1] or a temperature that is not positive.
+    """
+
+    model_type = "mlp_memory"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
+
+    def __init__(
+        self,
+        text_config: PretrainedConfig | dict | None = None,
+        lmbda: float = 0.25,
+        knn_temp: float = 1.0,
+        layer_position: int = -1,
+        base_model_name_or_path: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            if text_config.get("model_type") not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"base model_type {text_config.get('model_type')!r} is no family that transformers knows"
+                )
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.lmbda = check_lambda(lmbda)
+        self.knn_temp = check_temperature(knn_temp)
+        self.layer_position = layer_position
+        self.base_model_name_or_path = base_model_name_or_path
+        super().__init__(**kwargs)
+
+    # What tools that were written for plain decoders look for.
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text_config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text_config.hidden_size
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """The base's context in tokens; None where the family knows no limit."""
+        return getattr(self.text_config, "max_position_embeddings", None)
 
 
-def _joint_folder(path: object, config: MLPMemoryConfig | None, revision: str | None) -> tuple[Path, MLPMemoryConfig]:
-    """The local folder and config of a saved joint model. Raises ValueError when `path` is none."""
+def check_lambda(value: float) -> float:
+    """`value` as a float. Raises ValueError unless it is in [0, 1]."""
+    if not (math.isfinite(value) and 0.0 <= value <= 1.0):
+        raise ValueError(f"lambda {value:g}: expected a number from 0 to 1")
+    return float(value)
+
+
+def check_temperature(value: float) -> float:
+    """`value` as a float. Raises ValueError unless it is finite and above 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"memory temperature {value:g}: expected a number above 0")
+    return float(value)
+
+
+def joint_parts(
+    path: str | os.PathLike, config: MLPMemoryConfig | None, base_arguments: dict[str, Any]
+) -> tuple[Path, str, MLPMemoryConfig]:
+    """Memory, base and config of the joint model saved at `path` (a folder, or a hub name).
+
+    Arguments of the hub look-up that are the joint folder's own leave `base_arguments`. Raises ValueError when `path`
+    is no joint model, or its base is not there.
+    """
     if isinstance(path, nn.Module):
         raise ValueError("a loaded base needs a memory: pass memory=")
-    folder = Path(path)
-    if not folder.is_dir():
-        from models.loading import download
-
-        folder = download(str(path), revision)
-    config = config if isinstance(config, MLPMemoryConfig) else _read_config(folder)
+    own = {name: base_arguments.pop(name, None) for name in OWN_HUB_ARGUMENTS}
+    folder = Path(path) if Path(path).is_dir() else download(str(path), own["revision"])
+    if not isinstance(config, MLPMemoryConfig):
+        config = read_joint_config(folder)
     if config is None:
         raise ValueError(
             f"{path}: is no folder of a joint model (config.json with model_type {MLPMemoryConfig.model_type}); "
             "pass memory= with the memory's folder"
         )
-    return folder, config
+    return folder / "memory", _base_of(folder, config), config
 
 
-def _read_config(folder: Path) -> MLPMemoryConfig | None:
+def read_joint_config(folder: str | os.PathLike) -> MLPMemoryConfig | None:
     """The joint config in `folder`, or None when its config.json is of another kind."""
-    path = folder / "config.json"
+    path = Path(folder) / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (OSError, ValueError):
         return None
-    if not isinstance(values, dict) or values.get("model_type") != MLPMemoryConfig.model_type:
+    if values.get("model_type") != MLPMemoryConfig.model_type:
         return None
     try:
         return MLPMemoryConfig.from_dict(values)
-    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: is no usable config of a joint model ({' '.join(str(error).split())})") from None
 
 
@@ -119,7 +141,7 @@ def _base_of(folder: Path, config: MLPMemoryConfig) -> str:
     return reference
 
 
-def _resize_to_memory(base: PreTrainedModel, memory: nn.Module, reference: str | None) -> None:
+def resize_to_memory(base: PreTrainedModel, memory: nn.Module, reference: str | None) -> None:
     """Resize a base with a padded vocabulary to its tokenizer's length, where that is the memory's vocabulary."""
     vocabulary = memory.lm_head.weight.shape[0]
     if base.config.get_text_config().vocab_size == vocabulary or not reference:
@@ -139,9 +161,8 @@ def _tokenizer(path: str) -> Any:
 
 
 def save_joint(
-    joint: MLPMemory,
+    joint: PreTrainedModel,
     folder: str | os.PathLike,
-    *,
     include_base: bool,
     base_reference: str | None,
     tokenizer: Any,
@@ -173,7 +194,11 @@ def save_joint(
         if include_base:
             joint.base_lm.save_pretrained(temporary / INSIDE, max_shard_size=max_shard_size)
         if tokenizer is not None:
-            tokenizer = _padding(tokenizer)
+            if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+                # So that the saved folder generates in batches.
+                tokenizer = copy.deepcopy(tokenizer)
+                tokenizer.pad_token = tokenizer.eos_token
+                logger.info("the tokenizer has no padding token: %s takes its place", tokenizer.eos_token)
             tokenizer.save_pretrained(temporary)
             if include_base:
                 tokenizer.save_pretrained(temporary / INSIDE)
@@ -183,15 +208,6 @@ def save_joint(
         _move_in(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _padding(tokenizer: Any) -> Any:
-    """The tokenizer with a padding token, so that the saved folder generates in batches: the end of sequence if none."""
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.eos_token
-        logger.info("the tokenizer has no padding token: %s takes its place", tokenizer.eos_token)
-    return tokenizer
 
 
 def _move_in(temporary: Path, folder: Path) -> None:
@@ -204,3 +220,73 @@ def _move_in(temporary: Path, folder: Path) -> None:
         if target.is_dir():
             shutil.rmtree(target)
         os.replace(source, target)
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [mlp-memory, knn-lm]
+{front}---
+
+# MLP Memory
+
+An MLP that was pretrained to imitate a kNN retriever over its training corpus (arXiv 2508.01832). It reads a
+hidden state of the base model and its next-token distribution is mixed with the base's.
+
+| | |
+| --- | --- |
+| base model | {base} |
+| memory | {memory} |
+| hidden state | input of the `.mlp` of block {layer_position} |
+| lambda (weight of the memory) | {lmbda:g} |
+| temperature of the memory | {knn_temp:g} |
+
+## Measured
+
+{measured}
+
+## Use
+
+With the project's code on the Python path:
+
+```python
+import models  # registers the model type
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+model.lmbda = 0.5  # may be changed at any time, as may model.knn_temp
+```
+"""
+COLUMNS = ("dataset", "split", "perplexity", "tokens", "lmbda", "knn_temp")  # of the card's table, in this order
+
+
+def model_card(joint: PreTrainedModel, base: str | None, results: dict[str, Any] | list[dict[str, Any]] | None) -> str:
+    """Markdown with YAML front matter. `results`: one `results.json` or several; None says that nothing was measured."""
+    memory = joint.knn_generator
+    parameters = sum(parameter.numel() for parameter in memory.parameters())
+    return CARD.format(
+        front=f"base_model: {json.dumps(base)}\n" if base else "",
+        base=base or "included in `base/`",
+        memory=f"{type(memory).__name__}, {len(memory.blocks)} layers, {parameters:,} parameters",
+        measured=_table([results] if isinstance(results, dict) else list(results or ())),
+        layer_position=joint.layer_position,
+        lmbda=joint.lmbda,
+        knn_temp=joint.knn_temp,
+    )
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of measured rows: the known columns that some row has, then the other plain values."""
+    names = [*COLUMNS, *(name for row in rows for name in row)]
+    plain = {name for row in rows for name, value in row.items() if isinstance(value, (int, float, str))}
+    columns = [name for name in dict.fromkeys(names) if name in plain]
+    if not columns:
+        return "Nothing was measured when this folder was written."
+    lines = [columns, ["---"] * len(columns), *([_cell(row.get(name)) for name in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,5 +1,5 @@
 """The MLP memory of GPT-2 bases: LayerNorm blocks with the family's own MLP. Weight names: `h.{i}.ln_1`,
-`h.{i}.mlp.{c_fc,c_proj}`, `ln_f`, `lm_head.weight`. What all stacks share is in `models.stack`."""
+`h.{i}.mlp.{c_fc,c_proj}`, `ln_f`, `lm_head.weight`. What all stacks share is in `stack.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import GPT2Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2PreTrainedModel
 
-from models.stack import MLPStack
+from .stack import MLPStack
 
 
 class GPT2MLPBlock(GradientCheckpointingLayer):

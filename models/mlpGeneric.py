@@ -15,9 +15,8 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from models.capture import decoder_blocks, final_norm
-from models.gated_mlp import gated_mlp
-from models.stack import MLPStack, memory_config
+from .capture import decoder_blocks, final_norm
+from .stack import MLPStack, memory_config
 
 
 class GenericMLPBlock(GradientCheckpointingLayer):
@@ -29,7 +28,7 @@ class GenericMLPBlock(GradientCheckpointingLayer):
         self.mlp = mlp
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + gated_mlp(self.mlp, self.input_layernorm(hidden))
+        return hidden + self.mlp(self.input_layernorm(hidden))
 
 
 class GenericMLPModel(MLPStack):
@@ -58,7 +57,8 @@ def _class_of_family(config_class: type[PretrainedConfig]) -> type[GenericMLPMod
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     family = next(each for each in model_class.__mro__ if PreTrainedModel in each.__bases__)
     name = f"{config_class.__name__.removesuffix('Config')}MLPModel"
-    return type(name, (GenericMLPModel, family), {"__module__": __name__, "__doc__": GenericMLPModel.__doc__})
+    attributes = {"__module__": __name__, "__doc__": GenericMLPModel.__doc__, "config_class": config_class}
+    return type(name, (GenericMLPModel, family), attributes)
 
 
 def family_parts(config: PretrainedConfig) -> tuple[nn.Module, nn.Module]:

@@ -1,8 +1,7 @@
 """The joint model: a frozen or trained base, a memory that reads its captured hidden states, and their mixture.
 
 p(y|x) = (1 - lambda) · p_base(y|x) + lambda · p_memory(y|x), paper section 3.4. The memory is computed position by
-position, so the cache is the base's alone and beams reorder nothing of ours. Knows nothing of files but its own
-folder (`models.joint_files`), and nothing of datasets.
+position, so the cache is the base's alone and beams reorder nothing of ours.
 """
 
 from __future__ import annotations
@@ -14,15 +13,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from models.capture import HiddenCapture, captured_module, hidden_states
-from models.generation_checks import check_prompts, check_settings
-from models.joint_config import MLPMemoryConfig, check_lambda, check_temperature
-
-__all__ = ["MLPMemory", "MLPMemoryConfig", "joint_log_probs"]
+from .capture import HiddenCapture, captured_module, hidden_states
+from .families import load_memory
+from .joint_files import (
+    MLPMemoryConfig,
+    check_lambda,
+    check_temperature,
+    joint_parts,
+    read_joint_config,
+    resize_to_memory,
+    save_joint,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -161,19 +166,27 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
 
         Raises ValueError when the memory does not fit the base, or a setting is out of range.
         """
-        from models.joint_files import open_joint
-
-        return open_joint(
-            cls,
-            base,
-            memory,
-            {"lmbda": lmbda, "knn_temp": knn_temp, "layer_position": layer_position},
-            config=config,
-            device=device,
-            memory_dtype=memory_dtype,
-            memory_device=memory_device,
-            base_arguments=base_arguments,
-        )
+        if memory is None:
+            memory, base, config = joint_parts(base, config, base_arguments)
+            reference = config.base_model_name_or_path or base
+        else:
+            config = None if isinstance(memory, nn.Module) else read_joint_config(memory)
+            reference = base.name_or_path if isinstance(base, nn.Module) else str(base)
+        given = {"lmbda": lmbda, "knn_temp": knn_temp, "layer_position": layer_position}
+        settings = {} if config is None else {name: getattr(config, name) for name in given}
+        settings |= {name: value for name, value in given.items() if value is not None}
+        if not isinstance(base, nn.Module):
+            base = AutoModelForCausalLM.from_pretrained(str(base), **base_arguments)
+            if device is not None:
+                base.to(device)
+        if not isinstance(memory, nn.Module):
+            weight = next(captured_module(base, settings.get("layer_position", -1)).parameters())
+            place = base.device if weight.is_meta else weight.device  # meta: accelerate keeps the block elsewhere
+            memory = load_memory(memory, dtype=memory_dtype or base.dtype, device=memory_device or place)
+        resize_to_memory(base, memory, reference)
+        joint = cls(base, memory, **settings)
+        joint.config.base_model_name_or_path = reference
+        return joint.eval()
 
     def save_pretrained(
         self,
@@ -193,18 +206,8 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         else the base's, is written along. `results`: measured rows (`results.json` of an evaluation) for the card.
         Raises ValueError when there is no base to refer to.
         """
-        from models.joint_files import save_joint
-
         if is_main_process:
-            save_joint(
-                self,
-                save_directory,
-                include_base=include_base,
-                base_reference=base_reference,
-                tokenizer=tokenizer,
-                results=results,
-                max_shard_size=max_shard_size,
-            )
+            save_joint(self, save_directory, include_base, base_reference, tokenizer, results, max_shard_size)
 
     def train(self, mode: bool = True) -> MLPMemory:
         super().train(mode)
@@ -293,34 +296,39 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """`GenerationMixin.generate`, all of it, on the joint distribution.
 
-        Raises ValueError, in one line, for an empty prompt, one longer than the base's context, or a sampling setting
-        out of range. Generation ends where the context does: a limit beyond it is lowered, and that is said once.
+        Raises ValueError for an empty prompt and one longer than the base's context. Generation ends where the context
+        does: a limit beyond it is lowered, and that is said once.
         """
-        settings = (generation_config or self.generation_config).to_dict()
-        settings.update({name: value for name, value in kwargs.items() if name in settings})
-        check_settings(settings)
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is not None and kwargs.get("inputs_embeds") is None:
-            context = self.config.max_position_embeddings
-            length = check_prompts(prompt, kwargs.get("attention_mask"), context)
-            if context is not None:
-                self._keep_within(context, length, prompt.shape[1], settings, kwargs)
+            settings = (generation_config or self.generation_config).to_dict() | kwargs
+            asked, limit = settings.get("max_new_tokens"), settings.get("max_length")
+            if asked is None:
+                asked = limit - prompt.shape[1] if limit is not None else DEFAULT_NEW_TOKENS
+            room = room_after(prompt, kwargs.get("attention_mask"), self.config.max_position_embeddings)
+            if asked > room:
+                logger.warning_once(f"{asked} new tokens would go beyond the base's context: lowered to {room}")
+                kwargs.pop("max_length", None)
+                kwargs["max_new_tokens"] = room
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
-    def _keep_within(
-        self, context: int, length: int, padded: int, settings: dict[str, Any], kwargs: dict[str, Any]
-    ) -> None:
-        """Lower the number of new tokens in `kwargs` to what the context holds (the last one is never fed back)."""
-        asked, limit = settings.get("max_new_tokens"), settings.get("max_length")
-        if asked is None:
-            asked = limit - padded if limit is not None else DEFAULT_NEW_TOKENS
-        room = context - length + 1
-        if asked > room:
-            logger.warning_once(
-                f"{asked} new tokens after a prompt of {length} leave the context of {context}: lowered to {room}"
-            )
-            kwargs.pop("max_length", None)
-            kwargs["max_new_tokens"] = room
+
+def room_after(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, context: int | None) -> float:
+    """How many tokens can follow prompts `input_ids` (batch, time) in a context; without a limit (None) infinitely many.
+
+    Raises ValueError when a prompt is empty or longer than the context.
+    """
+    shortest = longest = input_ids.shape[1]
+    if attention_mask is not None:
+        lengths = attention_mask.sum(-1)  # (batch,)
+        shortest, longest = int(lengths.min()), int(lengths.max())
+    if shortest == 0:
+        raise ValueError("a prompt is empty: expected at least one token (the tokenizer's BOS will do)")
+    if context is None:
+        return math.inf
+    if longest > context:
+        raise ValueError(f"a prompt of {longest} tokens is longer than the base's context of {context}: shorten it")
+    return context - longest + 1  # the last token is never fed back
 
 
 def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -341,19 +349,18 @@ def shifted_nll(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def check_fit(base_config: PretrainedConfig, memory: nn.Module) -> None:
     """Raises ValueError when a memory cannot belong to a base: family, hidden size or vocabulary differ."""
     base = base_config.get_text_config()
+    vocabulary = memory.lm_head.weight.shape[0]
+    hint = "use the memory that was trained for this base"
     if memory.config.model_type != base.model_type:
         raise ValueError(
-            f"the memory is for the {memory.config.model_type} family, the base is {base.model_type}; "
-            "use the memory that was trained for this base"
+            f"the memory is for the {memory.config.model_type} family, the base is {base.model_type}; {hint}"
         )
     if memory.input_dim != base.hidden_size:
         raise ValueError(
-            f"the memory reads hidden states of size {memory.input_dim}, the base's hidden size is {base.hidden_size}; "
-            "use the memory that was trained for this base"
+            f"the memory reads hidden states of size {memory.input_dim}, the base's hidden size is {base.hidden_size}; {hint}"
         )
-    vocabulary = memory.lm_head.weight.shape[0]
     if vocabulary != base.vocab_size:
         raise ValueError(
-            f"the memory's vocabulary has {vocabulary} tokens, the base's {base.vocab_size}; use the memory that was "
-            "trained for this base, with the base's embeddings resized to its tokenizer"
+            f"the memory's vocabulary has {vocabulary} tokens, the base's {base.vocab_size}; {hint}, with the base's "
+            "embeddings resized to its tokenizer"
         )

@@ -1,5 +1,5 @@
 """The MLP memory of Mistral bases: RMSNorm blocks with the family's own SwiGLU. Weight names: `layers.{i}.input_layernorm`,
-`layers.{i}.mlp.{gate,up,down}_proj`, `norm`, `lm_head.weight`. What all stacks share is in `models.stack`."""
+`layers.{i}.mlp.{gate,up,down}_proj`, `norm`, `lm_head.weight`. What all stacks share is in `stack.py`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from transformers import MistralConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mistral.modeling_mistral import MistralMLP, MistralPreTrainedModel, MistralRMSNorm
 
-from models.gated_mlp import gated_mlp
-from models.stack import MLPStack
+from .stack import MLPStack
 
 
 class MistralMLPBlock(GradientCheckpointingLayer):
@@ -22,7 +21,7 @@ class MistralMLPBlock(GradientCheckpointingLayer):
         self.mlp = MistralMLP(config)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + gated_mlp(self.mlp, self.input_layernorm(hidden))
+        return hidden + self.mlp(self.input_layernorm(hidden))
 
 
 class MistralMLPModel(MLPStack, MistralPreTrainedModel):

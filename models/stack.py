@@ -1,20 +1,42 @@
-"""What the memory stacks of all families share: the way from captured hidden states to next-token logits.
+"""What the memory stacks of all families share: the way from captured hidden states to next-token logits, and loading.
 
 A stack is `layers × (x + MLP(norm(x)))`, a final norm and a head of its own (paper section 3.2), built from the base
 family's MLP and norm modules. It is attention-free: each position is computed by itself, so it needs no mask, no
-positions and no cache. Knows nothing of the base model's weights, nor of files (`models.loading` reads them).
+positions and no cache.
+
+A memory is read in every layout it was ever published or saved in: `config.json` (the base's, with the layer count
+changed) beside `model.safetensors`, sharded safetensors with an index, or a `.bin` of tensors; the original trainers'
+`epoch_n/` and `epoch_n/knn_generator/`, where a joint state (keys `base_lm.*` and `knn_generator.*`) may stand beside
+the memory alone; a folder of `MLPMemory.save_pretrained`.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import os
+import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
+
+MEMORY_PREFIX = "knn_generator."
+BASE_PREFIX = "base_lm."
+SUBFOLDERS = ("knn_generator", "memory")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 class MLPStack:
@@ -102,23 +124,65 @@ class MLPStack:
     @classmethod
     def from_pretrained(
         cls,
-        path: str,
+        path: str | os.PathLike,
         *,
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> MLPStack:
-        """Load a memory as `models.load_memory` does: missing or unexpected weights are an error, not random numbers.
+        """Load a memory of this class from a folder or the hub, in eval mode.
 
-        `dtype` None keeps the stored one; `torch_dtype` is its older name. Raises ValueError when the memory is of
+        Weights are read strictly: missing or unexpected ones are an error, not random numbers. `dtype` None keeps the
+        stored one; `torch_dtype` is its older name. Raises ValueError as `load_memory` does, and when the memory is of
         another family than this class.
         """
-        from models.loading import load_memory
+        dtype = dtype or torch_dtype
+        folder = find_memory(path)
+        config = read_memory_config(folder)
+        if config.model_type != cls.config_class.model_type:
+            raise ValueError(
+                f"{path}: holds a memory of the {config.model_type} family, expected one for {cls.__name__}"
+            )
+        state = read_memory_state(folder)
+        transform = state.get("embedding_transform.weight")  # (hidden, input_dim)
+        with torch.device("meta"):
+            memory = cls(config, input_dim=None if transform is None else transform.shape[1])
+        check_weights(folder, memory, state)
+        target = torch.device(device) if device is not None else None
+        for name, value in state.items():
+            # A copy, also where nothing changes: the file may be written over while the memory lives.
+            state[name] = value.to(device=target, dtype=dtype if value.is_floating_point() else None, copy=True)
+        memory.load_state_dict(state, strict=True, assign=True)
+        if dtype is not None:
+            memory.config.dtype = dtype
+        memory.name_or_path = memory.config.name_or_path = str(path)
+        return memory.eval()
 
-        memory = load_memory(path, dtype=dtype or torch_dtype, device=device)
-        if not isinstance(memory, cls):
-            raise ValueError(f"{path}: holds a {type(memory).__name__}, expected a {cls.__name__}")
-        return memory
+
+def check_weights(folder: Path, memory: MLPStack, state: dict[str, torch.Tensor]) -> None:
+    """Compare stored weights with what the config asks for. Raises ValueError naming the first few that differ."""
+    expected = memory.state_dict()
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    differences = {
+        "missing": sorted(expected.keys() - state.keys()),
+        "not expected": sorted(state.keys() - expected.keys()),
+        "of another shape": shapes,
+    }
+    complaints = [f"{what} {_some(names)}" for what, names in differences.items() if names]
+    if complaints:
+        raise ValueError(
+            f"{folder}: the weights do not fit its config.json as a {type(memory).__name__}: {'; '.join(complaints)}; "
+            "expected an MLP memory (not the base model) with the config it was saved with"
+        )
+
+
+def _some(names: list[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def layer_count_name(config_class: type[PretrainedConfig]) -> str:
@@ -155,3 +219,134 @@ def memory_config(base_config: PretrainedConfig, layers: int) -> PretrainedConfi
         del config.quantization_config
     config.architectures = None
     return config
+
+
+def find_memory(path: str | os.PathLike) -> Path:
+    """The folder in or below `path` (a folder, or a hub name) that holds a memory's config and weights.
+
+    Raises ValueError when there is none, or several, whose names are listed.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        raise ValueError(f"{path}: is a file, expected the folder that holds a memory's config.json and weights")
+    if not folder.is_dir():
+        folder = download(str(path))
+    found = _memories(folder)
+    if not found:
+        raise ValueError(
+            f"{path}: holds no MLP memory; expected config.json beside model.safetensors or pytorch_model.bin"
+        )
+    if len(found) > 1:
+        names = ", ".join(sorted((str(each.relative_to(folder)) for each in found), key=_natural))
+        raise ValueError(f"{path}: holds several memories ({names}); name one of them")
+    return found[0]
+
+
+def _memories(folder: Path) -> list[Path]:
+    """Memory folders: the one at `folder`, else those one level below."""
+    if (here := _memory_at(folder)) is not None:
+        return [here]
+    below = [child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")]
+    return [memory for child in below if (memory := _memory_at(child)) is not None]
+
+
+def _memory_at(folder: Path) -> Path | None:
+    """`folder` itself or a known subfolder of it, where config and weights are."""
+    for place in (folder, *(folder / name for name in SUBFOLDERS)):
+        if (place / "config.json").is_file() and any((place / name).is_file() for name in WEIGHT_FILES):
+            return place
+    return None
+
+
+def _natural(name: str) -> tuple[int, str]:
+    """Sort key that puts epoch_2 before epoch_10."""
+    digits = "".join(character for character in name if character.isdigit())
+    return (int(digits) if digits else -1, name)
+
+
+def download(name: str, revision: str | None = None) -> Path:
+    """The local copy of a hub repository's config and weights. Raises ValueError when it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"{name}: no such folder")
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        if not _memories(folder):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.bin"]))
+        return folder
+    except (HFValidationError, OSError) as error:
+        raise ValueError(
+            f"{name}: no such folder, and no model of that name could be fetched from the hub ({type(error).__name__})"
+        ) from None
+
+
+def read_memory_config(folder: Path) -> PretrainedConfig:
+    """The config of the memory in `folder`. Raises ValueError when it is not one of a known family."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not readable JSON ({error})") from None
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"{path}: model_type {model_type!r} is no model family that transformers knows")
+    config_class = CONFIG_MAPPING[model_type]
+    layers = values.get(layer_count_name(config_class), values.get("num_hidden_layers"))
+    try:
+        return config_class.from_dict(fit_layer_lists(values, layers) if layers else values)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: is no usable {model_type} config ({' '.join(str(error).split())})") from None
+
+
+def read_memory_state(folder: Path) -> dict[str, torch.Tensor]:
+    """The memory's weights by name; those of a joint state come without their prefix and without the base's."""
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            state: dict[str, torch.Tensor] = {}
+            for path in _shards(folder / name) if name.endswith(".index.json") else [folder / name]:
+                state |= _read_file(path)
+            if any(key.startswith((MEMORY_PREFIX, BASE_PREFIX)) for key in state):
+                own = [key for key in state if key.startswith(MEMORY_PREFIX)]
+                state = {key.removeprefix(MEMORY_PREFIX): state[key] for key in own}
+            if state:
+                return state
+    raise ValueError(f"{folder}: its weight files hold no weights of a memory, only a base model's ({BASE_PREFIX}*)")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The weight files that an index names."""
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{index}: is no index of weight files ({type(error).__name__})") from None
+    for name in files:
+        if not (index.parent / name).is_file():
+            raise ValueError(f"{index}: names {name}, which is not there; fetch the checkpoint again")
+    return [index.parent / name for name in files]
+
+
+def _read_file(path: Path) -> dict[str, torch.Tensor]:
+    """Weights of one file, mapped from disk where the format allows it: what nobody uses is not read.
+
+    A `.bin` must be a dict of tensors and nothing else: what would run code is refused before it does.
+    """
+    refusal = f"{path}: holds more than tensors; it is not read, convert it to safetensors where you trust it"
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError:
+        raise ValueError(refusal) from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: is no whole weight file ({told}); fetch it again") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(refusal)
+    return state
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"

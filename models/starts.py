@@ -1,7 +1,6 @@
 """Where a memory's training begins: the base's head and final norm, or nearly the base model itself.
 
-The third start, random numbers, is what a stack's constructor gives. Knows base and memory as modules; nothing of
-files or training.
+The third start, random numbers, is what a stack's constructor gives.
 
 The start from the base. Let h be the residual stream before the captured block's MLP, x = norm(h) the captured state,
 with norm(h) = w ⊙ h/rms(h) (for a LayerNorm: w ⊙ (h - mean(h))/std(h) + b). The base goes on to
@@ -25,32 +24,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from models.capture import HiddenCapture, captured_block, captured_module, final_norm, is_norm, logit_scale
+from .capture import HiddenCapture, captured_block, captured_module, final_norm, is_norm, logit_scale
 
 # A norm weight below this share of the typical one carries no signal that could be divided out again.
 SMALLEST_WEIGHT = 1e-3
 
 
 @dataclass
-class BaseScale:
-    """Typical sizes around the captured block, medians over the positions of a small sample.
-
-    `hidden_rms`: of the residual stream h (its standard deviation where the norm centres it); `input_rms`: of x;
-    `final_ratio`: rms(w ⊙ y)/rms(y), and `final_mean`: mean(w ⊙ y)/std(w ⊙ y), of the block's output y;
-    `output_gain` (hidden,): how much of the MLP's output reaches the residual stream, 1 unless the family scales or
-    normalises it on the way. None: derived from the weights.
-    """
-
-    hidden_rms: float
-    input_rms: float | None = None
-    input_mean: float | None = None
-    final_ratio: float | None = None
-    final_mean: float = 0.0
-    output_gain: torch.Tensor | None = None
-
-
-@dataclass
-class _Affine:
+class Affine:
     """What a norm does to its normalised input: `weight` ⊙ · + `bias`, both (hidden,) float32 on the CPU;
     `centred`: it takes the mean off."""
 
@@ -58,11 +39,37 @@ class _Affine:
     bias: torch.Tensor
     centred: bool
 
+    @classmethod
+    def identity(cls, width: int) -> Affine:
+        return cls(torch.ones(width), torch.zeros(width), False)
+
+    def centre(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` (…, hidden) without their mean, where this norm takes it off."""
+        return values - values.mean(-1, keepdim=True) if self.centred else values
+
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """RMS over the last dimension, of the centred values where this norm centres: (…, hidden) → (…)."""
-        if self.centred:
-            values = values - values.mean(-1, keepdim=True)
-        return values.square().mean(-1).sqrt()
+        return self.centre(values).square().mean(-1).sqrt()
+
+
+@dataclass
+class BaseScale:
+    """What `measure_scale` finds around the captured block; sizes are medians over the positions of a small sample.
+
+    `before`: what the norm before the MLP does (nothing where the family has none there); `hidden_rms`: of the residual
+    stream h that enters it (its standard deviation where the norm centres; 1 without a norm: x is h itself);
+    `input_rms`, `input_mean`: of x; `final_ratio`: rms(w ⊙ y)/rms(y), and `final_mean`: mean(w ⊙ y)/std(w ⊙ y), of the
+    block's output y; `output_gain` (hidden,): how much of the MLP's output reaches the residual stream, 1 unless the
+    family scales or normalises it on the way.
+    """
+
+    before: Affine
+    hidden_rms: float
+    input_rms: float
+    input_mean: float
+    final_ratio: float
+    final_mean: float
+    output_gain: torch.Tensor
 
 
 @torch.no_grad()
@@ -74,7 +81,7 @@ def init_lm_head(memory: nn.Module, base: nn.Module) -> None:
     head, norm = base.get_output_embeddings().weight, final_norm(base)
     _check_same_shape("head", memory.lm_head.weight, head)
     memory.lm_head.weight.copy_(head)
-    memory.lm_head.weight.mul_(logit_scale(base.config.get_text_config()))
+    memory.lm_head.weight.mul_(logit_scale(base))
     for name, value in memory.final_norm.named_parameters():
         source = dict(norm.named_parameters()).get(name)
         if source is None:
@@ -84,32 +91,27 @@ def init_lm_head(memory: nn.Module, base: nn.Module) -> None:
 
 
 @torch.no_grad()
-def init_from_base(memory: nn.Module, base: nn.Module, hidden_rms: float | BaseScale, layer_position: int = -1) -> None:
+def init_from_base(memory: nn.Module, base: nn.Module, scale: BaseScale, layer_position: int = -1) -> None:
     """Set `memory` to be nearly the base model itself, in place (the module's docstring says how).
 
-    `hidden_rms`: typical RMS of the residual stream that enters the captured block's norm, or, closer to the base, the
-    whole `BaseScale` that `measure_scale` takes from a small sample. Raises ValueError when the shapes differ (another
-    family, hidden size or intermediate size) or the family's MLP has no output projection.
+    `scale`: of the same block, from `measure_scale`. Raises ValueError when the shapes differ (another family, hidden
+    size or intermediate size) or the family's MLP has no output projection.
     """
-    scale = hidden_rms if isinstance(hidden_rms, BaseScale) else BaseScale(hidden_rms)
     if not scale.hidden_rms > 0:
         raise ValueError(f"hidden_rms {scale.hidden_rms:g}: expected a number above 0")
     if memory.embedding_transform is not None:
         raise ValueError("a memory with an embedding_transform does not start from the base: the widths differ")
     init_lm_head(memory, base)
-    mlp = captured_module(base, layer_position)
-    norm = _norm_before_mlp(base, layer_position)
-    before = _affine(norm) if norm is not None else _identity(memory.lm_head.in_features)
+    weight = _away_from_zero(scale.before.weight)
     after = _affine(final_norm(base))
-    size = scale.hidden_rms if norm is not None else 1.0  # without a norm x is h itself
-    weight = _away_from_zero(before.weight)
 
     first, *others = memory.blocks
-    for (name, value), source in zip(first.mlp.named_parameters(), mlp.parameters(), strict=True):
-        _check_same_shape(f"MLP's {name}", value, source)
-        value.copy_(source)
-    gain = torch.ones_like(weight) if scale.output_gain is None else scale.output_gain
-    _shape_output(_output_projection(first.mlp), gain * weight / size, -before.bias, after.centred)
+    source = captured_module(base, layer_position)
+    for (name, value), original in zip(first.mlp.named_parameters(), source.parameters(), strict=True):
+        _check_same_shape(f"MLP's {name}", value, original)
+        value.copy_(original)
+    output_scale = scale.output_gain * weight / scale.hidden_rms
+    _shape_output(_output_projection(first.mlp), output_scale, -scale.before.bias, after.centred)
     for block in others:
         projection = _output_projection(block.mlp)
         projection.weight.zero_()
@@ -117,13 +119,9 @@ def init_from_base(memory: nn.Module, base: nn.Module, hidden_rms: float | BaseS
             projection.bias.zero_()
 
     # The first norm hands x through: it multiplies by what it has divided by.
-    entrance = block_norm(first)
-    typical = (before.weight.square().mean() + before.bias.var()).sqrt().item()
-    input_rms = typical if scale.input_rms is None else scale.input_rms
-    input_mean = before.bias.mean().item() if scale.input_mean is None else scale.input_mean
-    _set_affine(entrance, torch.full_like(weight, input_rms), torch.full_like(weight, input_mean))
-    ratio = before.weight.square().mean().sqrt().item() if scale.final_ratio is None else scale.final_ratio
-    back = after.weight / weight * ratio
+    entrance = next(child for child in first.children() if is_norm(child))
+    _set_affine(entrance, torch.full_like(weight, scale.input_rms), torch.full_like(weight, scale.input_mean))
+    back = after.weight / weight * scale.final_ratio
     _set_affine(memory.final_norm, back, after.bias + back * scale.final_mean)
 
 
@@ -135,45 +133,8 @@ def measure_scale(
     layer_position: int = -1,
 ) -> BaseScale:
     """Typical sizes around the captured block over `input_ids` (batch, time): a few hundred tokens of real text do."""
-    seen = _observe(base, input_ids, attention_mask, layer_position)
-    rows = slice(None) if attention_mask is None else attention_mask.bool().to(seen.hidden.device)
-    hidden, captured, output, block_output = (
-        each[rows].flatten(0, -2).float().cpu()
-        for each in (seen.hidden, seen.captured, seen.mlp_output, seen.block_output)
-    )  # each (tokens, hidden)
-    before = _affine(seen.norm) if seen.norm is not None else _identity(hidden.shape[-1])
-    after = _affine(final_norm(base))
-    weighted = _away_from_zero(before.weight) * block_output
-    if after.centred:
-        weighted = _away_from_zero(before.weight) * (block_output - block_output.mean(-1, keepdim=True))
-    added = block_output - hidden
-    return BaseScale(
-        hidden_rms=before.spread(hidden).median().item(),
-        input_rms=after.spread(captured).median().item(),
-        input_mean=captured.mean(-1).median().item(),
-        final_ratio=(after.spread(weighted) / after.spread(block_output)).median().item(),
-        final_mean=(weighted.mean(-1) / after.spread(weighted)).median().item() if after.centred else 0.0,
-        output_gain=(added * output).sum(0) / output.square().sum(0).clamp(min=1e-12),
-    )
-
-
-@dataclass
-class _Observation:
-    """One pass through a block: the norm before its MLP (None: there is none) and the tensors around the MLP."""
-
-    norm: nn.Module | None
-    hidden: torch.Tensor
-    captured: torch.Tensor
-    mlp_output: torch.Tensor
-    block_output: torch.Tensor
-
-
-def _observe(
-    base: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, layer_position: int
-) -> _Observation:
-    """Run `base` and look at the captured block. The norm before the MLP is the one whose output the MLP receives."""
     block = captured_block(base, layer_position)
-    passed: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+    passed: dict[nn.Module, tuple[torch.Tensor | None, torch.Tensor]] = {}  # module: (input, output)
 
     def keep(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
         passed[module] = (args[0] if args else None, output[0] if isinstance(output, tuple) else output)
@@ -187,32 +148,28 @@ def _observe(
     finally:
         for handle in handles:
             handle.remove()
+    # The norm before the MLP is the one whose output the MLP receives.
     norm = next((each for each in norms if each in passed and passed[each][1] is captured), None)
-    hidden = passed[norm][0] if norm is not None else captured
-    return _Observation(norm, hidden, captured, passed[block.mlp][1], passed[block][1])
+    tensors = (captured if norm is None else passed[norm][0], captured, passed[block.mlp][1], passed[block][1])
+    rows = slice(None) if attention_mask is None else attention_mask.bool().to(captured.device)
+    hidden, captured, mlp_output, output = (each[rows].flatten(0, -2).float().cpu() for each in tensors)
+    # each (tokens, hidden)
+
+    before = _affine(norm) if norm is not None else Affine.identity(hidden.shape[-1])
+    after = _affine(final_norm(base))
+    weighted = _away_from_zero(before.weight) * after.centre(output)
+    return BaseScale(
+        before=before,
+        hidden_rms=before.spread(hidden).median().item() if norm is not None else 1.0,
+        input_rms=after.spread(captured).median().item(),
+        input_mean=captured.mean(-1).median().item(),
+        final_ratio=(after.spread(weighted) / after.spread(output)).median().item(),
+        final_mean=(weighted.mean(-1) / after.spread(weighted)).median().item() if after.centred else 0.0,
+        output_gain=((output - hidden) * mlp_output).sum(0) / mlp_output.square().sum(0).clamp(min=1e-12),
+    )
 
 
-def _some_tokens(base: nn.Module) -> torch.Tensor:
-    """A few token ids (1, 8) to look at the model with; not one alone, as a padding token's embedding is zero."""
-    embeddings = base.get_input_embeddings().weight
-    return torch.arange(8, device=embeddings.device).remainder(embeddings.shape[0]).unsqueeze(0)
-
-
-def _norm_before_mlp(base: nn.Module, layer_position: int) -> nn.Module | None:
-    """The norm whose output the captured MLP receives; None where the family normalises elsewhere."""
-    return _observe(base, _some_tokens(base), None, layer_position).norm
-
-
-def block_norm(block: nn.Module) -> nn.Module:
-    """The norm of a memory's block."""
-    return next(child for child in block.children() if is_norm(child))
-
-
-def _identity(width: int) -> _Affine:
-    return _Affine(torch.ones(width), torch.zeros(width), False)
-
-
-def _affine(norm: nn.Module) -> _Affine:
+def _affine(norm: nn.Module) -> Affine:
     """Read a norm's weight and bias by what it does to known vectors: families store weight or 1 + weight."""
     parameter = next(norm.parameters(), None)
     probe = copy.deepcopy(norm).float().cpu()
@@ -221,7 +178,7 @@ def _affine(norm: nn.Module) -> _Affine:
     signs[1::2] = -1  # … and, for an even width, mean 0
     up, down, level = probe(signs), probe(-signs), probe(torch.ones_like(signs))
     bias = (up + down) / 2
-    return _Affine((up - down) / 2 * signs, bias, bool(torch.allclose(level, bias, atol=1e-3)))
+    return Affine((up - down) / 2 * signs, bias, bool(torch.allclose(level, bias, atol=1e-3)))
 
 
 def _set_affine(norm: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> None:

@@ -79,13 +79,28 @@ def test_no_hook_stays_behind_after_an_error(base):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma3_text", "cohere", "granite"])
-def test_states_and_logits_at_selected_positions_are_those_of_a_full_forward_there(family):
-    base, ids = tiny_base(family), some_ids()
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        *((family, {}) for family in [*FAMILIES, "cohere"]),
+        ("gemma3_text", {"final_logit_softcapping": 5.0}),  # a cap
+        ("granite", {"logits_scaling": 6.0}),  # this family divides by it,
+        ("hyperclovax", {"logits_scaling": 6.0}),  # and this one multiplies
+    ],
+)
+def test_states_and_logits_at_selected_positions_are_those_of_a_full_forward_there(family, changes):
+    base, ids = tiny_base(family, **changes), some_ids()
     positions = torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.4
     hidden, head_input = hidden_and_head_input(base, ids, positions)
     assert torch.equal(hidden, captured_by_a_full_forward(base, -1, input_ids=ids)[positions])
     torch.testing.assert_close(base_logits(base, head_input), base(ids).logits[positions], rtol=1e-4, atol=1e-4)
+
+
+def test_a_family_that_does_something_else_to_its_logits_is_refused():
+    base = tiny_base("llama")
+    base.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits.square()))
+    with pytest.raises(ValueError, match="'llama': scales its logits in a way"):
+        base_logits(base, torch.zeros(1, 32))
 
 
 @pytest.mark.parametrize("layer_position", [2, -3, 99])

@@ -368,7 +368,7 @@ class MemoryTrainer:
 
     def _load_weights(self, models: list[nn.Module], state: str) -> None:
         """Hook of `accelerator.load_state`: the weights beside `state`, where it does not hold them itself."""
-        from models.loading import find_memory, read_memory_state
+        from models.stack import find_memory, read_memory_state
 
         if not list(Path(state).glob("*.safetensors")):
             models.clear()
