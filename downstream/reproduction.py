@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from knn_utils.planner import RATES, Rates, Sizes, Stage, make_plan
 from utils.cli import flag, parse
 from utils.errors import InputError, command
 from utils.units import size_text, time_text
@@ -20,13 +22,8 @@ from utils.units import size_text, time_text
 # Tokens of WikiText-103 (raw) under GPT-2's tokenizer, for an estimate before the windows are there.
 PUBLISHED_TOKENS = {"train": 117_900_000, "validation": 247_000, "test": 283_000}
 PUBLISHED_BLOCK, PUBLISHED_STRIDE = 1024, 512
-GB = 1e9
 # Share of its matrix-product speed that a device reaches in these stages.
 EFFICIENCY = 0.4
-# Table look-ups of a product quantiser per second: a CPU core, a GPU.
-LOOKUPS_CPU, LOOKUPS_GPU = 1e9, 5e12
-# A GPU to reckon with where there is none (an A100: dense bfloat16, in practice).
-GPU_SPEED = 2e14
 
 
 @dataclass
@@ -49,8 +46,7 @@ class ReproductionArguments:
     code_size: int = flag(64, "bytes of a compressed key")
     index_factory: str = flag("", "FAISS factory string in place of the two")
     epochs: int = flag(50, "passes over the data")
-    base_model_name: str = flag("large", "preset of the memory's layer count")
-    memory_layers: int = flag(0, "layers of the memory; 0: the preset's")
+    memory_layers: int = flag(0, "layers of the memory; 0: those of the paper, half as many again as the base's")
     output_dir: str = flag("results/wikitext103", "folder of work/, results.json and table.md")
 
 
@@ -92,16 +88,6 @@ class Size:
     source: str
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a stage takes: bytes on disk, bytes of device memory, seconds."""
-
-    stage: str
-    disk: float
-    memory: float
-    seconds: float
-
-
 def published_config(name: str) -> Any:
     """GPT-2's config of the size that a model's name tells, for models that are not on this machine yet."""
     from transformers import GPT2Config
@@ -129,12 +115,11 @@ def base_size(name: str) -> Size:
 
 
 def memory_size(arguments: ReproductionArguments, base: Size) -> Size:
-    """The size of the memory: counted from its config where it is there, else that of the preset for this base."""
+    """The size of the memory: counted from its config where it is there, else from the base's with other layers."""
     import torch
     from transformers import AutoConfig
 
     from models import memory_class
-    from training.arguments import PRESETS
 
     try:
         config, source = AutoConfig.from_pretrained(arguments.memory, local_files_only=True), "its config"
@@ -143,7 +128,7 @@ def memory_size(arguments: ReproductionArguments, base: Size) -> Size:
             config, source = AutoConfig.from_pretrained(arguments.large, local_files_only=True), "the base's config"
         except (OSError, ValueError):
             config, source = published_config(arguments.large), "published sizes"
-        config.num_hidden_layers = arguments.memory_layers or PRESETS[arguments.base_model_name].layers
+        config.num_hidden_layers = arguments.memory_layers or base.layers * 3 // 2
     with torch.device("meta"):
         memory = memory_class(config)(config)
     total = sum(weight.numel() for weight in memory.parameters())
@@ -177,138 +162,113 @@ def split_sizes(path: Path) -> tuple[dict[str, Split], str]:
     return sizes, str(path)
 
 
-def device_speed() -> tuple[float, str]:
-    """Operations per second in matrix products, measured on this machine's GPU; else on its CPU."""
+def rates_here() -> tuple[Rates, str]:
+    """Rates of this machine, its speed in matrix products measured, the others assumed; and how that was."""
     import torch
 
     from utils.loading import default_device
 
     device = default_device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    size = 8192 if device.type == "cuda" else 1024
+    on_gpu = device.type == "cuda"
+    size, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     fastest = math.inf
     for _ in range(4):
         started = time.perf_counter()
         (matrix @ matrix)[0, 0].item()
         fastest = min(fastest, time.perf_counter() - started)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
-    return 2 * size**3 / fastest, f"{name}, {2 * size**3 / fastest / 1e12:.2g} TFLOPS measured in matrix products"
+    speed, name = 2 * size**3 / fastest, torch.cuda.get_device_name() if on_gpu else "the CPU"
+    said = f"{name}, {speed / 1e12:.2g} TFLOPS measured in matrix products"
+    return replace(RATES["gpu" if on_gpu else "cpu"], flops=speed * EFFICIENCY), said
 
 
-def costs(arguments: ReproductionArguments, splits: dict[str, Split], speed: float, gpu: bool) -> list[Cost]:
+def sizes_of(arguments: ReproductionArguments, base: Size, memory: Size, split: Split) -> Sizes:
+    """The planner's sizes where `base` writes the datastore of `split`, on one device."""
+    lists = re.search(r"IVF(\d+)", arguments.index_factory)
+    whole = arguments.index_factory == "Flat"
+    return Sizes(
+        tokens=split.rows,
+        dim=base.width,
+        vocab=base.vocabulary,
+        base_parameters=base.active,
+        layers=memory.layers,
+        intermediate=4 * base.width,
+        gated=False,
+        k=arguments.k,
+        entries_per_row=arguments.k / 8,
+        block_size=split.block,
+        stride=max(1, -(-split.rows // split.windows)),
+        ncentroids=1 if whole else int(lists[1]) if lists else arguments.ncentroids,
+        code_size=arguments.code_size,
+        flat="Flat" in arguments.index_factory,
+        probe=arguments.probe,
+        epochs=arguments.epochs,
+        processes=1,
+    )
+
+
+def stages(arguments: ReproductionArguments, splits: dict[str, Split], rates: Rates) -> list[Stage]:
     """What each stage takes, on one device, in the order of the script."""
-    bases = {row.label: base_size(name) for row, name in bases_of(arguments)}
     student, teacher = base_size(arguments.large), base_size(arguments.xl)
     memory = memory_size(arguments, student)
-    rate = speed * EFFICIENCY
-    tokens = {name: split.windows * split.block for name, split in splits.items()}
-    test, train = splits["test"], splits["train"]
+    train, test = splits["train"], splits["test"]
+    tokens = test.windows * test.block
 
-    def forward(size: Size, count: int) -> float:
-        return 2 * size.active * count / rate
+    def evaluation(name: str, size: Size, more: int = 0, work: float = 0.0) -> Stage:
+        needed = 4 * size.parameters + 4096 * size.vocabulary * 12 + more
+        stage = Stage(f"evaluate {name}", test.rows, more or 4 * size.parameters, memory=needed)
+        stage.takes(2.0 * size.active * tokens / rates.flops + work, rates)
+        return stage
 
-    def scoring(size: Size) -> float:
-        return 4 * size.parameters + 4096 * size.vocabulary * 12
-
-    found = [Cost("windows", sum(tokens.values()) * 9, 0, sum(tokens.values()) / 1e6)]
-    found += [
-        Cost(f"evaluate {name}", 4 * s.parameters, scoring(s), forward(s, tokens["test"])) for name, s in bases.items()
-    ]
+    taught, learned = (make_plan(sizes_of(arguments, size, memory, train), rates).stages for size in (teacher, student))
+    found = [taught[0], *(evaluation(row.label, base_size(name)) for row, name in bases_of(arguments))]
     if arguments.train:
-        key = 2 * teacher.width + 4
-        flat = re.search(r"Flat", arguments.index_factory)
-        entry = 4 * teacher.width if flat else arguments.code_size + 8
-        lists = re.search(r"IVF(\d+)", arguments.index_factory)
-        share = min(1.0, arguments.probe / (int(lists[1]) if lists else arguments.ncentroids))
-        if arguments.index_factory == "Flat":
-            share = 1.0
-        per_row = train.rows * share * (teacher.width if flat else arguments.code_size)
-        lookups = rate / 2 if flat else LOOKUPS_GPU if gpu else LOOKUPS_CPU
-        batch = 16384 if gpu else 1024
-        activations = batch * (memory.layers * 10 * student.width * 2)
-        found += [
-            Cost(
-                "datastore of the teacher", train.rows * key, 4 * teacher.parameters, forward(teacher, tokens["train"])
-            ),
-            Cost(
-                "index",
-                train.rows * entry,
-                train.rows * entry,
-                train.rows * teacher.width * 2 * arguments.ncentroids / rate,
-            ),
-            # Fewer where several neighbours share a token, as most do.
-            Cost(
-                "kNN targets (at most)",
-                train.rows * (8 + 6 * arguments.k),
-                train.rows * entry,
-                train.rows * per_row / lookups,
-            ),
-            Cost(
-                "datastore of the student",
-                train.rows * (2 * student.width + 4),
-                4 * student.parameters,
-                forward(student, tokens["train"]),
-            ),
-            Cost(
-                f"train the memory, {arguments.epochs} epochs",
-                4 * memory.parameters * (arguments.epochs + 2),
-                16 * memory.parameters + activations,
-                3 * forward(memory, train.rows) * arguments.epochs,
-            ),
-        ]
-    both = forward(student, tokens["test"]) + forward(memory, test.rows)
-    found.append(Cost(f"evaluate {JOINT.label}", 4 * memory.parameters, scoring(student) + 4 * memory.parameters, both))
-    return found
+        found += [replace(taught[1], name="datastore of the teacher"), *taught[2:4]]
+        found += [replace(learned[1], name="datastore of the student")]
+        found += [replace(learned[4], name=f"train the memory, {arguments.epochs} epochs")]
+    own = 2.0 * memory.active * test.rows / rates.flops
+    return [*found, evaluation(JOINT.label, student, 4 * memory.parameters, own)]
 
 
 def plan(arguments: ReproductionArguments) -> str:
     """The estimate as Markdown: a row for each stage, a sum, and what it rests on."""
-    import torch
-
     splits, source = split_sizes(Path(arguments.windows))
     missing = {"train", "test"} - splits.keys()
     if missing:
         raise InputError(f"--windows {arguments.windows}: has no split {min(missing)}")
-    gpu = torch.cuda.is_available()
-    speed, device = device_speed()
-    found = costs(arguments, splits, speed, gpu)
+    rates, device = rates_here()
+    here, there = (stages(arguments, splits, each) for each in (rates, RATES["gpu"]))
     lines = [
         "",
         "| stage | disk | device memory | time on this machine | on one large GPU |",
         "| --- | --- | --- | --- | --- |",
     ]
-    other = costs(arguments, splits, GPU_SPEED, True)
     lines += [
-        f"| {cost.stage} | {size_text(cost.disk)} | {size_text(cost.memory)} | {time_text(cost.seconds)} | {time_text(fast.seconds)} |"
-        for cost, fast in zip(found, other, strict=True)
+        f"| {slow.name} | {size_text(slow.bytes)} | {size_text(slow.memory)} | {time_text(slow.seconds)} "
+        f"| {time_text(fast.seconds)} |"
+        for slow, fast in zip(here, there, strict=True)
     ]
-    totals = sum(cost.disk for cost in found), max(cost.memory for cost in found), sum(cost.seconds for cost in found)
+    needed, largest = sum(stage.bytes for stage in here), max(stage.memory for stage in here)
+    seconds = [sum(stage.seconds or 0.0 for stage in each) for each in (here, there)]
     lines.append(
-        f"| **all** | {size_text(totals[0])} | {size_text(totals[1])} at most | {time_text(totals[2])} "
-        f"| {time_text(sum(cost.seconds for cost in other))} |"
+        f"| **all** | {size_text(needed)} | {size_text(largest)} at most | {time_text(seconds[0])} "
+        f"| {time_text(seconds[1])} |"
     )
-    free = free_bytes(Path(arguments.output_dir))
+    folder = Path(arguments.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
     lines += [
         "",
         f"An estimate. Windows: {source}, {splits['train'].rows} rows to train on, {splits['test'].rows} to test. "
-        f"Device: {device}. Large GPU: {GPU_SPEED / 1e12:g} TFLOPS; with n of them about 1/n of the time, but for the "
-        f"index. Free disk: {size_text(free)}.",
+        f"Device: {device}. Large GPU: {RATES['gpu'].flops / 1e12:g} TFLOPS; with n of them about 1/n of the time, but "
+        f"for the index. Free disk: {size_text(free)}.",
     ]
-    if totals[0] > free:
+    if needed > free:
         lines.append(
-            f"More than is free by {size_text(totals[0] - free)}: choose another OUTPUT, or a smaller K or corpus."
+            f"More than is free by {size_text(needed - free)}: choose another OUTPUT, or a smaller K or corpus."
         )
     return "\n".join(lines)
-
-
-def free_bytes(folder: Path) -> float:
-    """Free bytes of the disk that `folder` is, or will be, on."""
-    import shutil
-
-    while not folder.exists():
-        folder = folder.parent
-    return float(shutil.disk_usage(folder).free)
 
 
 def table(arguments: ReproductionArguments) -> tuple[str, dict[str, Any]]:

@@ -38,7 +38,7 @@ precision=(${TORCH_DTYPE:+--torch_dtype "$TORCH_DTYPE"})
 facts=(--small_vanilla "${SMALL_VANILLA:-}" --small "${SMALL:-}" --vanilla "$LARGE_VANILLA" --large "$LARGE" --xl "$XL"
     --memory "$MEMORY" --windows "$windows" --train "$TRAIN" --standins "${STANDINS:-0}" --k "${K:-1024}"
     --probe "${PROBE:-32}" --ncentroids "${NCENTROIDS:-4096}" --code_size "${CODE_SIZE:-64}"
-    --index_factory "${INDEX_FACTORY:-}" --epochs "$EPOCHS" --base_model_name "${BASE_MODEL_NAME:-large}"
+    --index_factory "${INDEX_FACTORY:-}" --epochs "$EPOCHS"
     --memory_layers "${MEMORY_LAYERS:-0}" --output_dir "$OUTPUT")
 run "estimate" "$PYTHON" -m downstream.reproduction --step plan "${facts[@]}"
 [ "${PLAN_ONLY:-0}" != 1 ] || exit 0
