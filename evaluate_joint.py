@@ -100,7 +100,8 @@ def evaluate(arguments: JointArguments) -> None:
 def scored_rows(arguments: JointArguments, windows: Any, memory: Any, dtype: Any) -> Iterator[tuple[Any, Any, Any]]:
     """(hidden states, base log-probabilities, labels) by batch: from the base, or from a stored datastore."""
     if arguments.dstore_path:
-        from knn_utils.datastore import count_rows, open_scored_datastore, stored_rows
+        from knn_utils.datastore import open_scored_datastore, stored_rows
+        from utils.evaluation import count_rows
 
         belongs = {"rows": int(count_rows(windows).sum()), "dim": memory.input_dim}
         stored = open_scored_datastore(arguments.dstore_path, layer_position=arguments.layer_position, **belongs)

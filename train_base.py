@@ -211,7 +211,8 @@ def evaluate(base: Any, windows: Any, arguments: StageArguments, training: Any) 
 def scored_rows(base: Any, windows: Any, arguments: StageArguments, training: Any) -> Iterator[tuple[Any, Any, Any]]:
     """(hidden states, base log-probabilities, labels) by batch: from the base, or from a stored datastore."""
     if arguments.dstore_path:
-        from knn_utils.datastore import count_rows, open_scored_datastore, stored_rows
+        from knn_utils.datastore import open_scored_datastore, stored_rows
+        from utils.evaluation import count_rows
 
         rows, layer = int(count_rows(windows).sum()), arguments.layer_position
         return stored_rows(open_scored_datastore(arguments.dstore_path, rows=rows, layer_position=layer))

@@ -31,9 +31,8 @@ def embedding(setting: Setting) -> list[Row]:
     """
     import torch
 
-    from knn_utils.datastore import count_rows
     from knn_utils.saveEmbedMulti import save_datastore
-    from utils.evaluation import window_batches
+    from utils.evaluation import count_rows, window_batches
 
     windows = setting.windows()
     windows = windows.select(range(min(WINDOWS, len(windows))))

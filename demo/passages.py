@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from knn_utils.datastore import Datastore, check_belongs, count_rows
+from knn_utils.datastore import Datastore, check_belongs
 from knn_utils.search import KNNSearcher
 from utils.errors import InputError
+from utils.evaluation import count_rows
 from utils.loading import load_windows
 
 TOKENS_BEFORE, TOKENS_AFTER = 24, 8

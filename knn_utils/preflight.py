@@ -56,6 +56,7 @@ class PreflightArguments:
     knn_save_path: str | None = flag(None, "kNN targets")
     knn_generator_path: str | None = flag(None, "memory")
     layer_position: int | None = flag(None, "block that everything should have been captured at; default: any, but one")
+    verify: bool = flag(False, "also compare the checksums of datastore and kNN targets, which reads all of them")
     output_dir: str | None = flag(None, "folder that the stages will write to: its disk has to suffice")
     tokens: int | None = flag(None, "tokens of the corpus; default: the windows'")
     dim: int | None = flag(None, "width of the hidden states; default: the files' or the model's")
@@ -129,8 +130,7 @@ class Chain:
         """Compare labels that `read(start, stop)` gives with the windows', on blocks spread over the data."""
         import numpy as np
 
-        from knn_utils.datastore import count_rows
-        from utils.evaluation import window_values
+        from utils.evaluation import count_rows, window_values
 
         if self.windows is None:
             return
@@ -212,8 +212,7 @@ def look_at_model(arguments: PreflightArguments, chain: Chain) -> None:
 
 
 def look_at_windows(arguments: PreflightArguments, chain: Chain) -> None:
-    from knn_utils.datastore import count_rows
-    from utils.evaluation import check_token_ids
+    from utils.evaluation import check_token_ids, count_rows
     from utils.loading import load_windows
 
     path = f"{arguments.dataset_name} ({arguments.dataset_split_name})"
@@ -228,7 +227,7 @@ def look_at_datastore(arguments: PreflightArguments, chain: Chain) -> None:
     from knn_utils.datastore import Datastore
 
     path = arguments.dstore_path
-    store = Datastore.open(path)
+    store = Datastore.open(path, verify=arguments.verify)
     chain.state("rows", store.rows, path)
     chain.state("dim", store.dim, path)
     chain.state("layer", store.settings.get("layer_position"), path)
@@ -261,7 +260,7 @@ def look_at_targets(arguments: PreflightArguments, chain: Chain) -> None:
     from knn_utils.datastore import KNNTargets
 
     path = arguments.knn_save_path
-    targets = KNNTargets.open(path)
+    targets = KNNTargets.open(path, verify=arguments.verify)
     chain.state("rows", targets.rows, path)
     chain.state("layer", targets.settings.get("layer_position"), path)
     chain.check_labels(path, targets.labels)

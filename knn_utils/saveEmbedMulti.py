@@ -1,8 +1,8 @@
 """Capture and save: windows in, a datastore of (hidden state, next token) out.
 
-The base runs only up to the captured input: no head, no loss, nothing of the block after it. Each process
-writes its own parts, in the order of the windows; the same command continues an interrupted run.
-Windows that were added after those of a complete datastore become further parts of it. Knows nothing of indexes.
+The base runs only up to the captured input: no head, no loss, nothing of the block after it. Each process writes its
+own parts, in the order of the windows; the same command continues an interrupted run. Windows that were added after
+those of a complete datastore become further parts of it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from knn_utils.datastore import count_rows, datastore_batch
+from knn_utils.datastore import datastore_batch, datastore_schema
 from knn_utils.manifest import MANIFEST_NAME, plan_of, read_manifest
 from knn_utils.parts import PartedOutput, write_single_file
 from utils.distributed import decided_by_main
 from utils.errors import InputError
-from utils.evaluation import Scorer, check_token_ids, predicted_positions, window_batches
+from utils.evaluation import Scorer, check_token_ids, count_rows, predicted_positions, window_batches
 from utils.loading import windows_fingerprint
 
 PART_BYTES = 1 << 30
@@ -33,8 +33,8 @@ def datastore_name(model_type: str, subset: str, dim: int) -> str:
     return f"dstore_{model_type}_{subset}_{dim}.arrow"
 
 
-def plan_parts(window_rows: np.ndarray, dim: int, batch_size: int) -> list[tuple[int, int]]:
-    """Window ranges (first, past-last) of the parts.
+def plan_windows(window_rows: np.ndarray, dim: int, batch_size: int) -> list[int]:
+    """Rows of the parts, each of whole windows (rows of each: `window_rows`).
 
     A part holds at most about a gibibyte of keys, and a small datastore still gets several parts, so that an
     interruption loses little. The plan depends on the data alone, not on the number of processes.
@@ -42,61 +42,42 @@ def plan_parts(window_rows: np.ndarray, dim: int, batch_size: int) -> list[tuple
     windows, rows = len(window_rows), int(window_rows.sum())
     parts = max(SMALLEST_PARTS, math.ceil(rows * dim * 2 / PART_BYTES))
     size = math.ceil(windows / parts / batch_size) * batch_size
-    plan: list[tuple[int, int]] = []
-    for start in range(0, windows, size):
-        stop = min(start + size, windows)
-        if plan and not window_rows[start:stop].any():
-            plan[-1] = (plan[-1][0], stop)  # a part needs a row
-        else:
-            plan.append((start, stop))
-    return plan
+    planned = [int(window_rows[start : start + size].sum()) for start in range(0, windows, size)]
+    return [rows for rows in planned if rows]
 
 
 def continued_plan(
     path: str | Path, windows: Any, window_rows: np.ndarray, dim: int, batch_size: int, extend: bool
-) -> tuple[list[tuple[int, int]], bool]:
-    """The parts of the datastore at `path`, where there is one of these windows, else new ones.
+) -> tuple[list[int], bool]:
+    """Rows of the parts: as in the datastore at `path` where it is of these windows, else by `plan_windows`.
 
-    Returns:
-        window ranges (first, past-last) of the parts, and whether further parts follow those of a shorter datastore.
-
-    Raises:
-        InputError: with `extend`, the datastore is not one of the first of these windows.
+    The second value tells whether further parts follow those of a shorter datastore. Raises InputError where `extend`
+    is given and the datastore is not one of the first of these windows.
     """
-    fresh = plan_parts(window_rows, dim, batch_size)
+    fresh = plan_windows(window_rows, dim, batch_size)
     if not (Path(path) / MANIFEST_NAME).is_file():
         return fresh, False
-    manifest = read_manifest(Path(path), "datastore")
-    ends, bounds = np.cumsum(window_rows), np.cumsum(plan_of(manifest))
-    held, total = int(bounds[-1]) if len(bounds) else 0, int(ends[-1])
-    if held == 0 or not (held == total or extend):
-        return fresh, False
-    reached = np.searchsorted(ends, bounds)  # (parts,) the window that ends each part
-    aligned = held <= total and bool((ends[np.minimum(reached, len(ends) - 1)] == bounds).all())
-    if not aligned:
-        if extend:
-            raise InputError(
-                f"--extend: {path} holds {held} rows, which are not the first windows' of these {len(windows)} "
-                f"({total} rows); new documents come after the old ones (preprocess_dataset --append_to)"
-            )
-        return fresh, False
-    stops = [int(window) + 1 for window in reached]
-    if held == total:
-        stops[-1] = len(windows)
-    else:
-        count = manifest["info"].get("windows")
-        if isinstance(count, int) and stops[-1] <= count <= len(windows) and ends[count - 1] == held:
-            stops[-1] = count
-        if windows_fingerprint(windows.select(range(stops[-1]))) != manifest["settings"].get("dataset"):
-            raise InputError(
-                f"--extend: {path} was made from {stops[-1]} windows that are not the first ones of these; new "
-                "documents come after the old ones (preprocess_dataset --append_to)"
-            )
-    plan = list(zip([0, *stops[:-1]], stops, strict=True))
-    if held == total:
-        return plan, False
-    further = plan_parts(window_rows[stops[-1] :], dim, batch_size)
-    return plan + [(stops[-1] + first, stops[-1] + last) for first, last in further], True
+    manifest = read_manifest(path, "datastore")
+    there, total = plan_of(manifest), int(window_rows.sum())
+    held, count = sum(there), manifest["info"].get("windows", 0)
+    if held == total and np.isin(np.cumsum(there), np.cumsum(window_rows)).all():
+        return there, False
+    if not extend:
+        return fresh, False  # PartedOutput says what differs
+    is_first = held < total and int(window_rows[:count].sum()) == held
+    if not (is_first and windows_fingerprint(windows.select(range(count))) == manifest["settings"].get("dataset")):
+        raise InputError(
+            f"--extend: {path} holds {held} rows, which are not the first windows' of these {len(windows)} "
+            f"({total} rows); new documents come after the old ones (preprocess_dataset --append_to)"
+        )
+    return there + plan_windows(window_rows[count:], dim, batch_size), True
+
+
+def windows_of(part_rows: list[int], window_rows: np.ndarray) -> list[tuple[int, int]]:
+    """(first, past-last) window of each part."""
+    window_ends, part_ends = np.cumsum(window_rows), np.cumsum(part_rows)
+    first = np.searchsorted(window_ends, part_ends - part_rows, side="right")
+    return list(zip(first.tolist(), (np.searchsorted(window_ends, part_ends) + 1).tolist(), strict=True))
 
 
 def capture_rows(
@@ -166,24 +147,33 @@ def save_datastore(
     from accelerate import PartialState
 
     state = PartialState()
-    vocabulary = base.get_input_embeddings().weight.shape[0]
-    check_token_ids(windows, vocabulary, settings.get("dataset", "windows"))
-    window_rows = count_rows(windows)
-    dim = int(settings["dim"])
+    check_token_ids(windows, base.get_input_embeddings().weight.shape[0], settings.get("dataset", "windows"))
+    window_rows, dim = count_rows(windows), int(settings["dim"])
+    schema = datastore_schema(dim, with_logprob)
+    settings = settings | {"rows": int(window_rows.sum())}
+
+    def batches(first: int, last: int) -> Iterator[Any]:
+        for rows in capture_rows(base, windows, first, last, batch_size, layer_position, with_logprob):
+            yield datastore_batch(*rows)
+
     if single_file:
         if extend:
             raise InputError("--extend: adds parts to a folder; leave --single_file out")
-        return _save_single_file(base, windows, path, window_rows, batch_size, layer_position, with_logprob, settings)
+        if state.num_processes > 1:
+            raise InputError(
+                "--single_file: is written by one process; run without accelerate launch, or leave the flag out"
+            )
+        rows = write_single_file(path, schema, batches(0, len(windows)))
+        return {"rows": rows, "settings": settings, "complete": True}
     plan, grows = decided_by_main(
         lambda: continued_plan(path, windows, window_rows, dim, batch_size, extend and not overwrite)
     )
-    empty_logprob = np.zeros(0, np.float32) if with_logprob else None
-    schema = datastore_batch(np.zeros((0, dim), np.float16), np.zeros(0, np.int32), empty_logprob).schema
+    ranges = windows_of(plan, window_rows)
     output = PartedOutput(
         path,
         kind="datastore",
-        settings=settings | {"rows": int(window_rows.sum())},
-        part_rows=[int(window_rows[first:last].sum()) for first, last in plan],
+        settings=settings,
+        part_rows=plan,
         schema=schema,
         info=(info or {}) | {"batch_size": batch_size, "windows": len(windows)},
         overwrite=overwrite,
@@ -193,42 +183,12 @@ def save_datastore(
         num_processes=state.num_processes,
         wait_for_everyone=state.wait_for_everyone,
     )
-    mine = output.mine()
-    rows = sum(int(window_rows[slice(*plan[number])].sum()) for number in mine)
-    bar = tqdm(total=rows, desc="embed", unit="row", unit_scale=True, disable=None if state.is_main_process else True)
-    for number in mine:
-        first, last = plan[number]
-        with output.write(number) as part:
-            for keys, values, logprob in capture_rows(
-                base, windows, first, last, batch_size, layer_position, with_logprob
-            ):
-                part.write(datastore_batch(keys, values, logprob))
-                bar.update(len(values))
-    bar.close()
+    rows = sum(plan[number] for number in output.mine())
+    quiet = None if state.is_main_process else True
+    with tqdm(total=rows, desc="embed", unit="row", unit_scale=True, disable=quiet) as bar:
+        for number in output.mine():
+            with output.write(number) as part:
+                for batch in batches(*ranges[number]):
+                    part.write(batch)
+                    bar.update(batch.num_rows)
     return output.finish()
-
-
-def _save_single_file(
-    base: Any,
-    windows: Any,
-    path: str | Path,
-    window_rows: np.ndarray,
-    batch_size: int,
-    layer_position: int,
-    with_logprob: bool,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    from accelerate import PartialState
-
-    if PartialState().num_processes > 1:
-        raise InputError(
-            "--single_file: is written by one process; run without accelerate launch, or leave the flag out"
-        )
-    batches = (
-        datastore_batch(*rows)
-        for rows in capture_rows(base, windows, 0, len(windows), batch_size, layer_position, with_logprob)
-    )
-    first = np.zeros((0, int(settings["dim"])), np.float16), np.zeros(0, np.int32)
-    schema = datastore_batch(*first, np.zeros(0, np.float32) if with_logprob else None).schema
-    write_single_file(path, schema, batches)
-    return {"rows": int(window_rows.sum()), "settings": settings, "complete": True}

@@ -252,7 +252,7 @@ def parts_of(rows: int, part_rows: int | None, existing: list[int] | None = None
         share = min(max(math.ceil(rows / FEW_PARTS), LEAST_PART_ROWS), SMALL_PART_ROWS)
         share = max(share, math.ceil(rows / MOST_PARTS))
         part_rows = math.ceil(share / LEAST_PART_ROWS) * LEAST_PART_ROWS
-    return plan_parts(rows, part_rows, existing)
+    return plan_parts(rows, part_rows, existing or ())
 
 
 def planned(arguments: TargetArguments, job: Job) -> dict[str, Any]:

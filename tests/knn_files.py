@@ -37,7 +37,7 @@ def write_datastore(
     layer_position: int = -1,
 ) -> Path:
     """Write the rows as a complete datastore folder; with `existing`, as further parts of the one that is there."""
-    plan = plan_parts(len(values), part_rows, existing)
+    plan = plan_parts(len(values), part_rows, existing or ())
     output = PartedOutput(
         path,
         kind="datastore",

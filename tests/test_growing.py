@@ -12,7 +12,7 @@ from conftest import GOLDEN, command, refused_here
 
 from knn_utils.datastore import Datastore
 from knn_utils.manifest import read_manifest
-from knn_utils.saveEmbedMulti import plan_parts
+from knn_utils.saveEmbedMulti import plan_windows, windows_of
 
 LINES = json.loads((GOLDEN / "preprocess" / "expected.json").read_text())["text"]
 SIZES = ("--block_size", 64, "--stride", 32)
@@ -121,5 +121,6 @@ def test_windows_that_are_cut_otherwise_cannot_follow(llama_world, corpus, tmp_p
 
 
 def test_parts_without_a_row_join_their_neighbours():
-    counts = np.array([3, 3, 0, 0, 2, 0])
-    assert plan_parts(counts, 4, 1) == [(0, 1), (1, 4), (4, 6)]
+    counts = np.array([0, 3, 3, 0, 0, 2, 0])
+    plan = plan_windows(counts, 4, 1)
+    assert plan == [3, 3, 2] and windows_of(plan, counts) == [(1, 2), (2, 3), (5, 6)]

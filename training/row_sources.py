@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from knn_utils.datastore import Datastore, KNNTargets, TargetRows, check_belongs, count_rows
+from knn_utils.datastore import Datastore, KNNTargets, TargetRows, check_belongs
 from training.rows import Rows
 from utils.errors import InputError
-from utils.evaluation import predicted_positions, window_values
+from utils.evaluation import count_rows, predicted_positions, window_values
 from utils.loading import model_fingerprint
 
 CHECKED_ROWS = 1 << 22

@@ -170,7 +170,7 @@ def test_any_range_of_targets_comes_back(tmp_path: Path, plan: list[int] | None)
         targets = KNNTargets.open(write(tmp_path / "knn.arrow", target_batches(0, ROWS, 4)))
     else:
         targets = KNNTargets.open(write_parts(tmp_path / "knn", "knn_targets", plan))
-    assert len(targets) == ROWS and targets.has_distance
+    assert len(targets) == ROWS
     for start, stop in RANGES:
         assert_same_targets(targets.read(start, stop), rows_of_targets(start, stop))
         assert np.array_equal(targets.labels(start, stop), VALS[start:stop])
@@ -215,8 +215,8 @@ def test_an_opened_file_goes_to_worker_processes(tmp_path: Path) -> None:
 
 
 def test_more_parts_than_are_kept_open_are_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrow_files, "_OPEN_PARTS", 2)
-    monkeypatch.setattr(arrow_files, "_OPEN_BATCHES", 2)
+    monkeypatch.setattr(arrow_files, "OPEN_FILES", 2)
+    monkeypatch.setattr(arrow_files, "OPEN_BATCHES", 2)
     path = write_parts(tmp_path / "d", "datastore", [4] * 5 + [3])
     datastore = Datastore.open(path)
     assert np.array_equal(datastore.keys(), KEYS) and np.array_equal(datastore.keys(1, 3), KEYS[1:3])
@@ -276,7 +276,6 @@ def test_targets_of_other_writers_are_read(tmp_path: Path, lists, tokens: pa.Dat
         "label": pa.array(VALS),
     }
     targets = KNNTargets.open(write(tmp_path / "k.arrow", table(columns)), verify=True)
-    assert not targets.has_distance
     for start, stop in RANGES:
         assert_same_targets(targets.read(start, stop), rows_of_targets(start, stop, distance=False))
 
@@ -378,16 +377,17 @@ def test_one_kind_of_file_is_not_taken_for_the_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("keys", pa.array(list(KEYS.astype(np.float32)), pa.list_(pa.float32(), DIM))),
-        ("vals", pa.array(VALS.astype(np.float64))),
+        ("keys", pa.array(["x"] * ROWS)),
+        ("vals", pa.array(VALS + 0.5)),
         ("vals", pa.array([[1, 2]] * ROWS, pa.list_(pa.int32(), 2))),
         ("logprob", pa.array(["x"] * ROWS)),
     ],
 )
 def test_columns_of_other_types_are_refused(tmp_path: Path, name: str, values: pa.Array) -> None:
     columns = {"keys": pa.array(list(KEYS), pa.list_(pa.float16(), DIM)), "vals": pa.array(VALS)} | {name: values}
-    with pytest.raises(InputError, match=f"column {name} is .*, expected"):
-        Datastore.open(write(tmp_path / "d.arrow", table(columns)))
+    path = write(tmp_path / "d.arrow", table(columns))
+    with pytest.raises(InputError, match=r"d\.arrow: "):
+        Datastore.open(path).vals()
 
 
 def test_nulls_ragged_keys_and_numbers_beyond_int32_are_refused_when_read(tmp_path: Path) -> None:
@@ -397,8 +397,8 @@ def test_nulls_ragged_keys_and_numbers_beyond_int32_are_refused_when_read(tmp_pa
     large = pa.array([1 << 40 if row == 12 else 1 for row in range(ROWS)], pa.int64())
     for columns, message in (
         ({"keys": keys, "vals": nulls}, "column vals holds nulls"),
-        ({"keys": keys, "vals": large}, "column vals holds numbers beyond int32"),
-        ({"keys": ragged, "vals": vals}, "column keys does not hold 3 numbers in every row"),
+        ({"keys": keys, "vals": large}, "1099511627776 not in range"),
+        ({"keys": ragged, "vals": vals}, "d.arrow: not a whole, readable"),
     ):
         datastore = Datastore.open(write(tmp_path / "d.arrow", table(columns)))
         assert len(datastore.vals(0, 5)) == len(datastore.keys(0, 5)) == 5
@@ -428,7 +428,7 @@ def test_an_empty_table_is_refused(tmp_path: Path) -> None:
 def test_parts_of_different_width_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "d_0.arrow", key_batches(0, 4, 4))
     write(tmp_path / "d_1.arrow", [datastore_batch(np.ones((2, 5), np.float16), VALS[:2])])
-    with pytest.raises(InputError, match=r"d_1.arrow: keys of width 5, other parts have 3"):
+    with pytest.raises(InputError, match=r"d_1.arrow: its columns are not those of d_0.arrow"):
         Datastore.open(tmp_path)
 
 
@@ -473,10 +473,10 @@ def test_a_part_of_another_size_or_a_missing_one_is_refused_at_opening(tmp_path:
     content = last.read_bytes()
     for other in (content[:-1], content + b"\0"):
         last.write_bytes(other)
-        with pytest.raises(InputError, match=rf"part-00001.arrow: \d+ bytes, the manifest records {len(content)}"):
+        with pytest.raises(InputError, match=rf"part-00001.arrow: has \d+ bytes, the manifest records {len(content)}"):
             Datastore.open(folder)
     last.unlink()
-    with pytest.raises(InputError, match=r"part-00001.arrow: no such file"):
+    with pytest.raises(InputError, match=r"part-00001.arrow: is missing"):
         Datastore.open(folder)
 
 
