@@ -172,20 +172,16 @@ def some(windows: Any, most: int | None) -> Any:
 def memory(work: Quickstart) -> Method:
     """Base and memory, mixed at the lambda and temperature that were best on the validation articles."""
     from models import MLPMemory
-    from models.mlpMemory import joint_log_probs
     from utils.loading import open_memory_of
 
-    lmbda, knn_temp = work.joint["lmbda"], work.joint["knn_temp"]
     learned = open_memory_of(work.base, work.memory, layer_position=work.layer_position, dtype=work.base.dtype)
-    joint = MLPMemory(work.base, learned, lmbda, knn_temp, work.layer_position).eval()
+    joint = MLPMemory(work.base, learned, work.joint["lmbda"], work.joint["knn_temp"], work.layer_position).eval()
     millions = sum(weight.numel() for weight in learned.parameters()) / 1e6
     return Method(
         work.base,
-        lambda hidden, logits: joint_log_probs(logits, joint.memory_logits(hidden), lmbda, knn_temp),
-        generator=lambda: contextlib.nullcontext(joint),
+        on=lambda: contextlib.nullcontext(joint),
         bytes=bytes_of(path for path in work.memory.iterdir() if path.suffix in (".safetensors", ".json")),
         note=f"{millions:.1f}M parameters, {work.training['num_train_epochs']} epochs, {chosen(work.joint)}.",
-        layer_position=work.layer_position,
     )
 
 
@@ -204,18 +200,16 @@ def knnlm(work: Quickstart) -> Method:
     near = KNNLM(index, stores[0], **work.knnlm, layer_position=work.layer_position)
 
     @contextlib.contextmanager
-    def generator() -> Iterator[Any]:
+    def on() -> Iterator[Any]:
         with near.on(work.base):
             yield work.base
 
     return Method(
         work.base,
-        near.mixture,
-        generator=generator,
+        on=on,
         # To answer it needs the index, which holds the keys, and the values; not the datastore.
         bytes=bytes_of(index.rglob("*") if index.is_dir() else [index]) + 4 * len(near.values),
         note=f"k {near.k}, {work.knnlm['probe']} lists probed, {chosen(work.knnlm)}; on disk the index and the values.",
-        layer_position=work.layer_position,
     )
 
 
