@@ -19,42 +19,29 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from demo.pair import PairArguments, choose_pair, open_pair, short_name
-from utils.cli import flag, parse
+from demo.pair import PairArguments, Sampling, choose_pair, open_pair, short_name
+from utils.cli import parse
 from utils.errors import InputError, command, one_line
 
 SMALLEST_WIDTH, LARGEST_WIDTH = 80, 160  # columns of a terminal on which two texts stand side by side; of both together
 
 
-@dataclass
-class SamplingArguments:
-    """How tokens are chosen."""
-
-    max_new_tokens: int = flag(40, "new tokens at most")
-    temperature: float = flag(0.0, "sampling temperature; 0 takes the most probable token each time")
-    top_p: float = flag(1.0, "sample from the most probable tokens that reach this probability together")
-    num_beams: int = flag(1, "beams of a beam search; above 1 nothing is shown before it ends")
-    seed: int = flag(42, "random seed of both continuations")
-
-
 def main() -> None:
-    pair_arguments, sampling_arguments = parse(PairArguments, SamplingArguments, description=__doc__.split("\n")[0])
-    pair = choose_pair(pair_arguments)
+    arguments, sampling = parse(PairArguments, Sampling, description=__doc__.split("\n")[0])
+    pair = choose_pair(arguments)
+    sampling.check()
     import torch
 
-    from demo.streams import BASE, JOINT, RunningText, Sampling, encode_prompt, padding_token, side_by_side
+    from demo.streams import BASE, JOINT, RunningText, encode_prompt, side_by_side
 
-    sampling = Sampling(**vars(sampling_arguments)).check()
-    joint, tokenizer = open_pair(pair, pair_arguments)
+    joint, tokenizer = open_pair(pair, arguments)
     input_ids, remark = encode_prompt(joint, tokenizer, pair.prompt, sampling)
-    pad_token_id, padding_remark = padding_token(tokenizer)
-    for line in filter(None, (padding_remark, remark)):
-        print(line, file=sys.stderr, flush=True)
+    if remark:
+        print(remark, file=sys.stderr, flush=True)
     names = {
         BASE: f"base: {short_name(pair.base)}",
         JOINT: f"base + memory: {short_name(pair.memory)}, lambda {pair.lmbda:g}, temperature {pair.knn_temp:g}",
@@ -62,7 +49,7 @@ def main() -> None:
     texts = {side: RunningText(tokenizer, input_ids[0].tolist()) for side in names}
     sys.stdout.reconfigure(errors="replace")  # what its encoding cannot write
     columns = terminal_columns() >= SMALLEST_WIDTH
-    pieces = side_by_side(joint, input_ids, sampling, pad_token_id, in_turn=columns)
+    pieces = side_by_side(joint, tokenizer, input_ids, sampling, in_turn=columns)
     try:
         print(f"{printable(pair.prompt)}\n", flush=True)
         (show_columns if columns else show_in_turn)(pieces, texts, names)

@@ -9,7 +9,6 @@ import torch
 from models import MLPMemory
 from models.capture import base_logits, hidden_and_head_input
 from models.mlpMemory import joint_log_probs
-from utils.errors import InputError
 
 SOURCES = ("base", "memory", "mixture")
 
@@ -47,16 +46,7 @@ def inspect_tokens(
     Returns:
         The inspected tokens, and the captured hidden states (n, hidden) that each was predicted from: the queries with
         which a datastore is searched.
-
-    Raises:
-        InputError: `first` is not a number from 1, or the text is longer than the base's context.
     """
-    context = joint.config.max_position_embeddings
-    if first < 1:
-        raise InputError(f"inspection from token {first}: expected 1 or more")
-    # The last token is predicted, not read.
-    if context is not None and len(token_ids) - 1 > context:
-        raise InputError(f"inspection of {len(token_ids)} tokens: the base's context is {context}")
     if first >= len(token_ids):
         return [], torch.empty(0, joint.config.hidden_size)
     ids = torch.tensor([token_ids[:-1]], device=joint.get_input_embeddings().weight.device)  # (1, time)

@@ -9,8 +9,7 @@ from typing import Any
 import gradio
 
 from demo import page
-from demo.pair import Pair, short_name
-from demo.streams import Sampling
+from demo.pair import Pair, Sampling, short_name
 from demo.viewer import Viewer
 
 

@@ -1,7 +1,8 @@
-"""Which base and which memory a demo shows, and opening them: the quickstart's, a preset's, or those of the flags."""
+"""What a demo is asked for: which base and memory (the quickstart's, a preset's, the flags'), how tokens are chosen."""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,34 @@ class PairArguments(BaseArguments):
     lmbda: float | None = flag(None, "weight of the memory, from 0 to 1; default: the preset's best")
     knn_temp: float | None = flag(None, "temperature of the memory's softmax; default: the preset's best")
     torch_dtype: str = flag("auto", "float32, bfloat16, float16, or auto: the fastest here")
+
+
+@dataclass
+class Sampling:
+    """How tokens are chosen."""
+
+    max_new_tokens: int = flag(40, "new tokens at most")
+    temperature: float = flag(0.0, "sampling temperature; 0 takes the most probable token each time")
+    top_p: float = flag(1.0, "sample from the most probable tokens that reach this probability together")
+    num_beams: int = flag(1, "beams of a beam search; above 1 nothing is shown before it ends")
+    seed: int = flag(42, "random seed of both continuations")
+
+    def check(self) -> None:
+        """Raises InputError naming the flag, its value and what is expected."""
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InputError(f"--temperature {self.temperature:g}: expected 0 (greedy) or a number above 0")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top_p {self.top_p}: expected a number above 0, at most 1")
+        if not 0 <= self.seed < 1 << 63:
+            raise InputError(f"--seed {self.seed}: expected a whole number from 0")
+        check_positive("--max_new_tokens", self.max_new_tokens)
+        check_positive("--num_beams", self.num_beams)
+
+    def options(self) -> dict[str, Any]:
+        """The same as arguments of `generate`, in place of whatever the model's own settings say."""
+        sampled = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        greedy = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+        return {**(sampled if self.temperature > 0 else greedy), "num_beams": self.num_beams}
 
 
 def choose_pair(arguments: PairArguments) -> Pair:

@@ -8,53 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
+from demo.pair import Sampling
 from models import MLPMemory
 from utils.errors import InputError
 
 BASE, JOINT = "base", "joint"
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 ANCHOR_TOKENS = 8  # tokens before, decoded along: some tokenizers drop the blank in front of a text's first word
-
-
-@dataclass
-class Sampling:
-    """How tokens are chosen. `temperature` 0 is greedy (or beam search, without sampling)."""
-
-    max_new_tokens: int = 40
-    temperature: float = 0.0
-    top_p: float = 1.0
-    num_beams: int = 1
-    seed: int = 42
-
-    def check(self) -> Sampling:
-        """Return self. Raises InputError naming the flag, its value and what is expected."""
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"--temperature {self.temperature:g}: expected 0 (greedy) or a number above 0")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"--top_p {self.top_p}: expected a number above 0, at most 1")
-        if not 0 <= self.seed < 1 << 63:
-            raise InputError(f"--seed {self.seed}: expected a whole number from 0")
-        for name in ("max_new_tokens", "num_beams"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: expected a whole number from 1")
-        return self
-
-    def options(self) -> dict[str, Any]:
-        """The same as arguments of `generate`, in place of whatever the model's own settings say."""
-        sampled = self.temperature > 0
-        return {
-            "do_sample": sampled,
-            "temperature": self.temperature if sampled else 1.0,
-            "top_p": self.top_p if sampled else 1.0,
-            "top_k": 0 if sampled else 50,
-            "num_beams": self.num_beams,
-        }
 
 
 def encode_prompt(joint: MLPMemory, tokenizer: Any, prompt: str, sampling: Sampling) -> tuple[torch.Tensor, str | None]:
@@ -76,7 +41,7 @@ def encode_prompt(joint: MLPMemory, tokenizer: Any, prompt: str, sampling: Sampl
 
 
 def side_by_side(
-    joint: MLPMemory, input_ids: torch.Tensor, sampling: Sampling, pad_token_id: int, *, in_turn: bool = True
+    joint: MLPMemory, tokenizer: Any, input_ids: torch.Tensor, sampling: Sampling, *, in_turn: bool = True
 ) -> Iterator[tuple[str, list[int]]]:
     """Yield (BASE or JOINT, its next token ids) until both have ended; beams come all at once at the end.
 
@@ -84,8 +49,8 @@ def side_by_side(
     same. The joint model's lambda and temperature must not change meanwhile.
     """
     sides = {
-        BASE: continuation(joint.base_lm, input_ids, sampling, pad_token_id),
-        JOINT: continuation(joint, input_ids, sampling, pad_token_id),
+        BASE: continuation(joint.base_lm, tokenizer, input_ids, sampling),
+        JOINT: continuation(joint, tokenizer, input_ids, sampling),
     }
     while sides:
         for side in list(sides)[: None if in_turn else 1]:
@@ -96,10 +61,12 @@ def side_by_side(
                 yield side, tokens
 
 
-def continuation(model: Any, input_ids: torch.Tensor, sampling: Sampling, pad_token_id: int) -> Iterator[list[int]]:
+def continuation(model: Any, tokenizer: Any, input_ids: torch.Tensor, sampling: Sampling) -> Iterator[list[int]]:
     """Yield the token ids that `generate` makes after `input_ids` (1, time), one at a time; those of beams together."""
     ids = input_ids.to(model.get_input_embeddings().weight.device)
-    options = sampling.options() | {"pad_token_id": pad_token_id}
+    # Only a beam that has ended is padded, and its padding is not shown.
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    options = sampling.options() | {"pad_token_id": next(token for token in pads if token is not None)}
     at_once = 1 if sampling.num_beams == 1 else sampling.max_new_tokens
     if at_once == 1:
         # The cache makes each call go on where the one before ended.
@@ -122,15 +89,6 @@ def continuation(model: Any, input_ids: torch.Tensor, sampling: Sampling, pad_to
         yield tokens
         if tokens[-1] in ends:
             return
-
-
-def padding_token(tokenizer: Any) -> tuple[int, str | None]:
-    """The id that stands for padding, and a remark where the tokenizer has none of its own."""
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id, None
-    if tokenizer.eos_token_id is not None:
-        return tokenizer.eos_token_id, f"the tokenizer has no padding token: {tokenizer.eos_token} stands for it"
-    return 0, "the tokenizer has no padding and no end-of-sequence token: token 0 stands for padding"
 
 
 def text_after(tokenizer: Any, before: list[int], tokens: list[int], *, special: bool = False) -> str:

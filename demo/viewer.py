@@ -10,8 +10,9 @@ import torch
 
 from demo import page
 from demo.inspection import SOURCES, inspect_tokens
+from demo.pair import Sampling
 from demo.passages import Passages
-from demo.streams import BASE, JOINT, RunningText, Sampling, encode_prompt, padding_token, side_by_side, text_after
+from demo.streams import BASE, JOINT, RunningText, encode_prompt, side_by_side, text_after
 from models import MLPMemory
 from utils.errors import InputError, check_fraction, check_positive, one_line
 
@@ -52,7 +53,7 @@ class Viewer:
 
     def empty(self) -> View:
         """The view before the first run."""
-        return self._view("", {}, padding_token(self.tokenizer)[1] or "")
+        return self._view("", {}, "")
 
     def stop(self, owner: object = None) -> None:
         """End the run of `owner` at the next token; what was made is inspected."""
@@ -84,8 +85,7 @@ class Viewer:
         prompt_ids = input_ids[0].tolist()
         texts = {side: RunningText(self.tokenizer, prompt_ids) for side in (BASE, JOINT)}
         started = time.monotonic()
-        pad_token_id, _ = padding_token(self.tokenizer)
-        for side, tokens in side_by_side(self.joint, input_ids, sampling, pad_token_id):
+        for side, tokens in side_by_side(self.joint, self.tokenizer, input_ids, sampling):
             texts[side].tokens += tokens
             if side == JOINT:  # one view for a token of each
                 yield self._view(prompt, texts, "generating …", running=True)

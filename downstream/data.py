@@ -70,21 +70,20 @@ class Questions:
             cells, row = self.table[number], {}
             for role, column in self.columns.items():
                 try:
-                    row[role] = column.read(cells.get(self.names[role]), column.holds)
+                    row[role] = column.read(cells.get(self.names[role]))
                 except ValueError as error:
-                    raise InputError(
-                        f"--dataset_name {self.source}: row {number}: {error}; mend it, or leave it out with --start"
-                    ) from None
+                    told = f"row {number}: the {column.holds} {error}"
+                    raise InputError(f"--dataset_name {self.source}: {told}; leave it out with --start") from None
             yield number, row
 
 
-def read_file(path: Path) -> list[dict[str, Any]]:
-    """The rows of a local file, by its ending. Raises InputError."""
+def read_file(path: Path, flag: str = "--dataset_name") -> list[dict[str, Any]]:
+    """The rows of a local file, by its ending. Raises InputError naming `flag`."""
     import pyarrow.parquet
 
     kind = path.suffix.lower()
     if kind not in FILES:
-        raise InputError(f"--dataset_name {path}: expected a file ending in {', '.join(FILES)}")
+        raise InputError(f"{flag} {path}: expected a file ending in {', '.join(FILES)}")
     try:
         if kind == ".parquet":
             return pyarrow.parquet.read_table(path).to_pylist()
@@ -95,11 +94,11 @@ def read_file(path: Path) -> list[dict[str, Any]]:
                 return [{name: listed(cell) for name, cell in row.items()} for row in rows]
             rows = json_rows(file.read())
     except UnicodeDecodeError as error:
-        raise InputError(f"--dataset_name {path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise InputError(f"{flag} {path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except (ValueError, csv.Error, pyarrow.ArrowException) as error:
-        raise InputError(f"--dataset_name {path}: is not a readable {kind} file ({one_line(error, 160)})") from None
+        raise InputError(f"{flag} {path}: is not a readable {kind} file ({one_line(error, 160)})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"--dataset_name {path}: expected JSON objects, one for each row")
+        raise InputError(f"{flag} {path}: expected JSON objects, one for each row")
     return rows
 
 

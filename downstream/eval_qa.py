@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -53,8 +53,7 @@ class QAArguments:
                 check_positive(f"--{name}", getattr(self, name))
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A row of the benchmark that is to be answered."""
 
     number: int
@@ -83,13 +82,9 @@ def main() -> None:
             return
         if answered_before < len(rows):
             answer(task, rows, qa, model, predictions)
-        joint = model.use_neural_knn
         results = {
             "task": qa.task,
-            "model": model.model_name_or_path,
-            "memory": model.knn_generator_path if joint else None,
-            "lmbda": model.lmbda if joint else None,
-            "knn_temp": model.knn_temp if joint else None,
+            **model.stated(),
             "dataset": data_settings["dataset"],
             **score(task, predictions.lines),
             "counts": {

@@ -66,6 +66,7 @@ def main() -> None:
     except ImportError:
         raise InputError("the evaluation harness is not installed; pip install lm-eval") from None
     from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
 
     from utils.evaluation import write_results
     from utils.files import ensure_folder
@@ -79,21 +80,15 @@ def main() -> None:
     check_names(names, manager)
     ensure_folder(harness.output_dir)
     language_model = register()(batch_size=harness.per_device_eval_batch_size, **vars(model))
-    base = None
-    if harness.with_base:
-        # At lambda 0 the joint model computes the base alone and runs no memory.
-        language_model.model.lmbda = 0.0
-        found = evaluate(language_model, names, manager, harness)
-        base = {"tasks": found["tasks"], "groups": found["groups"]}
-        language_model.model.lmbda = model.lmbda
-    joint = model.use_neural_knn
+    scored = {}
+    for name, lmbda in {**({"base": 0.0} if harness.with_base else {}), "": model.lmbda}.items():
+        if model.use_neural_knn:
+            language_model.model.lmbda = lmbda  # at lambda 0 the joint model computes the base alone
+        scored[name] = evaluate(language_model, names, manager, harness)
     results = {
-        **evaluate(language_model, names, manager, harness),
-        **({"base": base} if base else {}),
-        "model": model.model_name_or_path,
-        "memory": model.knn_generator_path if joint else None,
-        "lmbda": model.lmbda if joint else None,
-        "knn_temp": model.knn_temp if joint else None,
+        **plain(scored[""]),
+        **({"base": plain(scored["base"])} if harness.with_base else {}),
+        **model.stated(),
         "settings": {
             "num_fewshot": harness.num_fewshot,
             "limit": harness.limit,
@@ -103,9 +98,9 @@ def main() -> None:
         },
     }
     write_results(harness.output_dir, results, started)
-    if base:
-        print(table("base", base["tasks"]))
-    print(table(f"base + memory (lambda {model.lmbda:g})" if joint else "base", results["tasks"]))
+    joint = f"base + memory (lambda {model.lmbda:g})" if model.use_neural_knn else "base"
+    for name, found in scored.items():
+        print(f"{name or joint}\n{make_table(found)}")
 
 
 @functools.cache
@@ -157,11 +152,11 @@ def register() -> type:
 
 
 def evaluate(language_model: Any, names: Sequence[str], manager: Any, harness: HarnessArguments) -> dict[str, Any]:
-    """Scores of the chosen tasks, as the model stands now. Raises InputError where a dataset cannot be had."""
+    """What the harness finds, as the model stands now. Raises InputError where a dataset cannot be had."""
     import lm_eval
 
     try:
-        found = lm_eval.simple_evaluate(
+        return lm_eval.simple_evaluate(
             model=language_model,
             tasks=list(names),
             task_manager=manager,
@@ -179,12 +174,6 @@ def evaluate(language_model: Any, names: Sequence[str], manager: Any, harness: H
                 f"--tasks {' '.join(names)}: a task's dataset cannot be loaded ({one_line(error, 240)})"
             ) from None
         raise
-    return {
-        "tasks": plain(found["results"]),
-        "groups": plain(found.get("groups", {})),
-        "task_versions": plain(found.get("versions", {})),
-        "counts": plain(found.get("n-samples", {})),
-    }
 
 
 def check_names(names: Sequence[str], manager: Any) -> None:
@@ -200,28 +189,18 @@ def check_names(names: Sequence[str], manager: Any) -> None:
             )
 
 
-def plain(value: Any) -> Any:
-    """JSON values only: NumPy numbers become Python's, what is not finite becomes null."""
-    if isinstance(value, Mapping):
-        return {str(name): plain(each) for name, each in value.items()}
-    if isinstance(value, (str, int)) or value is None:
-        return value
-    return float(value) if math.isfinite(value) else None
+def plain(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The harness's scores, versions and counts as JSON values: what is not finite becomes null."""
 
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(name): finite(each) for name, each in value.items()}
+        if isinstance(value, (str, int)) or value is None:
+            return value
+        return float(value) if math.isfinite(value) else None
 
-def table(which: str, tasks: Mapping[str, Mapping[str, Any]]) -> str:
-    """The model's name, and one line for each task: its metrics with their standard errors."""
-    lines = [which]
-    for task, scores in tasks.items():
-        shown = []
-        for name, value in scores.items():
-            metric, _, kind = name.partition(",")
-            if not isinstance(value, float) or metric.endswith("_stderr"):
-                continue
-            error = scores.get(f"{metric}_stderr,{kind}")
-            shown.append(f"{metric} {value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else ""))
-        lines.append(f"  {task}: {', '.join(shown) or 'no score'}")
-    return "\n".join(lines)
+    names = {"tasks": "results", "groups": "groups", "task_versions": "versions", "counts": "n-samples"}
+    return {name: finite(found.get(own, {})) for name, own in names.items()}
 
 
 if __name__ == "__main__":

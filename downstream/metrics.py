@@ -1,7 +1,4 @@
-"""Scores of one answer against the benchmark's references: exact match, token F1, answer containment, choices.
-
-Knows nothing of models, prompts or files. Every score is a number from 0 to 1, 1 being best.
-"""
+"""Scores of one answer against the benchmark's references, each from 0 to 1: exact match, token F1, choices and more."""
 
 from __future__ import annotations
 
@@ -12,8 +9,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+import regex
+
 YES_NO = ("yes", "no", "noanswer")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Separators (Z*) and control characters (C*) divide tokens and are dropped.
+_DPR_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -54,26 +55,8 @@ def _f1(prediction: str, answer: str) -> float:
 
 
 def simple_tokens(text: str) -> list[str]:
-    """DPR's tokens of `text`, after NFD, lower-cased: runs of letters, digits and marks, or single other symbols.
-
-    Categories are Unicode's: L*, N* and M* make runs; separators (Z*) and control characters (C*) divide
-    and are dropped; any other character is a token by itself.
-    """
-    tokens: list[str] = []
-    run: list[str] = []
-    for character in unicodedata.normalize("NFD", text):
-        kind = unicodedata.category(character)[0]
-        if kind in "LNM":
-            run.append(character)
-            continue
-        if run:
-            tokens.append("".join(run).lower())
-            run = []
-        if kind not in "ZC":
-            tokens.append(character.lower())
-    if run:
-        tokens.append("".join(run).lower())
-    return tokens
+    """DPR's tokens of `text`, after NFD, lower-cased: runs of letters, digits and marks, or single other symbols."""
+    return [token.lower() for token in _DPR_TOKEN.findall(unicodedata.normalize("NFD", text))]
 
 
 def contains_answer(output: str, answers: Sequence[str]) -> float:

@@ -41,6 +41,12 @@ class ModelArguments(BaseArguments):
             return torch.float16
         return super().dtype(**short)
 
+    def stated(self) -> dict[str, Any]:
+        """What a results.json says of the model."""
+        joint = ("knn_generator_path", "lmbda", "knn_temp")
+        memory, lmbda, knn_temp = (getattr(self, name) if self.use_neural_knn else None for name in joint)
+        return {"model": self.model_name_or_path, "memory": memory, "lmbda": lmbda, "knn_temp": knn_temp}
+
     def settings(self) -> dict[str, Any]:
         """What a result depends on."""
         chosen: dict[str, Any] = {

@@ -9,13 +9,13 @@ decoding gives every token of the answer.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from utils.base_model import BaseArguments
@@ -91,19 +91,15 @@ def _case(title: str, before: str, answer: str) -> Iterator[Case]:
 
 
 def read_articles(path: str) -> list[str]:
-    """The column `text` of a .jsonl file. Raises InputError naming the file and line."""
-    texts = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError
-                texts.append(text)
-    except FileNotFoundError:
-        raise InputError(f"--articles {path}: no such file") from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"--articles {path}: line {len(texts) + 1} is not a JSON object with a text") from None
+    """The column `text` of a .jsonl file. Raises InputError naming the file and row."""
+    from downstream.data import read_file
+
+    if not Path(path).is_file():
+        raise InputError(f"--articles {path}: no such file")
+    texts = [row.get("text") for row in read_file(Path(path), "--articles")]
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"--articles {path}: row {number} has no text")
     return texts
 
 

@@ -8,8 +8,9 @@ of the real ones in width and depth. Trains no model itself: `scripts/standins.s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.cli import flag, parse
 from utils.errors import InputError, command
@@ -23,7 +24,7 @@ SIZES = {"small": (64, 2, 2), "large": (96, 3, 3), "xl": (128, 4, 4)}
 class StandInArguments:
     """Which text the tokenizer is made from, and how large it is."""
 
-    texts: list[str] = field(default_factory=list, metadata={"help": "text files, UTF-8"})
+    texts: list[str] = flag([], "text files, UTF-8")
     output_dir: str = flag("results/standins/configs", "folder of the configs")
     vocabulary: int = flag(4000, "tokens of the tokenizer")
     positions: int = flag(128, "longest window of the models")
@@ -38,21 +39,17 @@ def main() -> None:
     for path in arguments.texts:
         if not Path(path).is_file():
             raise InputError(f"--texts {path}: no such file")
-    make_standins(arguments.texts, Path(arguments.output_dir), arguments.vocabulary, arguments.positions)
-
-
-def make_standins(texts: list[str], output: Path, vocabulary: int, positions: int) -> None:
-    """Write a folder with config and tokenizer for each of `SIZES`."""
     from transformers import GPT2Config
 
     from utils.files import atomic_folder
     from utils.loading import say
 
-    tokenizer = byte_pair_tokenizer(texts, vocabulary, positions)
+    output = Path(arguments.output_dir)
+    tokenizer = byte_pair_tokenizer(arguments.texts, arguments.vocabulary, arguments.positions)
     for name, (width, layers, heads) in SIZES.items():
         config = GPT2Config(
             vocab_size=len(tokenizer),
-            n_positions=positions,
+            n_positions=arguments.positions,
             n_embd=width,
             n_layer=layers,
             n_head=heads,
@@ -60,9 +57,7 @@ def make_standins(texts: list[str], output: Path, vocabulary: int, positions: in
             eos_token_id=tokenizer.eos_token_id,
             # GPT-2's 0.02 at its width of 768: narrower models with it take many epochs to begin learning.
             initializer_range=0.02 * (768 / width) ** 0.5,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         )
         with atomic_folder(output / name) as folder:
             config.save_pretrained(folder)
@@ -70,25 +65,16 @@ def make_standins(texts: list[str], output: Path, vocabulary: int, positions: in
     say(f"stand-ins: {', '.join(SIZES)} in {output}, a tokenizer of {len(tokenizer)} tokens")
 
 
-def byte_pair_tokenizer(texts: list[str], vocabulary: int, positions: int):
+def byte_pair_tokenizer(texts: list[str], vocabulary: int, positions: int) -> Any:
     """A byte-level BPE tokenizer like GPT-2's, trained on the files `texts`."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-    from tokenizers.models import BPE
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train([str(path) for path in texts], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, unk_token=END, model_max_length=positions
-    )
+    trained = ByteLevelBPETokenizer()
+    trained.train(texts, vocabulary, min_frequency=0, show_progress=False, special_tokens=[END])
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
+    tokenizer = Tokenizer.from_str(trained.to_str())
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=positions, **special)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The registry of question-answering tasks: for each its columns, prompts, metrics and hub dataset.
 
-Knows nothing of models or files. A new task is one entry in `TASKS`. Where the benchmarks leave a choice open,
-the entry's docstrings say which was made.
+A new task is one entry in `TASKS`. Where the benchmarks leave a choice open, the functions' docstrings say which was made.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ HALUEVAL_PROMPT = (
 class Column:
     """Names that a column may have (the first one found is taken), and what reads its cells.
 
-    `read` takes the cell and what it holds, for the message, and raises ValueError if it does not hold that.
+    `read` takes the cell and raises ValueError, which says what is wrong with it, if it holds something else.
     """
 
     names: tuple[str, ...]
     holds: str
-    read: Callable[[Any, str], Any]
+    read: Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -93,27 +92,41 @@ class Task:
     prompt_file: str | None = None
 
 
-def text_of(value: Any, holds: str) -> str:
+def text_of(value: Any) -> str:
     """A cell that must hold text. Raises ValueError otherwise."""
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"the {holds} is {'empty' if value is None or isinstance(value, str) else 'not text'}")
+        raise ValueError("is empty" if value is None or isinstance(value, str) else "is not text")
     return value
 
 
-def list_of(value: Any, holds: str) -> list[str]:
+def list_of(value: Any) -> list[str]:
     """The answers of a cell: a string, a list of strings, or TriviaQA's {value, aliases, …}.
 
     Empty strings and doubles are left out. Raises ValueError if no answer is left.
     """
     if isinstance(value, Mapping):
-        found = [value.get("value"), *(value.get("aliases") or ()), *(value.get("normalized_aliases") or ())]
-    else:
-        found = [value] if isinstance(value, str) or value is None else list(value)
+        value = [value.get("value"), *(value.get("aliases") or ()), *(value.get("normalized_aliases") or ())]
+    found = [value] if isinstance(value, str) or value is None else list(value)
     if not all(answer is None or isinstance(answer, str) for answer in found):
-        raise ValueError(f"the {holds} is neither text nor a list of texts")
+        raise ValueError("is neither text nor a list of texts")
     answers = list(dict.fromkeys(answer for answer in found if answer and answer.strip()))
     if not answers:
-        raise ValueError(f"the {holds} is empty")
+        raise ValueError("is empty")
+    return answers
+
+
+def closed(answer: Any) -> str:
+    """An answer without outer blanks, closed with a period if it does not end in one."""
+    answer = text_of(answer).strip()
+    return answer if answer.endswith(".") else answer + "."
+
+
+def reference_answers(value: Any) -> list[str]:
+    """TruthfulQA's references: a list, or one string with `;` between them; each closed with a period; doubles stay."""
+    found = value.split(";") if isinstance(value, str) else value or []
+    answers = [closed(answer) for answer in found if not isinstance(answer, str) or answer.strip()]
+    if not answers:
+        raise ValueError("are empty")
     return answers
 
 
@@ -145,24 +158,6 @@ def open_answer(row: Mapping[str, Any], outputs: Sequence[str]) -> Measured:
         {"accuracy": metrics.contains_answer(outputs[0], row["answers"])},
         {"prediction": outputs[0].strip(), "answers": row["answers"]},
     )
-
-
-def closed(answer: Any, holds: str = "answer") -> str:
-    """An answer without outer blanks, closed with a period if it does not end in one."""
-    answer = text_of(answer, holds).strip()
-    return answer if answer.endswith(".") else answer + "."
-
-
-def reference_answers(value: Any, holds: str) -> list[str]:
-    """TruthfulQA's references: a list, or one string with `;` between them; each closed with a period; doubles stay."""
-    if isinstance(value, str):
-        value = value.split(";")
-    if value is None or not all(isinstance(answer, str) for answer in value):
-        raise ValueError(f"the {holds} are neither text nor a list of texts")
-    answers = [closed(answer) for answer in value if answer.strip()]
-    if not answers:
-        raise ValueError(f"the {holds} are empty")
-    return answers
 
 
 def truthfulqa_prompts(row: Mapping[str, Any], demonstrations: str) -> list[Prompt]:
@@ -239,20 +234,36 @@ QUESTION_ANSWERS = {
     "question": Column(("question", "Question", "query"), "question", text_of),
     "answers": Column(("answers", "answer", "Answers", "Answer"), "answer", list_of),
 }
-HALUEVAL_COLUMNS = {
-    "question": Column(("question",), "question", text_of),
-    "right": Column(("right_answer",), "right answer", text_of),
-    "hallucinated": Column(("hallucinated_answer",), "hallucinated answer", text_of),
+SHORT = {
+    "columns": QUESTION_ANSWERS,
+    "prompts": short_question,
+    "measure": short_answer,
+    "metrics": ("exact_match", "f1"),
+    "max_new_tokens": 15,
+    "stop": "\n",
 }
-SHORT = {"max_new_tokens": 15, "stop": "\n", "prompts": short_question, "measure": short_answer}
-OPEN = {"max_new_tokens": 100, "stop": "\n.,", "prompts": open_question, "measure": open_answer}
+OPEN = {
+    "columns": QUESTION_ANSWERS,
+    "prompts": open_question,
+    "measure": open_answer,
+    "metrics": ("accuracy",),
+    "max_new_tokens": 100,
+    "stop": "\n.,",
+}
+HALUEVAL = {
+    "hub": ("pminervini/HaluEval", "qa", "data"),
+    "columns": {
+        "question": Column(("question",), "question", text_of),
+        "right": Column(("right_answer",), "right answer", text_of),
+        "hallucinated": Column(("hallucinated_answer",), "hallucinated answer", text_of),
+    },
+}
+CHOICE = {"prompts": halueval_choice_prompts, "measure": halueval_choice_scores, "metrics": ("accuracy",)}
 
 TASKS: dict[str, Task] = {
     "nq": Task(
         about="Natural Questions (open): exact match and F1 of a short generated answer",
         hub=("google-research-datasets/nq_open", None, "validation"),
-        columns=QUESTION_ANSWERS,
-        metrics=("exact_match", "f1"),
         # An extraction fault of the published file: such a row cannot be answered.
         keep=lambda row: ")" not in row["answers"],
         **SHORT,
@@ -260,22 +271,16 @@ TASKS: dict[str, Task] = {
     "hotpotqa": Task(
         about="HotpotQA (closed book): exact match and F1 of a short generated answer",
         hub=("hotpotqa/hotpot_qa", "distractor", "validation"),
-        columns=QUESTION_ANSWERS,
-        metrics=("exact_match", "f1"),
         **SHORT,
     ),
     "triviaqa": Task(
         about="TriviaQA (closed book): an answer occurs in the generated text",
         hub=("mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
-        columns=QUESTION_ANSWERS,
-        metrics=("accuracy",),
         **OPEN,
     ),
     "webqa": Task(
         about="WebQuestions: an answer occurs in the generated text",
         hub=("stanfordnlp/web_questions", None, "test"),
-        columns=QUESTION_ANSWERS,
-        metrics=("accuracy",),
         **OPEN,
     ),
     "truthfulqa": Task(
@@ -294,31 +299,24 @@ TASKS: dict[str, Task] = {
     ),
     "halueval": Task(
         about="HaluEval QA: the right answer over the hallucinated one, by mean log-probability per token",
-        hub=("pminervini/HaluEval", "qa", "data"),
-        columns=HALUEVAL_COLUMNS,
-        prompts=halueval_choice_prompts,
-        measure=halueval_choice_scores,
-        metrics=("accuracy",),
         prompt_file=HALUEVAL_PROMPT,
+        **HALUEVAL,
+        **CHOICE,
     ),
     "halueval_plain": Task(
         about="the same choice without the instruction: #Question#, #Answer# and nothing before them",
-        hub=("pminervini/HaluEval", "qa", "data"),
-        columns=HALUEVAL_COLUMNS,
-        prompts=halueval_choice_prompts,
-        measure=halueval_choice_scores,
-        metrics=("accuracy",),
+        **HALUEVAL,
+        **CHOICE,
     ),
     "halueval_judge": Task(
         about="HaluEval QA: Yes or No to whether an answer is hallucinated, by greedy generation",
-        hub=("pminervini/HaluEval", "qa", "data"),
-        columns=HALUEVAL_COLUMNS,
         prompts=halueval_judge_prompts,
         measure=halueval_judge_scores,
         metrics=("accuracy", "accuracy_right", "accuracy_hallucinated", "failed"),
         max_new_tokens=15,
         stop="\n",
         prompt_file=HALUEVAL_PROMPT,
+        **HALUEVAL,
     ),
 }
 

@@ -93,7 +93,7 @@ TRUTH_FLAGS = ("--task", "truthfulqa", "--dataset_name")
 
 def prompts(task, row, text=""):
     columns = TASKS[task].columns
-    return TASKS[task].prompts({role: column.read(row[role], column.holds) for role, column in columns.items()}, text)
+    return TASKS[task].prompts({role: column.read(row[role]) for role, column in columns.items()}, text)
 
 
 @pytest.mark.parametrize("task", ["nq", "hotpotqa"])
@@ -348,7 +348,7 @@ def test_triviaqa_answers_are_value_and_aliases():
         "aliases": ["Sunset Blvd", "Sunset Boulevard"],
         "normalized_aliases": ["sunset blvd"],
     }
-    assert column.read(cell, "answer") == ["Sunset Boulevard", "Sunset Blvd", "sunset blvd"]
+    assert column.read(cell) == ["Sunset Boulevard", "Sunset Blvd", "sunset blvd"]
 
 
 # Going on after an interruption

@@ -39,19 +39,19 @@ def test_a_definition_is_answered_by_as_many_words_as_are_asked_for(tmp_path, ca
     [
         ("--layer_position", 9, "--layer_position 9: "),
         ("--answer_words", 0, "--answer_words"),
-        ("--articles", "{bad}", "line 1 is not a JSON object with a text"),
+        ("--articles", "{bad}", "row 0 has no text"),
         ("--knn_generator_path", "{bad}", "--knn_generator_path"),
     ],
 )
 def test_bad_input_ends_in_one_line(llama_world, tmp_path, flag, value, told):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "T\n\nThe thing is a small stone"}) + "\n")
-    (tmp_path / "bad").write_text(json.dumps({"text": 7}) + "\n")
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"text": 7}) + "\n")
     flags = {
         "--model_name_or_path": llama_world.base,
         "--knn_generator_path": llama_world.base,
         "--articles": tmp_path / "a.jsonl",
         "--output_dir": tmp_path,
-        flag: str(value).format(bad=tmp_path / "bad"),
+        flag: str(value).format(bad=tmp_path / "bad.jsonl"),
     }
     assert told in refused_here("downstream.recall", *(text for pair in flags.items() for text in pair))
 
