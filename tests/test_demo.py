@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -17,8 +18,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, GOLDEN, ROOT, command, refused, refused_here, run
-from hypothesis import given
-from hypothesis import strategies as st
 from qa_models import byte_tokenizer, save_models
 from safetensors.torch import load_file
 from tiny_models import letter_tokenizer, tiny_base, tiny_joint, tiny_memory
@@ -256,9 +255,6 @@ def test_without_flags_the_last_memory_of_the_quickstart_is_shown_at_its_best_mi
     assert "Where is the moon?" in out and "lambda 0.55, temperature 1.2" in out
     pair = choose_pair(PairArguments(quickstart=str(quickstart)))
     assert pair.memory.endswith("epoch_10") and pair.base.endswith("embedded/model") and pair.dstore_path is None
-
-
-def test_flags_stand_in_for_what_the_quickstart_says(quickstart, tmp_path):
     pair = choose_pair(PairArguments(quickstart=str(quickstart), lmbda=0.1, prompt="Why?", model_name_or_path="other"))
     assert (pair.lmbda, pair.knn_temp, pair.prompt, pair.base) == (0.1, 1.2, "Why?", "other")
 
@@ -338,8 +334,6 @@ def test_a_terminal_that_is_wide_enough_shows_two_columns(saved, columns):
         (("--prompt", " "), "--prompt: is empty"),
         (("--prompt", "moon " * 100), "longer than the base's context of 64"),
         (("--temperature", "-0.5"), "--temperature -0.5: expected"),
-        (("--top_p", 2), "--top_p 2.0: expected"),
-        (("--num_beams", 0), "--num_beams 0: expected"),
         (("--preset", "large"), "--preset large: expected quickstart or mistral"),
         (("--layer_position", 7), "expected a number from -2 to 1"),
         (("--model_name_or_path", ROOT / "tests"), "holds no tokenizer"),
@@ -351,18 +345,10 @@ def test_bad_input_is_told_in_a_line(saved, wrong, told):
     assert told in refused_here("demo.generation_example", *flags(saved, *wrong))
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "told"),
-    [
-        ("mistral", {}, "the memory is for the mistral family, the base is llama"),
-        ("llama", {"hidden_size": 16, "head_dim": 4}, "size 16, the base's hidden size is 32"),
-        ("llama", {"vocab_size": 50}, "vocabulary has 50 tokens"),
-    ],
-)
-def test_a_memory_for_another_base_is_refused(saved, tmp_path, family, changes, told):
-    sizes = {"vocab_size": len(byte_tokenizer())} | changes
-    tiny_memory(tiny_base(family, **sizes)).save_pretrained(tmp_path)
+def test_a_memory_for_another_base_is_refused(saved, tmp_path):
+    tiny_memory(tiny_base("mistral", vocab_size=len(byte_tokenizer()))).save_pretrained(tmp_path)
     pair = ("--model_name_or_path", saved[0], "--knn_generator_path", tmp_path)
+    told = "the memory is for the mistral family, the base is llama"
     assert told in refused_here("demo.generation_example", *pair)
     pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[demo]'")
     assert told in refused_here("demo.app", *pair, "--port", 0)
@@ -471,9 +457,6 @@ def test_a_run_shows_the_texts_growing_and_then_each_token_with_its_details(view
     assert len(inspector.of("mlpm-list")) == 3 * len(details)
     assert not inspector.of("mlpm-passages")
     assert "tokens in" in Tags(last.status).text
-
-
-def test_with_lambda_0_no_token_is_coloured(viewer):
     _, last = last_view(viewer, lmbda=0.0)
     assert {token["style"] for token in Tags(last.inspector).of("mlpm-token")} == {"--mlpm-s:0.000"}
 
@@ -503,12 +486,6 @@ def test_a_stopped_run_shows_and_inspects_what_was_made(viewer):
     *_, last = views
     assert "stopped" in Tags(last.status).text
     assert 2 <= len(Tags(last.inspector).of("mlpm-token")) <= 8
-
-
-def test_a_prompt_that_nearly_fills_the_context_is_continued_as_far_as_it_goes(viewer):
-    prompt = "é" * 30  # two tokens each
-    _, last = last_view(viewer, prompt=prompt, sampling=Sampling(50))
-    assert "leaves room for 5 new ones" in Tags(last.status).text
 
 
 def test_what_comes_from_a_model_or_a_corpus_is_never_markup(viewer):
@@ -547,14 +524,12 @@ def test_a_prompt_is_shown_by_the_end_of_its_last_line(prompt, shown):
     assert page.prompt_end(prompt) == shown
 
 
-@given(st.floats(-30, 30), st.floats(0, 1))
+@pytest.mark.parametrize("lmbda", [0.0, 0.1, 0.6, 1.0])
+@pytest.mark.parametrize("moved", [-30.0, -0.3, 0.0, 0.3, 30.0])
 def test_the_colour_of_a_move_has_its_sign_and_is_full_at_the_ends_of_the_legend(moved, lmbda):
     value = page.strength(moved, lmbda)
     assert -1 <= value <= 1 and (value >= 0) == (moved >= 0)
-    assert page.strength(math.log(10), lmbda) == pytest.approx(1)
-    assert page.strength(-30, lmbda) == -1
-    ends = [Tags(page.legend(lmbda)).text.count(end) for end in ("×10 and more", "lowered")]
-    assert ends == [1, 1]
+    assert page.strength(math.log(10), lmbda) == pytest.approx(1) and page.strength(-30, lmbda) == -1
 
 
 @pytest.mark.parametrize(
@@ -570,13 +545,10 @@ def test_a_factor_has_two_or_three_digits(nats, text):
 
 def test_a_port_in_use_is_told_before_anything_is_loaded(tmp_path):
     pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[demo]'")
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        told = refused_here(
-            "demo.app", "--model_name_or_path", tmp_path, "--knn_generator_path", tmp_path, "--port", port
-        )
+        pair = ("--model_name_or_path", tmp_path, "--knn_generator_path", tmp_path)
+        told = refused_here("demo.app", *pair, "--port", port)
     assert told == f"--port {port}: is in use; choose another, or 0 for any free one"
 
 

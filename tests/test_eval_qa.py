@@ -272,8 +272,9 @@ def test_the_memory_changes_the_scores_and_lambda_zero_gives_the_bases(world, tm
     assert not np.allclose(scores["base"], scores["half"], atol=1e-2)
 
 
-def test_results_say_what_was_measured_and_how(world, tmp_path):
-    results, lines = ask(world, tmp_path, "--do_eval", "--dataset_name", world / "nq.jsonl", *joint_flags(world))
+def test_results_say_what_was_measured_and_how_and_a_part_can_be_chosen(world, tmp_path):
+    data = ("--do_eval", "--dataset_name", world / "nq.jsonl", *joint_flags(world))
+    results, lines = ask(world, tmp_path / "whole", *data)
     assert results["task"] == "nq"
     assert set(results["metrics"]) == set(results["standard_errors"]) == {"exact_match", "f1"}
     assert results["counts"] == {"rows": 5, "scored": 4, "dropped": 1, "from_an_earlier_run": 0}
@@ -283,14 +284,8 @@ def test_results_say_what_was_measured_and_how(world, tmp_path):
     assert [line["row"] for line in lines] == [0, 1, 3, 4]
     for name in ("exact_match", "f1"):
         assert results["metrics"][name] == pytest.approx(np.mean([line["scores"][name] for line in lines]))
-
-
-def test_start_and_count_choose_rows_of_the_file(world, tmp_path):
-    _, whole = ask(world, tmp_path / "whole", "--dataset_name", world / "nq.jsonl")
-    results, part = ask(
-        world, tmp_path / "part", "--dataset_name", world / "nq.jsonl", "--start", 1, "--max_eval_samples", 3
-    )
-    assert part == whole[1:3]
+    results, part = ask(world, tmp_path / "part", *data, "--start", 1, "--max_eval_samples", 3)
+    assert part == lines[1:3]
     assert results["counts"]["rows"] == 3 and results["counts"]["dropped"] == 1
 
 
@@ -303,15 +298,8 @@ def test_truthfulqa_scores_the_best_answer_even_where_it_is_not_among_the_true_o
 
 
 def test_a_judge_is_asked_about_both_answers(world, tmp_path):
-    flags = (
-        "--task",
-        "halueval_judge",
-        "--dataset_name",
-        world / "halu.jsonl",
-        "--prompt_file",
-        world / "instruction.txt",
-    )
-    results, lines = ask(world, tmp_path, *flags)
+    data = ("--dataset_name", world / "halu.jsonl", "--prompt_file", world / "instruction.txt")
+    results, lines = ask(world, tmp_path, "--task", "halueval_judge", *data)
     assert all(len(line["outputs"]) == len(line["judged"]) == 2 for line in lines)
     parts = results["metrics"]
     assert parts["accuracy"] == pytest.approx((parts["accuracy_right"] + parts["accuracy_hallucinated"]) / 2)
@@ -323,6 +311,7 @@ def test_every_file_format_gives_the_same_rows(world, tmp_path):
     rows = [{**row, "answer": list(row["answer"])} for row in NQ]
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "nq.parquet")
     (tmp_path / "nq.json").write_text(json.dumps(rows))
+    (tmp_path / "lines.json").write_text((world / "nq.jsonl").read_text())
     for name, delimiter in (("nq.csv", ","), ("nq.tsv", "\t")):
         with open(tmp_path / name, "w", newline="") as file:
             writer = csv.writer(file, delimiter=delimiter)
@@ -336,7 +325,7 @@ def test_every_file_format_gives_the_same_rows(world, tmp_path):
     columns = TASKS["nq"].columns
     expected = list(Questions(str(world / "nq.jsonl"), columns).select(0, None))
     assert len(expected) == 5
-    for name in ("nq.parquet", "nq.json", "nq.csv", "nq.tsv", "saved", "copy"):
+    for name in ("nq.parquet", "nq.json", "lines.json", "nq.csv", "nq.tsv", "saved", "copy"):
         found = Questions(str(tmp_path / name), columns, split="validation")
         assert list(found.select(0, None)) == expected, name
 
@@ -368,6 +357,7 @@ def test_a_restart_goes_on_after_the_last_complete_line(world, tmp_path):
 def test_a_finished_run_is_not_done_twice(world, tmp_path, capsys):
     flags = ("--dataset_name", world / "nq.jsonl", "--max_eval_samples", 1)
     ask(world, tmp_path, *flags)
+    assert capsys.readouterr().out.count("no pad token") == 1
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json*")}
     ask(world, tmp_path, *flags)
     assert "complete already" in capsys.readouterr().out
@@ -391,8 +381,9 @@ def test_changed_questions_are_refused(world, tmp_path):
     data = write_jsonl(tmp_path / "nq.jsonl", NQ[:1])
     ask(world, tmp_path / "out", "--dataset_name", data)
     write_jsonl(data, NQ[1:2])
-    arguments = ("--model_name_or_path", world / "base", "--output_dir", tmp_path / "out", "--dataset_name", data)
-    assert "dataset_content" in refused_here("downstream.eval_qa", *arguments)
+    assert "dataset_content" in refused_here(
+        "downstream.eval_qa", *base_flags(world, tmp_path / "out"), "--dataset_name", data
+    )
 
 
 # Bad input
@@ -454,23 +445,14 @@ def test_bad_input_is_told_in_one_line(world, tmp_path, monkeypatch, flags, expe
     assert not list((tmp_path / "out").glob("*.json*"))
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "told"),
-    [
-        ("llama", {"vocab_size": 300}, "vocabulary has 300 tokens, the base's 330"),
-        ("llama", {"hidden_size": 16, "head_dim": 4}, "size 16, the base's hidden size is 32"),
-        ("mistral", {}, "for the mistral family, the base is llama"),
-    ],
-)
-def test_a_memory_of_another_base_is_refused(world, tmp_path, family, changes, told):
-    sizes = {"vocab_size": len(byte_tokenizer())} | changes
-    tiny_memory(tiny_base(family, **sizes)).save_pretrained(tmp_path / "memory")
+def test_a_memory_of_another_base_is_refused(world, tmp_path):
+    tiny_memory(tiny_base("llama", vocab_size=300)).save_pretrained(tmp_path / "memory")
     line = refused_here(
         "downstream.eval_qa",
         *(*base_flags(world, tmp_path / "out"), "--dataset_name", world / "nq.jsonl"),
         *("--use_neural_knn", "--knn_generator_path", tmp_path / "memory"),
     )
-    assert told in line
+    assert "vocabulary has 300 tokens, the base's 330" in line
 
 
 def test_an_output_folder_in_use_is_refused(world, tmp_path):
@@ -479,11 +461,6 @@ def test_an_output_folder_in_use_is_refused(world, tmp_path):
     with FolderLock(tmp_path):
         line = refused_here("downstream.eval_qa", *base_flags(world, tmp_path), "--dataset_name", world / "nq.jsonl")
     assert "another run" in line
-
-
-def test_a_tokenizer_without_a_pad_token_is_said_once(world, tmp_path, capsys):
-    ask(world, tmp_path, "--dataset_name", world / "nq.jsonl", "--per_device_eval_batch_size", 2)
-    assert capsys.readouterr().out.count("no pad token") == 1
 
 
 # The shell script

@@ -6,6 +6,8 @@ import pytest
 
 from downstream import metrics
 
+pytestmark = pytest.mark.unit
+
 
 @pytest.mark.parametrize(
     ("text", "expected"),
