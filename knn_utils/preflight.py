@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class PreflightArguments:
     stride: int | None = flag(None, "tokens from one window to the next; default: the windows', else 512")
     ncentroids: int = flag(4096, "inverted lists of the index")
     code_size: int = flag(64, "bytes of a row in the index")
+    index_factory: str = flag("", "FAISS factory string in place of the two: Flat, IVF4096,Flat, IVF4096,PQ64")
     probe: int = flag(32, "inverted lists searched")
     num_train_epochs: int = flag(50, "epochs of training")
     windows_per_step: int = flag(128, "windows of a step, all processes together")
@@ -322,6 +324,7 @@ def sizes_of(arguments: PreflightArguments, chain: Chain) -> Sizes:
     if arguments.entries_per_row is None:
         said = f"{entries:.1f}, measured on --knn_save_path" if entries else f"{arguments.k / 8:.1f}, assumed (k/8)"
         chain.facts.append(f"entries of a row's target: {said}; --entries_per_row changes it")
+    lists, codes = (re.search(rf"{kind}(\d+)", arguments.index_factory) for kind in ("IVF", "PQ"))
     return Sizes(
         tokens=tokens,
         dim=dim,
@@ -334,8 +337,9 @@ def sizes_of(arguments: PreflightArguments, chain: Chain) -> Sizes:
         entries_per_row=entries or arguments.k / 8,
         block_size=block_size,
         stride=min(stride or Sizes.stride, block_size),
-        ncentroids=arguments.ncentroids,
-        code_size=arguments.code_size,
+        ncentroids=1 if arguments.index_factory == "Flat" else int(lists[1]) if lists else arguments.ncentroids,
+        code_size=int(codes[1]) if codes else arguments.code_size,
+        flat="Flat" in arguments.index_factory,
         probe=arguments.probe,
         epochs=arguments.num_train_epochs,
         windows_per_step=arguments.windows_per_step,

@@ -2,7 +2,7 @@
 # The paper's WikiText-103 table, measured beside published: bash scripts/reproduce_wikitext103.sh
 #
 # With TRAIN=1 the memory is trained here, from the kNN targets of the XL model, in place of the published one.
-# It begins with an estimate of disk, GPU memory and time, and continues where it stopped when it is run again.
+# That begins with an estimate of disk, GPU memory and time. It continues where it stopped when it is run again.
 # scripts/standins.sh runs the same chain with tiny models. Settings (environment variables; relative paths are from
 # the repository's root):
 #   LARGE_VANILLA LARGE XL   models: hub names or folders         (default: GPT-2 large, and the fine-tuned ones)
@@ -34,13 +34,23 @@ EPOCHS="${EPOCHS:-50}"
 [ "$TRAIN" != 1 ] || MEMORY="$WORK/memory/epoch_$EPOCHS"
 precision=(${TORCH_DTYPE:+--torch_dtype "$TORCH_DTYPE"})
 
-# 1. What it will take.
-facts=(--small_vanilla "${SMALL_VANILLA:-}" --small "${SMALL:-}" --vanilla "$LARGE_VANILLA" --large "$LARGE" --xl "$XL"
-    --memory "$MEMORY" --windows "$windows" --train "$TRAIN" --standins "${STANDINS:-0}" --k "${K:-1024}"
-    --probe "${PROBE:-32}" --ncentroids "${NCENTROIDS:-4096}" --code_size "${CODE_SIZE:-64}"
-    --index_factory "${INDEX_FACTORY:-}" --epochs "$EPOCHS"
-    --memory_layers "${MEMORY_LAYERS:-0}" --output_dir "$OUTPUT")
-run "estimate" "$PYTHON" -m downstream.reproduction --step plan "${facts[@]}"
+# 1. What training here will take, on one large GPU: of the teacher's plan the datastore, index and targets count, of the
+# student's the datastore and the memory. Models and windows that are there say their sizes; else the published ones do.
+estimate() {
+    local corpus=(--tokens 117900000) model=(--vocab 50257 --dim "$3" --base_parameters "$4")
+    if [ -e "$windows/dstore_summary.json" ]; then corpus=(--dataset_name "$windows"); fi
+    if [ -e "$windows/dstore_summary.json" ] || [ -e "$2/config.json" ]; then model=(--model_name_or_path "$2"); fi
+    # What is told to be too large here stops nothing.
+    run "estimate for the $1" "$PYTHON" -m knn_utils.preflight "${corpus[@]}" "${model[@]}" --k "${K:-1024}" \
+        --probe "${PROBE:-32}" --ncentroids "${NCENTROIDS:-4096}" --code_size "${CODE_SIZE:-64}" \
+        --index_factory "${INDEX_FACTORY:-}" --layers "${MEMORY_LAYERS:-54}" --num_train_epochs "$EPOCHS" \
+        --device_tflops 100 --processes 1 || true
+}
+if [ "$TRAIN" = 1 ] || [ "${PLAN_ONLY:-0}" = 1 ]; then
+    estimate teacher "$XL" 1600 1.558e9
+    estimate student "$LARGE" 1280 0.774e9
+    echo "free disk: $(df -h "$OUTPUT" | awk 'END { print $4 }')"
+fi
 [ "${PLAN_ONLY:-0}" != 1 ] || exit 0
 
 # 2. Text to token windows, 1024 tokens each, 512 apart.
@@ -96,5 +106,7 @@ once "evaluate large_memory" "$PYTHON" -m evaluate_joint --do_test --model_name_
     --dataset_name "$windows" --dataset_split_name test --per_device_eval_batch_size "${BATCH_SIZE_EVAL:-8}" \
     --output_dir "$WORK/large_memory" --knn_temp "${KNN_TEMP_MEMORY:-1}" --lmbda "${LAMBDA:-0.25}" \
     --knn_generator_path "$MEMORY" --report_to none ${precision[@]+"${precision[@]}"}
-run "table" "$PYTHON" -m downstream.reproduction --step table "${facts[@]}"
+run "table" "$PYTHON" -m downstream.reproduction --vanilla "$LARGE_VANILLA" --large "$LARGE" --xl "$XL" \
+    --small_vanilla "${SMALL_VANILLA:-}" --small "${SMALL:-}" --memory "$MEMORY" --train "$TRAIN" \
+    --standins "${STANDINS:-0}" --output_dir "$OUTPUT"
 echo "The stages took $(seconds_of_stages) s."

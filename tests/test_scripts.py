@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, make_base, make_text
+from conftest import ROOT, command, make_base
 from script_stub import calls, flags, shell, stub_python
+from tiny_models import tiny_memory
+from transformers import AutoModelForCausalLM
 
 SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), *(ROOT / "downstream").glob("*.sh")])
 VENV_PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -154,28 +156,28 @@ def test_the_table_of_the_paper_takes_the_published_models_and_continues_where_i
     done, found = reproduction(tmp_path)
     assert done.returncode == 0, done.stderr
     assert modules(found) == [
-        *("downstream.reproduction", "preprocess_dataset", "train_base", "train_base", "train_base"),
+        *("preprocess_dataset", "train_base", "train_base", "train_base"),
         *("evaluate_joint", "downstream.reproduction"),
     ]
-    names = [flags(call).get("--model_name_or_path") for call in found[2:6]]
+    names = [flags(call).get("--model_name_or_path") for call in found[1:5]]
     assert names == [
         *("openai-community/gpt2-large", "Rubin-Wei/gpt2-large-finetuned-wikitext103"),
         *("Clover-Hill/gpt2-xl-finetuned-wikitext103", "Rubin-Wei/gpt2-large-finetuned-wikitext103"),
     ]
-    joint = flags(found[5])
+    joint = flags(found[4])
     assert (joint["--lmbda"], joint["--knn_temp"]) == ("0.25", "1")
     assert joint["--knn_generator_path"] == "Rubin-Wei/MLPMemory-gpt2-large"
     again, found = reproduction(tmp_path)
-    assert again.returncode == 0 and modules(found[7:]) == ["downstream.reproduction"] * 2
+    assert again.returncode == 0 and modules(found[6:]) == ["downstream.reproduction"]
     assert "done before" in again.stdout
 
 
 def test_a_changed_setting_runs_its_stage_and_those_after_it_again(tmp_path):
     reproduction(tmp_path)
     done, found = reproduction(tmp_path, BATCH_SIZE_EVAL=2, NUM_PROC=2)
-    assert done.returncode == 0 and modules(found[7:]) == modules(found[:7])
+    assert done.returncode == 0 and modules(found[6:]) == modules(found[:6])
     done, found = reproduction(tmp_path, BATCH_SIZE_EVAL=2, NUM_PROC=2, LAMBDA=0.5)
-    assert modules(found[14:]) == ["downstream.reproduction", "evaluate_joint", "downstream.reproduction"]
+    assert modules(found[12:]) == ["evaluate_joint", "downstream.reproduction"]
 
 
 def test_the_table_with_training_takes_the_teacher_for_the_targets_and_the_student_for_the_rest(tmp_path):
@@ -184,57 +186,37 @@ def test_the_table_with_training_takes_the_teacher_for_the_targets_and_the_stude
     done, found = reproduction(tmp_path, TRAIN=1, XL="xl", LARGE="large", WINDOWS="windows")
     assert done.returncode == 0, done.stderr
     wanted = ["train_base", "knn_utils.build_index", "knn_utils.saveKNNMulti", "train_base", "train_mlpmem_offline"]
-    assert modules(found)[4:9] == wanted
-    save, _, search, student, train = (flags(call) for call in found[4:9])
+    assert modules(found)[:2] == ["knn_utils.preflight"] * 2 and modules(found)[5:10] == wanted
+    save, _, search, student, train = (flags(call) for call in found[5:10])
     assert save["--model_name_or_path"] == "xl" and student["--model_name_or_path"] == "large"
     assert train["--knn_save_path"] == search["--output_path"]
     assert "/student/" in train["--knn_dstore_path"] and train["--num_train_epochs"] == "50"
-    assert flags(found[9])["--knn_generator_path"].endswith("memory/epoch_50")
+    assert flags(found[10])["--knn_generator_path"].endswith("memory/epoch_50")
 
 
 def test_the_estimate_comes_before_anything_runs_and_asks_for_nothing(tmp_path):
     done = shell("bash", "scripts/reproduce_wikitext103.sh", PATH=VENV_PATH, TRAIN=1, PLAN_ONLY=1, OUTPUT=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    stages = [row.split("|")[1].strip() for row in rows[1:]]
-    assert stages[1] == "windows" and stages[-1] == "**all**"
-    assert any("kNN targets" in stage for stage in stages) and any("50 epochs" in stage for stage in stages)
-    assert all(re.search(r"\d", row) for row in rows[2:])
-    assert len(printed(done.stdout)) == 1
+    stages = [row.split("|")[1].strip() for row in rows]
+    assert stages == ["stage", "---", "windows", "datastore", "index", "kNN targets", "memory", "all"] * 2
+    assert all(re.search(r"\d", row) for row in rows[2:8]) and "50 epochs" in rows[6]
+    assert "free disk: " in done.stdout and len(printed(done.stdout)) == 2
 
 
 def test_the_table_stands_measured_beside_published(tmp_path):
-    base = make_base("gpt2", tmp_path / "base")
-    splits = tmp_path / "text"
-    splits.mkdir()
-    for name, count in (("train", 60), ("test", 60)):
-        make_text(splits / f"{name}.txt", lines=count)
-    windows, work = tmp_path / "windows", tmp_path / "out" / "work"
-    command(
-        "utils.preprocess_dataset",
-        *("--dataset_name", splits, "--tokenizer_path", base, "--output_dir", windows),
-        *("--block_size", 64, "--stride", 32),
-    )
+    base, work = make_base("gpt2", tmp_path / "base"), tmp_path / "out" / "work"
+    tiny_memory(AutoModelForCausalLM.from_pretrained(base), 2).save_pretrained(tmp_path / "memory")
     measured = {"large_vanilla": 30.0, "large_finetuned": 20.0, "xl_finetuned": 19.0, "large_memory": 17.5}
     for stage, value in measured.items():
         (work / stage).mkdir(parents=True)
         result = {"perplexity": value, "tokens": 100, "model": str(base), "memory": None, "lmbda": 0.25, "knn_temp": 1}
         (work / stage / "results.json").write_text(json.dumps(result))
     names = [word for flag in ("vanilla", "large", "xl") for word in (f"--{flag}", base)]
-    facts = [
-        *names,
-        "--memory",
-        tmp_path / "none",
-        "--windows",
-        windows,
-        "--memory_layers",
-        2,
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    command("downstream.reproduction", "--step", "plan", *facts, "--train", 1)
-    command("downstream.reproduction", "--step", "table", *facts)
+    facts = [*names, "--memory", tmp_path / "memory", "--output_dir", tmp_path / "out"]
+    command("downstream.reproduction", *facts)
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert rows[0]["parameters"].endswith("M") and " + " in rows[-1]["parameters"]
     assert [row["published"] for row in rows] == [15.80, 10.42, 10.16, 9.58]
     assert [row["measured"] for row in rows] == list(measured.values())
     text = (tmp_path / "out" / "table.md").read_text()
@@ -243,7 +225,7 @@ def test_the_table_stands_measured_beside_published(tmp_path):
         result = {"perplexity": value, "tokens": 100, "model": str(base), "memory": None, "lmbda": 0, "knn_temp": None}
         (work / stage).mkdir()
         (work / stage / "results.json").write_text(json.dumps(result))
-    command("downstream.reproduction", "--step", "table", *facts, "--small_vanilla", base, "--small", base)
+    command("downstream.reproduction", *facts, "--small_vanilla", base, "--small", base)
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert [line.split("|")[3:5] for line in lines[2:4]] == [[" – ", " 90.00 "], [" – ", " 40.00 "]]
 
