@@ -147,42 +147,21 @@ class MLPStack:
         transform = state.get("embedding_transform.weight")  # (hidden, input_dim)
         with torch.device("meta"):
             memory = cls(config, input_dim=None if transform is None else transform.shape[1])
-        check_weights(folder, memory, state)
         target = torch.device(device) if device is not None else None
         for name, value in state.items():
             # A copy, also where nothing changes: the file may be written over while the memory lives.
             state[name] = value.to(device=target, dtype=dtype if value.is_floating_point() else None, copy=True)
-        memory.load_state_dict(state, strict=True, assign=True)
+        try:
+            memory.load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as error:
+            told = " ".join(str(error).split())
+            raise ValueError(
+                f"{folder}: is no MLP memory (not the base model) with the config.json it was saved with: {told[:300]}"
+            ) from None
         if dtype is not None:
             memory.config.dtype = dtype
         memory.name_or_path = memory.config.name_or_path = str(path)
         return memory.eval()
-
-
-def check_weights(folder: Path, memory: MLPStack, state: dict[str, torch.Tensor]) -> None:
-    """Compare stored weights with what the config asks for. Raises ValueError naming the first few that differ."""
-    expected = memory.state_dict()
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    differences = {
-        "missing": sorted(expected.keys() - state.keys()),
-        "not expected": sorted(state.keys() - expected.keys()),
-        "of another shape": shapes,
-    }
-    complaints = [f"{what} {_some(names)}" for what, names in differences.items() if names]
-    if complaints:
-        raise ValueError(
-            f"{folder}: the weights do not fit its config.json as a {type(memory).__name__}: {'; '.join(complaints)}; "
-            "expected an MLP memory (not the base model) with the config it was saved with"
-        )
-
-
-def _some(names: list[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
 
 
 def layer_count_name(config_class: type[PretrainedConfig]) -> str:
@@ -237,8 +216,8 @@ def find_memory(path: str | os.PathLike) -> Path:
             f"{path}: holds no MLP memory; expected config.json beside model.safetensors or pytorch_model.bin"
         )
     if len(found) > 1:
-        names = ", ".join(sorted((str(each.relative_to(folder)) for each in found), key=_natural))
-        raise ValueError(f"{path}: holds several memories ({names}); name one of them")
+        names = sorted((str(each.relative_to(folder)) for each in found), key=lambda name: (len(name), name))
+        raise ValueError(f"{path}: holds several memories ({', '.join(names)}); name one of them")
     return found[0]
 
 
@@ -258,12 +237,6 @@ def _memory_at(folder: Path) -> Path | None:
     return None
 
 
-def _natural(name: str) -> tuple[int, str]:
-    """Sort key that puts epoch_2 before epoch_10."""
-    digits = "".join(character for character in name if character.isdigit())
-    return (int(digits) if digits else -1, name)
-
-
 def download(name: str, revision: str | None = None) -> Path:
     """The local copy of a hub repository's config and weights. Raises ValueError when it cannot be had."""
     from huggingface_hub import snapshot_download
@@ -277,9 +250,8 @@ def download(name: str, revision: str | None = None) -> Path:
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.bin"]))
         return folder
     except (HFValidationError, OSError) as error:
-        raise ValueError(
-            f"{name}: no such folder, and no model of that name could be fetched from the hub ({type(error).__name__})"
-        ) from None
+        told = f"no model of that name could be fetched from the hub ({type(error).__name__})"
+        raise ValueError(f"{name}: no such folder, and {told}") from None
 
 
 def read_memory_config(folder: Path) -> PretrainedConfig:
@@ -328,7 +300,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _read_file(path: Path) -> dict[str, torch.Tensor]:
-    """Weights of one file, mapped from disk where the format allows it: what nobody uses is not read.
+    """Weights of one file; safetensors are mapped from disk, so what nobody uses is not read.
 
     A `.bin` must be a dict of tensors and nothing else: what would run code is refused before it does.
     """
@@ -336,7 +308,7 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(refusal) from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
@@ -345,8 +317,3 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(refusal)
     return state
-
-
-def _is_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"

@@ -111,9 +111,9 @@ def init_from_base(memory: nn.Module, base: nn.Module, scale: BaseScale, layer_p
         _check_same_shape(f"MLP's {name}", value, original)
         value.copy_(original)
     output_scale = scale.output_gain * weight / scale.hidden_rms
-    _shape_output(_output_projection(first.mlp), output_scale, -scale.before.bias, after.centred)
+    _shape_output(_output_projection(first.mlp, len(weight)), output_scale, -scale.before.bias, after.centred)
     for block in others:
-        projection = _output_projection(block.mlp)
+        projection = _output_projection(block.mlp, len(weight))
         projection.weight.zero_()
         if projection.bias is not None:
             projection.bias.zero_()
@@ -197,22 +197,13 @@ def _away_from_zero(weight: torch.Tensor) -> torch.Tensor:
     return torch.where(weight.abs() < floor, torch.where(weight < 0, -floor, floor), weight)
 
 
-def _output_projection(mlp: nn.Module) -> nn.Module:
-    """The linear layer that an MLP applies last. Raises ValueError when it has none."""
-    called: list[nn.Module] = []
+def _output_projection(mlp: nn.Module, width: int) -> nn.Module:
+    """The linear layer that gives an MLP's output (…, width): its last. Raises ValueError when it has none."""
     layers = [module for module in mlp.modules() if isinstance(module, (nn.Linear, Conv1D))]
-    handles = [layer.register_forward_hook(lambda module, args, output: called.append(module)) for layer in layers]
-    try:
-        if layers:
-            first = layers[0].weight
-            width = layers[0].in_features if isinstance(layers[0], nn.Linear) else first.shape[0]
-            mlp(torch.zeros(1, 1, width, dtype=first.dtype, device=first.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not called:
+    last = layers[-1] if layers else None
+    if last is None or (last.nf if isinstance(last, Conv1D) else last.out_features) != width:
         raise ValueError(f"{type(mlp).__name__} has no linear output projection; start from the head or at random")
-    return called[-1]
+    return last
 
 
 def _shape_output(projection: nn.Module, scale: torch.Tensor, shift: torch.Tensor, centred: bool) -> None:
