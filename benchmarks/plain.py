@@ -18,9 +18,9 @@ def embed(base: Any, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor,
 
     `input_ids`, `labels`: (batch, time), -100 where nothing is predicted.
     """
-    from models.capture import HiddenCapture
+    from models.capture import HiddenCapture, captured_module
 
-    with HiddenCapture(base) as capture:
+    with HiddenCapture(captured_module(base)) as capture:
         loss = base(input_ids=input_ids, labels=labels, use_cache=False).loss
         hidden = capture.take()  # (batch, time, hidden)
     counted = labels[:, 1:] != -100
@@ -71,9 +71,9 @@ def training_step(
 @torch.no_grad()
 def joint_loss(base: Any, memory: Any, input_ids: Tensor, labels: Tensor, lmbda: float, temperature: float) -> float:
     """Mean negative log-likelihood of one mixture: base and memory with logits of every position."""
-    from models.capture import HiddenCapture
+    from models.capture import HiddenCapture, captured_module
 
-    with HiddenCapture(base) as capture:
+    with HiddenCapture(captured_module(base)) as capture:
         base_logits = base(input_ids=input_ids, use_cache=False).logits  # (batch, time, vocabulary)
         memory_logits = memory(capture.take()).logits
     p = (1 - lmbda) * torch.softmax(base_logits, -1) + lmbda * torch.softmax(memory_logits / temperature, -1)

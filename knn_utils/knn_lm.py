@@ -96,11 +96,11 @@ class KNNLM(Neighbours):
 
     def on(self, model: Any) -> KNNLM:
         """Put the wrapper on `model`. Raises InputError when it is on one already."""
-        from models.capture import HiddenCapture
+        from models.capture import HiddenCapture, captured_module
 
         if self._hook is not None:
             raise InputError("the kNN-LM is on a model already; take it off first")
-        self._capture = HiddenCapture(model, self.layer_position)
+        self._capture = HiddenCapture(captured_module(model, self.layer_position))
         self._hook = model.get_output_embeddings().register_forward_hook(self._mix)
         return self
 

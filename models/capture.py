@@ -81,23 +81,13 @@ def is_norm(module: nn.Module) -> bool:
 
 
 class HiddenCapture:
-    """A pre-forward hook that keeps the input of one block's `.mlp` in `.hidden` (batch, time, hidden).
+    """A pre-forward hook that keeps a module's input, such as that of one block's `.mlp`, in `.hidden` (batch, time, hidden).
 
     Use it as a context manager, or call `.remove()`. Only forward passes of the thread that made it are captured, so
     a base model shared between threads (one generating alone, one with its memory) does not mix them up.
     """
 
-    def __init__(self, model: nn.Module, layer_position: int = -1) -> None:
-        self._attach(captured_module(model, layer_position))
-
-    @classmethod
-    def on(cls, module: nn.Module) -> HiddenCapture:
-        """A capture of this module's input: no search of the model at each decoding step."""
-        capture = cls.__new__(cls)
-        capture._attach(module)
-        return capture
-
-    def _attach(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.hidden: torch.Tensor | None = None
         self._thread = threading.get_ident()
         self._handle = module.register_forward_pre_hook(self._keep, with_kwargs=True)
@@ -154,7 +144,7 @@ def hidden_states(
     The values are those of a full forward pass, but the pass ends at the captured input: no MLP of that block, no
     later block, no head, no logits, no cache. Raises ValueError as `captured_module` does.
     """
-    with _LastCapture(model, layer_position) as capture:
+    with _LastCapture(captured_module(model, layer_position)) as capture:
         return capture.run(model, input_ids, attention_mask)
 
 
@@ -170,7 +160,8 @@ def hidden_and_head_input(
     `positions` is a boolean mask (batch, time) with n true entries; both results are (n, hidden), in row order. The
     head is left to `base_logits`, which can be called with a block of these rows at a time.
     """
-    with HiddenCapture(base, layer_position) as capture, _LastCapture.on(base.get_output_embeddings()) as end:
+    block, head = captured_module(base, layer_position), base.get_output_embeddings()
+    with HiddenCapture(block) as capture, _LastCapture(head) as end:
         head_input = end.run(base, input_ids, attention_mask)  # (batch, time, hidden)
         hidden = capture.take()  # (batch, time, hidden)
     return hidden[positions.to(hidden.device)], head_input[positions.to(head_input.device)]
@@ -198,7 +189,7 @@ def logit_scale(base: nn.Module) -> float:
     if base not in _scales:
         head, embeddings = base.get_output_embeddings(), base.get_input_embeddings().weight
         ids = torch.arange(8, device=embeddings.device).remainder(len(embeddings)).unsqueeze(0)
-        with HiddenCapture.on(head) as capture:
+        with HiddenCapture(head) as capture:
             logits = base(input_ids=ids, use_cache=False).logits.float()
             raw = head(capture.take()).float()
         scale = 1.0

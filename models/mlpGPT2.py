@@ -3,36 +3,31 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from transformers import GPT2Config
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2PreTrainedModel
 
-from .stack import MLPStack
+from .stack import MLPBlock, MLPStack
 
 
-class GPT2MLPBlock(GradientCheckpointingLayer):
+class GPT2MLPBlock(MLPBlock):
     """x + MLP(LayerNorm(x)), (…, hidden) → (…, hidden)."""
 
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__()
-        inner = config.n_inner if config.n_inner is not None else 4 * config.hidden_size
-        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mlp = GPT2MLP(inner, config)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + self.mlp(self.ln_1(hidden))
+    norm_name = "ln_1"
 
 
 class GPT2MLPModel(MLPStack, GPT2PreTrainedModel):
     """MLP memory for GPT-2."""
 
+    block_class = GPT2MLPBlock
+    _no_split_modules = ["GPT2MLPBlock"]  # noqa: RUF012
     blocks_name = "h"
     norm_name = "ln_f"
-    _no_split_modules = ["GPT2MLPBlock"]  # noqa: RUF012
 
     @staticmethod
-    def make_parts(config: GPT2Config) -> tuple[list[nn.Module], nn.Module]:
-        blocks = [GPT2MLPBlock(config) for _ in range(config.num_hidden_layers)]
-        return blocks, nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+    def make_norm(config: GPT2Config) -> nn.Module:
+        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+    @staticmethod
+    def make_mlp(config: GPT2Config) -> nn.Module:
+        return GPT2MLP(config.n_inner if config.n_inner is not None else 4 * config.hidden_size, config)

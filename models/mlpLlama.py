@@ -3,33 +3,27 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from transformers import LlamaConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaPreTrainedModel, LlamaRMSNorm
 
-from .stack import MLPStack
+from .stack import MLPBlock, MLPStack
 
 
-class LlamaMLPBlock(GradientCheckpointingLayer):
+class LlamaMLPBlock(MLPBlock):
     """x + SwiGLU(RMSNorm(x)), (…, hidden) → (…, hidden)."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = LlamaMLP(config)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + self.mlp(self.input_layernorm(hidden))
 
 
 class LlamaMLPModel(MLPStack, LlamaPreTrainedModel):
     """MLP memory for Llama."""
 
+    block_class = LlamaMLPBlock
     _no_split_modules = ["LlamaMLPBlock"]  # noqa: RUF012
 
     @staticmethod
-    def make_parts(config: LlamaConfig) -> tuple[list[nn.Module], nn.Module]:
-        blocks = [LlamaMLPBlock(config) for _ in range(config.num_hidden_layers)]
-        return blocks, LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    def make_norm(config: LlamaConfig) -> nn.Module:
+        return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    @staticmethod
+    def make_mlp(config: LlamaConfig) -> nn.Module:
+        return LlamaMLP(config)

@@ -249,7 +249,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need the logits of all positions: leave logits_to_keep at 0")
         return_dict = kwargs.pop("return_dict", None)
-        with HiddenCapture.on(*self._captured) as capture:
+        with HiddenCapture(*self._captured) as capture:
             base = self.base_lm(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

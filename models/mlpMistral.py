@@ -3,33 +3,27 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from transformers import MistralConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mistral.modeling_mistral import MistralMLP, MistralPreTrainedModel, MistralRMSNorm
 
-from .stack import MLPStack
+from .stack import MLPBlock, MLPStack
 
 
-class MistralMLPBlock(GradientCheckpointingLayer):
+class MistralMLPBlock(MLPBlock):
     """x + SwiGLU(RMSNorm(x)), (…, hidden) → (…, hidden)."""
-
-    def __init__(self, config: MistralConfig) -> None:
-        super().__init__()
-        self.input_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MistralMLP(config)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + self.mlp(self.input_layernorm(hidden))
 
 
 class MistralMLPModel(MLPStack, MistralPreTrainedModel):
     """MLP memory for Mistral."""
 
+    block_class = MistralMLPBlock
     _no_split_modules = ["MistralMLPBlock"]  # noqa: RUF012
 
     @staticmethod
-    def make_parts(config: MistralConfig) -> tuple[list[nn.Module], nn.Module]:
-        blocks = [MistralMLPBlock(config) for _ in range(config.num_hidden_layers)]
-        return blocks, MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    def make_norm(config: MistralConfig) -> nn.Module:
+        return MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    @staticmethod
+    def make_mlp(config: MistralConfig) -> nn.Module:
+        return MistralMLP(config)

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
 MEMORY_PREFIX = "knn_generator."
@@ -39,13 +40,32 @@ WEIGHT_FILES = (
 )
 
 
+class MLPBlock(GradientCheckpointingLayer):
+    """x + MLP(norm(x)), (…, hidden) → (…, hidden). `norm_name` is the norm's weight name in published memories."""
+
+    norm_name = "input_layernorm"
+
+    def __init__(self, norm: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        setattr(self, self.norm_name, norm)
+        self.mlp = mlp
+
+    @property
+    def norm(self) -> nn.Module:
+        return getattr(self, self.norm_name)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.mlp(self.norm(hidden))
+
+
 class MLPStack:
     """Mixin over a family's `PreTrainedModel`: constructor, forward, loading.
 
     A family names its attributes (`blocks_name`, `norm_name`: they are the weight names of published memories) and
-    makes its blocks and its norm. All sizes come from the config; `config.num_hidden_layers` is the memory's own.
+    makes its norms and MLPs. All sizes come from the config; `config.num_hidden_layers` is the memory's own.
     """
 
+    block_class = MLPBlock
     blocks_name = "layers"
     norm_name = "norm"
     # The head is the memory's own, whatever `tie_word_embeddings` says of the base: there is no embedding to tie it to.
@@ -72,10 +92,11 @@ class MLPStack:
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.post_init()
 
-    @staticmethod
-    def make_parts(config: PretrainedConfig) -> tuple[list[nn.Module], nn.Module]:
-        """`config.num_hidden_layers` pre-norm residual MLP blocks of the family, and the norm after them."""
-        raise NotImplementedError
+    @classmethod
+    def make_parts(cls, config: PretrainedConfig) -> tuple[list[MLPBlock], nn.Module]:
+        """`config.num_hidden_layers` blocks of the family, and the norm after them."""
+        blocks = [cls.block_class(cls.make_norm(config), cls.make_mlp(config)) for _ in range(config.num_hidden_layers)]
+        return blocks, cls.make_norm(config)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -154,9 +175,10 @@ class MLPStack:
         try:
             memory.load_state_dict(state, strict=True, assign=True)
         except RuntimeError as error:
-            told = " ".join(str(error).split())
+            told = " ".join(str(error).split()).partition(": ")[2]
             raise ValueError(
-                f"{folder}: is no MLP memory (not the base model) with the config.json it was saved with: {told[:300]}"
+                f"{folder}: its weights do not fit its config.json as a {cls.__name__} (an MLP memory is expected, not "
+                f"the base model): {told[:300]}"
             ) from None
         if dtype is not None:
             memory.config.dtype = dtype
@@ -189,9 +211,7 @@ def memory_config(base_config: PretrainedConfig, layers: int) -> PretrainedConfi
         raise ValueError(f"memory layers {layers}: expected a number above 0")
     config = copy.deepcopy(base_config)
     name = layer_count_name(type(config))
-    for key, value in fit_layer_lists(dict(vars(config)), layers).items():
-        if value is not getattr(config, key, None):
-            setattr(config, key, value)
+    fit_layer_lists(vars(config), layers)
     setattr(config, name, layers)
     # A quantised base's memory is not quantised.
     if getattr(config, "quantization_config", None) is not None:

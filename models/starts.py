@@ -119,8 +119,7 @@ def init_from_base(memory: nn.Module, base: nn.Module, scale: BaseScale, layer_p
             projection.bias.zero_()
 
     # The first norm hands x through: it multiplies by what it has divided by.
-    entrance = next(child for child in first.children() if is_norm(child))
-    _set_affine(entrance, torch.full_like(weight, scale.input_rms), torch.full_like(weight, scale.input_mean))
+    _set_affine(first.norm, torch.full_like(weight, scale.input_rms), torch.full_like(weight, scale.input_mean))
     back = after.weight / weight * scale.final_ratio
     _set_affine(memory.final_norm, back, after.bias + back * scale.final_mean)
 
@@ -142,7 +141,7 @@ def measure_scale(
     norms = [child for child in block.children() if is_norm(child)]
     handles = [module.register_forward_hook(keep) for module in (*norms, block.mlp, block)]
     try:
-        with HiddenCapture(base, layer_position) as capture:
+        with HiddenCapture(block.mlp) as capture:
             base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
             captured = capture.take()
     finally:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import datasets
 import numpy as np
 import pytest
-import torch
 from conftest import command, make_base, refused_here
-from safetensors.torch import load_file, save_file
 
 from knn_utils.datastore import Datastore, KNNTargets, TargetRows, targets_batch
 from knn_utils.parts import write_single_file
@@ -81,13 +78,6 @@ class TestRefused:
         if "hidden" in sizes:
             assert "48" in refused_here("downstream.eval_qa", *asked, *joined)
 
-    def test_a_bin_that_holds_more_than_tensors(self, llama_world, memory, tmp_path):
-        folder = copied(memory, tmp_path / "memory")
-        torch.save(load_file(folder / "model.safetensors") | {"step": 3}, folder / "pytorch_model.bin")
-        (folder / "model.safetensors").unlink()
-        text = refused_here("evaluate_joint", *joint(llama_world, folder, tmp_path))
-        assert "pytorch_model.bin" in text and "more than tensors" in text
-
     def test_a_folder_with_several_memories_names_them(self, llama_world, memory, tmp_path):
         for epoch in (1, 2, 10):
             copied(memory, tmp_path / "run" / f"epoch_{epoch}")
@@ -126,43 +116,3 @@ class TestRefused:
         windows = changed_ranges(llama_world, tmp_path / "windows", jump)
         text = refused_here("train_mlpmem_offline", *trainer(llama_world, tmp_path, **{"--dataset_name": windows}))
         assert text.startswith("--dataset_name: window 2") and "dstore_range" in text
-
-
-def layouts(memory, world, folder):
-    """Folders with one memory in every layout it was ever published or saved in."""
-    state = load_file(memory / "model.safetensors")
-    base = load_file(world.base / "model.safetensors")
-
-    def empty(name):
-        path = folder / name
-        path.mkdir(parents=True)
-        shutil.copy(memory / "config.json", path)
-        return path
-
-    yield copied(memory, folder / "published")
-    names = sorted(state)
-    sharded = empty("sharded")
-    shards = {f"model-0000{n + 1}-of-00002.safetensors": names[n::2] for n in range(2)}
-    for file, part in shards.items():
-        save_file({name: state[name].contiguous() for name in part}, sharded / file, metadata={"format": "pt"})
-    where = {name: file for file, part in shards.items() for name in part}
-    (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    yield sharded
-    torch.save(state, empty("bin") / "pytorch_model.bin")
-    yield folder / "bin"
-    copied(memory, folder / "offline" / "epoch_3")
-    yield folder / "offline"
-    online = empty("online/epoch_3/knn_generator")
-    whole = {f"base_lm.{name}": value for name, value in base.items()}
-    whole |= {f"knn_generator.{name}": value for name, value in state.items()}
-    save_file(whole, online / "model.safetensors")
-    torch.save(state, online / "pytorch_model.bin")
-    yield folder / "online" / "epoch_3"
-
-
-def test_every_published_layout_gives_the_same_perplexity(llama_world, memory, tmp_path):
-    found = []
-    for number, folder in enumerate(layouts(memory, llama_world, tmp_path)):
-        command("evaluate_joint", *joint(llama_world, folder, tmp_path / str(number)))
-        found.append(json.loads((tmp_path / str(number) / "results.json").read_text())["perplexity"])
-    assert len(found) == 5 and len(set(found)) == 1

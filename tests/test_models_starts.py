@@ -83,14 +83,6 @@ def test_later_blocks_hand_their_input_on(world):
         assert torch.equal(block(world.states), world.states)
 
 
-def test_later_blocks_still_learn(world):
-    memory = tiny_memory(world.base, layers=2)
-    init_from_base(memory, world.base, world.scale)
-    memory(world.states).logits.logsumexp(-1).sum().backward()
-    projection = [parameter for name, parameter in memory.blocks[1].mlp.named_parameters() if "proj" in name][-1]
-    assert projection.grad.abs().sum() > 0
-
-
 def test_an_earlier_layer_starts_from_its_own_mlp(world):
     memory = tiny_memory(world.base)
     scale = measure_scale(world.base, some_ids(4, 32), layer_position=0)
@@ -103,7 +95,6 @@ def test_the_base_is_left_as_it_was(world):
     before = {name: value.clone() for name, value in world.base.state_dict().items()}
     init_from_base(tiny_memory(world.base), world.base, world.scale)
     assert all(torch.equal(value, before[name]) for name, value in world.base.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in world.base.modules())
 
 
 def test_the_measured_rms_is_that_of_the_stream_before_the_norm():
