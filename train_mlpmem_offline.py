@@ -25,20 +25,13 @@ def main() -> None:
     arguments.check()
     if not offline.knn_dstore_path:
         raise InputError("--knn_dstore_path: is required; train_mlpmem_online needs no datastore of the student")
-    from training.row_sources import OfflineRows
+    from training.rows import OfflineRows
     from training.run import train_memory
 
-    def rows(run):
-        return OfflineRows(
-            run.windows,
-            arguments.knn_save_path,
-            offline.knn_dstore_path,
-            vocabulary=run.config.vocab_size,
-            dim=run.config.hidden_size,
-            layer_position=arguments.layer_position,
-        )
+    def make_rows(windows, config, open_base):
+        return OfflineRows(windows, config, arguments, offline.knn_dstore_path)
 
-    train_memory(arguments, rows)
+    train_memory(arguments, make_rows)
 
 
 if __name__ == "__main__":

@@ -24,22 +24,14 @@ class OnlineArguments:
 def main() -> None:
     arguments, online = parse(TrainerArguments, OnlineArguments, description="Train an MLP memory online.")
     arguments.check()
-    from training.row_sources import OnlineRows
+    from training.rows import OnlineRows
     from training.run import train_memory
 
-    def rows(run):
-        return OnlineRows(
-            run.windows,
-            arguments.knn_save_path,
-            run.base(),
-            vocabulary=run.config.vocab_size,
-            layer_position=arguments.layer_position,
-            batch_size=online.base_batch_size,
-            round_to_half=online.round_hidden_states,
-            source_name=str(arguments.model_name_or_path),
-        )
+    def make_rows(windows, config, open_base):
+        base = open_base()
+        return OnlineRows(windows, config, arguments, base, online.base_batch_size, online.round_hidden_states)
 
-    train_memory(arguments, rows, memory_subfolder="knn_generator")
+    train_memory(arguments, make_rows, subfolder="knn_generator")
 
 
 if __name__ == "__main__":

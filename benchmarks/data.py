@@ -174,7 +174,7 @@ def target_batches(setting: Setting) -> list[Row]:
 
     source = offline_rows(setting.prepare("targets"))
     loads = [np.asarray(load) for load in step_windows(setting, source)]
-    rows_read = sum(int(source.window_rows()[load].sum()) for load in loads)
+    rows_read = sum(int(source.counts[load].sum()) for load in loads)
 
     def read() -> None:
         for load in loads:

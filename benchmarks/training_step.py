@@ -20,11 +20,11 @@ def training_step(setting: Setting) -> list[Row]:
 
     source = offline_rows(setting.prepare("targets"))
     load = [*step_windows(setting, source)[-1]]
-    rows = int(source.window_rows()[load].sum())
+    rows = int(source.counts[load].sum())
     runs: dict[str, Callable[[], Any]] = {}
     for precision, dtype in PRECISIONS.items():
         trainer = make_trainer(setting, source, precision)
-        runs[f"step {dtype}"] = lambda trainer=trainer: step(trainer, load, rows)
+        runs[f"step {dtype}"] = lambda trainer=trainer: step(trainer, load)
         runs[f"bare {dtype}"] = bare_products(trainer, rows, getattr(torch, dtype))
     seconds = rounds(runs, max(setting.repeats, ROUNDS), setting.device)
     found = []
@@ -44,7 +44,7 @@ def training_step(setting: Setting) -> list[Row]:
 
 def step_windows(setting: Setting, source: Any) -> list[range]:
     """Windows, load by load, whose rows are about STEP_ROWS."""
-    windows = len(source.window_rows())
+    windows = len(source.counts)
     size = max(STEP_ROWS // setting.stride, 1)
     whole = windows - windows % size or windows
     return [range(start, min(start + size, windows)) for start in range(0, whole, size)]
@@ -52,11 +52,11 @@ def step_windows(setting: Setting, source: Any) -> list[range]:
 
 def offline_rows(setting: Setting) -> Any:
     """The trainer's own source of rows."""
-    from training.row_sources import OfflineRows
+    from training.arguments import TrainerArguments
+    from training.rows import OfflineRows
 
-    config = setting.memory().config
-    sizes = {"vocabulary": config.vocab_size, "dim": config.hidden_size, "layer_position": -1}
-    return OfflineRows(setting.windows(), setting.chain_folder() / "targets", setting.datastore(), **sizes)
+    arguments = TrainerArguments(knn_save_path=str(setting.chain_folder() / "targets"))
+    return OfflineRows(setting.windows(), setting.memory().config, arguments, setting.datastore())
 
 
 def make_trainer(setting: Setting, source: Any, precision: str) -> Any:
@@ -64,23 +64,22 @@ def make_trainer(setting: Setting, source: Any, precision: str) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    from training.arguments import TrainerArguments, training_settings
+    from training.arguments import TrainerArguments
     from training.trainer import MemoryTrainer
 
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision=precision, cpu=setting.device == "cpu")
-    arguments = TrainerArguments(num_train_epochs=1000, per_device_train_batch_size=1)
-    memory = setting.memory().train()
-    return MemoryTrainer(memory, source, training_settings(arguments, seed=0), {}, accelerator=accelerator)
+    windows = len(source.counts)  # any number of them is one load
+    arguments = TrainerArguments(num_train_epochs=100_000, per_device_train_batch_size=windows, seed=0)
+    return MemoryTrainer(setting.memory().train(), source, arguments, {}, accelerator)
 
 
-def step(trainer: Any, load: list[int], rows: int) -> None:
+def step(trainer: Any, load: list[int]) -> None:
     """One step as the trainer takes it; its reading runs in the background there, and is a row of its own."""
     import numpy as np
 
     windows = np.asarray(load)
-    sums = trainer._backward(trainer.step, windows, True, trainer.source.read(windows), rows)
-    trainer._finish_step(sums, windows, rows)
+    trainer.train_step(windows, iter([trainer.source.read(windows)]))
 
 
 def bare_products(trainer: Any, rows: int, dtype: Any) -> Callable[[], None]:
@@ -92,7 +91,7 @@ def bare_products(trainer: Any, rows: int, dtype: Any) -> Callable[[], None]:
 
     from utils.cal_loss import _row_bounds
 
-    memory = trainer.memory_for_reading()
+    memory = trainer.memory
     device = memory.lm_head.weight.device
     micro = min(trainer.micro_rows, rows)
 
@@ -148,7 +147,7 @@ def plain_rate(setting: Setting, source: Any) -> float:
 
     memory = setting.memory().train()
     optimizer = torch.optim.AdamW(memory.parameters(), lr=1e-4)
-    rows = source.rows(source.read(np.array([len(source.window_rows()) - 1])))
+    rows = source.rows(source.read(np.array([len(source.counts) - 1])))
     ends = [0, *rows.id_cnt.cumsum(0).tolist()]
     lists = [(rows.token_id[a:b].tolist(), rows.prob[a:b].float().tolist()) for a, b in itertools.pairwise(ends)]
 

@@ -16,6 +16,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from utils.errors import command  # noqa: E402
 
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaMLPBlock",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
 
 class Stopped(Exception):
     """Raised in place of a kill, after a checkpoint."""
@@ -57,7 +66,6 @@ def shard(output: str) -> None:
     from models import memory_class
     from training.rows import Rows
     from training.trainer import MemoryWithLoss
-    from utils.distributed import whole_weights
 
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     config = AutoConfig.from_pretrained(ROOT / "tests" / "golden" / "llama" / "memory")
@@ -92,10 +100,11 @@ def shard(output: str) -> None:
     def full(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    with torch.no_grad(), whole_weights(sharded):
-        # As in validation, where processes score different numbers of batches.
-        apart = [sharded.memory.hidden(rows.hidden) @ sharded.memory.lm_head.weight.T for _ in range(1 + rank)]
-        plain = whole.memory.hidden(rows.hidden) @ whole.memory.lm_head.weight.T
+    with torch.no_grad():
+        # As in validation; more often than there are backward passes.
+        scored = [sharded(rows) for _ in range(3)]
+        sharded.reshard()
+        plain = whole(rows)
     assert all(isinstance(weight, DTensor) for weight in sharded.parameters())
     gradients = {name: full(weight.grad) for name, weight in sharded.named_parameters()}
     expected = {name: weight.grad for name, weight in whole.named_parameters()}
@@ -108,7 +117,7 @@ def shard(output: str) -> None:
         "gradient": max(float((gradients[name] - value).abs().max()) for name, value in expected.items()),
         "largest": max(float(value.abs().max()) for value in expected.values()),
         "weight": max(float((weights[name] - value.detach()).abs().max()) for name, value in whole.named_parameters()),
-        "logits": float((apart[0] - plain).abs().max()),
+        "log_probs": float((scored[2] - plain).abs().max()),
         "names": sorted(expected) == sorted(gradients),
         "kept": kept / sum(weight.numel() for weight in whole.parameters()),
     }
@@ -117,56 +126,32 @@ def shard(output: str) -> None:
     torch.distributed.barrier()
 
 
-def train_sharded(module: str, *arguments: str) -> None:
-    """Run a trainer whose memory is sharded over the processes by torch itself, as accelerate does on GPUs alone."""
-    import contextlib
+def sharded(name: str, *arguments: str) -> None:
+    """A step whose memory accelerate shards by FSDP 2, which it does only for processes that it takes for GPUs."""
+    import os
 
-    import torch
-    from torch.distributed.fsdp import fully_shard
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
 
-    from training import run as train_memory
-    from training.arguments import make_accelerator
-
-    class Sharding:
-        """An `Accelerator` but for what it does to a model."""
-
-        def __init__(self, inner) -> None:
-            self.inner = inner
-
-        def __getattr__(self, name):
-            return getattr(self.inner, name)
-
-        def prepare(self, model, optimizer):
-            for block in model.memory.modules():
-                if type(block).__name__.endswith("MLPBlock"):
-                    fully_shard(block)
-            fully_shard(model)
-            optimizer.param_groups[0]["params"] = list(model.parameters())
-            return model, optimizer
-
-        @contextlib.contextmanager
-        def no_sync(self, model):
-            model.set_requires_gradient_sync(False)
-            yield
-            model.set_requires_gradient_sync(True)
-
-        def clip_grad_norm_(self, parameters, norm):
-            return torch.nn.utils.clip_grad_norm_(parameters, norm)
-
-        def unwrap_model(self, model):
-            return model
-
-        def save_state(self, folder, **_):
-            Path(folder, "kept").touch()
-
-        def get_state_dict(self, model):
-            return {name: weight.full_tensor() for name, weight in model.state_dict().items()}
-
-    train_memory.make_accelerator = lambda arguments: Sharding(make_accelerator(arguments))
+    AcceleratorState._reset_state()
+    before = PartialState._shared_state["distributed_type"]
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    os.environ.update(FSDP)
     try:
-        run_command(module, *arguments)
+        run_step(name, *arguments)
     finally:
-        train_memory.make_accelerator = make_accelerator
+        for variable in FSDP:
+            del os.environ[variable]
+        AcceleratorState._reset_state()
+        PartialState._shared_state["distributed_type"] = before
+
+
+def run_step(name: str, *arguments: str) -> None:
+    own = {"stop_after": stop_after, "shard": shard, "sharded": sharded}
+    if name in own:
+        own[name](*arguments)
+    else:
+        run_command(name, *arguments)
 
 
 @command
@@ -176,11 +161,7 @@ def main() -> None:
     # A trainer ends the processes' connection, as the last act of its command; here another command follows.
     torch.distributed.destroy_process_group = lambda *_: None
     for step in json.loads(Path(sys.argv[1]).read_text()):
-        name, arguments = step[0], [str(item) for item in step[1:]]
-        if name in ("stop_after", "shard", "train_sharded"):
-            globals()[name](*arguments)
-        else:
-            run_command(name, *arguments)
+        run_step(*map(str, step))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ CONTEXT.set_forkserver_preload(
     [
         *("torch", "torch.distributed", "transformers.models.llama.modeling_llama", "accelerate", "datasets"),
         *("matplotlib.figure", "training.run", "knn_utils.saveKNNMulti", "knn_utils.build_index"),
-        *("training.row_sources", "training.trainer", "utils.text_files", "models.mlpLlama", "train_base", "faiss"),
+        *("training.rows", "utils.text_files", "models.mlpLlama", "train_base", "faiss"),
     ]
 )
 # Calls that change what is on disk for good; a kill before the n-th of them hits each gap between two.

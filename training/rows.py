@@ -1,17 +1,26 @@
-"""What a step trains on: rows with their kNN targets, where they come from, and the order of the windows.
+"""What a step trains on: rows with their kNN targets. Their hidden states come from a datastore (offline) or from the
+frozen base in the loop (online); the targets come from disk either way.
 
-Knows nothing of models, losses or optimizers.
+Before training both check that targets, windows and datastore belong together, label by label.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from knn_utils.datastore import Datastore, KNNTargets, TargetRows, check_belongs
+from training.arguments import TrainerArguments
+from utils.errors import InputError
+from utils.evaluation import count_rows, predicted_positions, window_values
+from utils.loading import model_fingerprint
+
+CHECKED_WINDOWS = 2048
 
 
 @dataclass
@@ -28,41 +37,160 @@ class Rows:
     token_id: Tensor
     prob: Tensor
 
+    @classmethod
+    def of(cls, hidden: Tensor, targets: TargetRows) -> Rows:
+        """Rows of hidden states (n, dim) and their targets, on the arrays' own memory."""
+        arrays = (targets.label, targets.id_cnt, targets.token_id, targets.prob)
+        return cls(hidden, *map(torch.from_numpy, arrays))
+
+    @classmethod
+    def without_target(cls, hidden: Tensor, label: Tensor) -> Rows:
+        none = torch.zeros(0, dtype=torch.int32, device=label.device)
+        return cls(hidden, label, torch.zeros_like(label), none, none.half())
+
     def slices(self, size: int) -> Iterator[Rows]:
         """Consecutive pieces of at most `size` rows."""
         ends = torch.cumsum(self.id_cnt, 0, dtype=torch.int64)
         for start in range(0, len(self.label), size):
             stop = min(start + size, len(self.label))
-            low = int(ends[start - 1]) if start else 0
-            high = int(ends[stop - 1])
-            yield Rows(
-                self.hidden[start:stop],
-                self.label[start:stop],
-                self.id_cnt[start:stop],
-                self.token_id[low:high],
-                self.prob[low:high],
-            )
+            entries = slice(int(ends[start - 1]) if start else 0, int(ends[stop - 1]))
+            whole = (tensor[start:stop] for tensor in (self.hidden, self.label, self.id_cnt))
+            yield Rows(*whole, self.token_id[entries], self.prob[entries])
 
     def to(self, device: torch.device) -> Rows:
         return Rows(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
 
 
-class RowSource(Protocol):
-    """Where a trainer's rows come from."""
-
-    def window_rows(self) -> np.ndarray:
-        """(windows,) int64: the number of rows of each window."""
-
-    def read(self, windows: np.ndarray) -> Any:
-        """Read what `windows` (their numbers, in order) need from disk; runs in a background thread."""
-
-    def rows(self, read: Any) -> Rows:
-        """Turn what `read` returned into rows on any device; runs in the main thread."""
-
-    def where(self, windows: np.ndarray) -> str:
-        """Names the files and windows, for messages about bad values."""
-
-
 def epoch_order(windows: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the windows in an epoch: a permutation that depends on the seed and the epoch alone."""
     return np.random.default_rng((seed, epoch)).permutation(windows)
+
+
+class WindowRows:
+    """The rows of windows, by window number: kNN targets, and hidden states from where a subclass takes them.
+
+    Its `read(windows)` reads what windows (their numbers, in order) need from disk, in a background thread; `rows` makes
+    `Rows` of that, on any device, in the main thread; `origin` names the file or model of the hidden states.
+
+    Args:
+        windows: a split as `load_windows` gives it.
+        config: the memory's; targets may name no token beyond its vocabulary.
+
+    Raises:
+        InputError: targets of other windows or of another block.
+    """
+
+    def __init__(self, windows: Any, config: Any, arguments: TrainerArguments) -> None:
+        self.windows, self.vocabulary, self.layer_position = windows, config.vocab_size, arguments.layer_position
+        self.targets = KNNTargets.open(arguments.knn_save_path)
+        self.counts = count_rows(windows)  # (windows,)
+        self.ends = np.cumsum(self.counts)
+        check_belongs(self.targets, rows=int(self.ends[-1]), layer_position=self.layer_position)
+        self.check_labels(self.targets.path, self.targets.labels)
+
+    def check_labels(self, path: object, read: Callable[[int, int], np.ndarray]) -> None:
+        """Compare the windows' labels with what `read(start, stop)` gives for the same rows.
+
+        Raises InputError naming the first row that differs.
+        """
+        for first in range(0, len(self.counts), CHECKED_WINDOWS):
+            last = min(first + CHECKED_WINDOWS, len(self.counts))
+            start, stop = self.range_of(first)[0], self.range_of(last - 1)[1]
+            mine, theirs = window_values(self.windows, first, last), read(start, stop)
+            if len(mine) != len(theirs):
+                raise InputError(f"windows {first} to {last - 1}: labels do not agree with their dstore_range")
+            if len(differ := np.flatnonzero(mine != theirs)):
+                raise InputError(
+                    f"{path}: row {start + int(differ[0])} has label {int(theirs[differ[0]])}, but the windows have "
+                    f"{int(mine[differ[0]])} ({len(differ)} of rows {start} to {stop - 1} differ); "
+                    "they were made from other windows"
+                )
+
+    def range_of(self, window: int) -> tuple[int, int]:
+        """First and past-last row of a window."""
+        return int(self.ends[window] - self.counts[window]), int(self.ends[window])
+
+    def read_targets(self, windows: np.ndarray) -> TargetRows:
+        """Targets of `windows`, laid end to end. Raises InputError for token ids beyond the vocabulary."""
+        pieces = [self.targets.read(*self.range_of(window)) for window in windows]
+        names = ("id_cnt", "token_id", "prob", "label")
+        targets = TargetRows(**{name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in names})
+        ids = targets.token_id
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocabulary:
+            raise InputError(
+                f"--knn_save_path {self.targets.path}: holds token id {ids.max()}, but the memory's vocabulary has "
+                f"{self.vocabulary} tokens; teacher and student need the same tokenizer"
+            )
+        return targets
+
+    def where(self, windows: np.ndarray) -> str:
+        """Names files and windows, for messages about bad values."""
+        names = ", ".join(str(window) for window in windows[:4]) + (", …" if len(windows) > 4 else "")
+        return f"windows {names} ({self.origin()} and {self.targets.path})"
+
+    def identity(self) -> dict[str, Any]:
+        """What the rows are; a run can only be continued on the same."""
+        return {"targets": self.targets.settings}
+
+
+class OfflineRows(WindowRows):
+    """Rows whose hidden states are read from the student's own datastore."""
+
+    def __init__(self, windows: Any, config: Any, arguments: TrainerArguments, dstore_path: str) -> None:
+        super().__init__(windows, config, arguments)
+        self.datastore = Datastore.open(dstore_path)
+        width, layer = config.hidden_size, self.layer_position
+        check_belongs(self.datastore, rows=int(self.ends[-1]), dim=width, layer_position=layer)
+        self.check_labels(dstore_path, self.datastore.vals)
+
+    def read(self, windows: np.ndarray) -> Any:
+        keys = [self.datastore.keys(*self.range_of(window)) for window in windows]
+        return np.concatenate(keys), self.read_targets(windows)
+
+    def rows(self, read: Any) -> Rows:
+        keys, targets = read
+        return Rows.of(torch.from_numpy(keys), targets)
+
+    def origin(self) -> str:
+        return str(self.datastore.path)
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"model": self.datastore.settings.get("model", self.origin())}
+
+
+class OnlineRows(WindowRows):
+    """Rows whose hidden states the frozen `base` computes when they are needed, `batch_size` windows at a time.
+
+    `round_to_half` rounds them to float16, as a datastore does.
+    """
+
+    def __init__(
+        self, windows: Any, config: Any, arguments: TrainerArguments, base: Any, batch_size: int, round_to_half: bool
+    ) -> None:
+        super().__init__(windows, config, arguments)
+        self.base, self.batch_size, self.round_to_half = base, batch_size, round_to_half
+        self.device = base.get_input_embeddings().weight.device
+
+    def read(self, windows: np.ndarray) -> Any:
+        rows = self.windows[np.asarray(windows)]
+        return (np.asarray(rows["input_ids"]), np.asarray(rows["labels"])), self.read_targets(windows)
+
+    def rows(self, read: Any) -> Rows:
+        from models.capture import hidden_states
+
+        (input_ids, labels), targets = read
+        mask, _ = predicted_positions(torch.from_numpy(labels))
+        pieces = []
+        with torch.no_grad():
+            for start in range(0, len(input_ids), self.batch_size):
+                ids = torch.from_numpy(input_ids[start : start + self.batch_size]).to(self.device, torch.int64)
+                hidden = hidden_states(self.base, ids, layer_position=self.layer_position)
+                pieces.append(hidden[mask[start : start + self.batch_size].to(self.device)])  # (rows, hidden)
+        hidden = torch.cat(pieces)
+        return Rows.of(hidden.half() if self.round_to_half else hidden, targets)
+
+    def origin(self) -> str:
+        return str(self.base.config.name_or_path)
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"model": model_fingerprint(self.base)}

@@ -1,42 +1,52 @@
-"""Validation while a memory trains: joint perplexity from a stored datastore with base log-probabilities.
+"""Validation while a memory trains: joint perplexity on rows that the base has scored once, before training.
 
-The base is run once, before training, and never again. Knows the memory only through its hidden states and head.
+They come from a datastore with log-probabilities, or from a run of the base over the validation split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from knn_utils.datastore import open_scored_datastore, stored_rows
-from utils.evaluation import MixtureScore, label_log_probabilities
+from knn_utils.datastore import SCORED_ROWS, open_scored_datastore, stored_rows
+from utils.errors import InputError
+from utils.evaluation import MixtureScore, Scorer, check_token_ids
+from utils.loading import load_windows, say
 
 LAMBDAS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 
-def stored_validation(path: str | Path, dim: int, layer_position: int) -> Callable[[torch.nn.Module], dict[str, Any]]:
-    """A function that scores a memory on the datastore at `path`.
+@dataclass
+class Validation:
+    """Scored rows of this process: batches of hidden states (rows, dim), base log-probabilities and labels (rows,).
 
-    It returns base, memory and the best joint perplexity over a grid of lambda (memory temperature 1). Under
-    several processes each scores its share.
-
-    Raises:
-        InputError: no log-probabilities in the datastore, or another width or layer.
+    `passes`: batches of the process that has most; all make as many, since sharded weights are gathered in each.
     """
-    datastore = open_scored_datastore(path, dim=dim, layer_position=layer_position)
 
-    @torch.inference_mode()
-    def validate(memory: torch.nn.Module) -> dict[str, Any]:
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]]
+    passes: int
+    dim: int
+
+    def figures(self, label_log_probs: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
+        """Perplexity of base, memory and both, at the best lambda of a grid (memory temperature 1).
+
+        Args:
+            label_log_probs: the memory's log-probabilities (rows, 1) of labels (rows,) from hidden states (rows, dim).
+        """
         score, alone = MixtureScore(LAMBDAS, [1.0]), MixtureScore([1.0], [1.0])
-        weight = memory.lm_head.weight
-        for hidden, base, values in stored_rows(datastore):
-            hidden = hidden.to(weight.device, weight.dtype)
-            logprob = label_log_probabilities(memory.hidden(hidden), weight, values.to(weight.device)).cpu()
-            score.add(base, logprob)
-            alone.add(base, logprob)
+        done = 0
+        for hidden, base, labels in self.batches():
+            log_probs = label_log_probs(hidden, labels).cpu()
+            score.add(base, log_probs)
+            alone.add(base, log_probs)
+            done += 1
+        for _ in range(done, self.passes):
+            label_log_probs(torch.zeros(1, self.dim), torch.zeros(1, dtype=torch.int64))
         score.reduce()
         alone.reduce()
         best = score.best()
@@ -48,21 +58,23 @@ def stored_validation(path: str | Path, dim: int, layer_position: int) -> Callab
             "tokens": int(score.tokens.item()),
         }
 
-    return validate
 
+def open_validation(arguments: Any, dim: int, processes: int, open_base: Callable[[], Any]) -> Validation | None:
+    """What the trainers validate on, by their flags; None where there is nothing.
 
-def make_validation(arguments: Any, dim: int, load_base: Callable[[], Any]) -> Callable[[Any], dict[str, Any]] | None:
-    """The trainers' validation function from their flags, or None where there is nothing to validate on.
+    Without --validation_dstore_path the base scores the validation split; the hidden states are kept in memory, as
+    float16, 2 · dim bytes for each token.
 
-    Without --validation_dstore_path the base scores the validation split once, into the output folder.
+    Raises:
+        InputError: no log-probabilities in the datastore, another width or layer; hidden states that are not finite.
     """
     import datasets
 
-    from knn_utils.saveEmbedMulti import save_datastore
-    from utils.loading import load_windows, model_fingerprint, say, windows_fingerprint
-
     if arguments.validation_dstore_path:
-        return stored_validation(arguments.validation_dstore_path, dim, arguments.layer_position)
+        path, layer = arguments.validation_dstore_path, arguments.layer_position
+        datastore = open_scored_datastore(path, dim=dim, layer_position=layer)
+        passes = math.ceil(math.ceil(datastore.rows / SCORED_ROWS) / processes)
+        return Validation(lambda: stored_rows(datastore), passes, dim)
     split = arguments.validation_split_name
     if split == "none":
         return None
@@ -70,28 +82,13 @@ def make_validation(arguments: Any, dim: int, load_base: Callable[[], Any]) -> C
     if not isinstance(splits, datasets.DatasetDict) or split not in splits:
         say(f"--validation_split_name {split}: the windows have no such split, no validation while training")
         return None
-    windows = load_windows(arguments.dataset_name, split)
-    if arguments.max_eval_samples is not None:
-        windows = windows.select(range(min(arguments.max_eval_samples, len(windows))))
-    path = Path(arguments.output_dir) / "validation_dstore"
-    base = load_base()
-    settings = {
-        "model": model_fingerprint(base),
-        "dataset": windows_fingerprint(windows),
-        "subset": split,
-        "dim": dim,
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "layer_position": arguments.layer_position,
-        "logprob": True,
-    }
-    save_datastore(
-        base,
-        windows,
-        path,
-        settings=settings,
-        batch_size=arguments.per_device_eval_batch_size,
-        layer_position=arguments.layer_position,
-        with_logprob=True,
-        overwrite=arguments.overwrite,
-    )
-    return stored_validation(path, dim, arguments.layer_position)
+    windows = load_windows(arguments.dataset_name, split, at_most=arguments.max_eval_samples)
+    base, batch_size = open_base(), arguments.per_device_eval_batch_size
+    check_token_ids(windows, base.config.vocab_size, arguments.dataset_name)
+    scored = []
+    for hidden, log_probs, labels in Scorer(base, arguments.layer_position).batches(windows, batch_size):
+        hidden = hidden.half().cpu()
+        if not torch.isfinite(hidden).all():
+            raise InputError(f"--validation_split_name {split}: hidden states of the base hold NaN or infinity")
+        scored.append((hidden, log_probs.cpu(), labels.cpu()))
+    return Validation(lambda: scored, math.ceil(math.ceil(len(windows) / batch_size) / processes), dim)

@@ -6,11 +6,10 @@ are GPUs and over gloo where there are none. Torch is imported only where there 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -70,55 +69,6 @@ def decided_by_main(decide: Callable[[], _T]) -> _T:
     if state.num_processes == 1:
         return decide()
     return broadcast_object_list([decide() if state.is_main_process else None])[0]
-
-
-def is_sharded(model: Any) -> bool:
-    """Whether each process holds a part of `model`'s weights only (FSDP 1 or 2)."""
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    return any(isinstance(module, (FullyShardedDataParallel, FSDPModule)) for module in model.modules())
-
-
-@contextlib.contextmanager
-def whole_weights(model: Any) -> Iterator[None]:
-    """Within the block each process holds all weights of a `model` whose weights are sharded (FSDP 1 or 2).
-
-    So that processes may run it a different number of times: no exchange happens within the block. Entering and
-    leaving it are collective. A model that is not sharded is left as it is.
-    """
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    modules = list(model.modules())
-    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
-        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-            yield
-        return
-    sharded = [module for module in modules if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in sharded:
-            module.reshard()
-            # The outermost keeps its weights between forward and backward, as fully_shard has it by default.
-            module.set_reshard_after_forward(module is not sharded[0], recurse=False)
-            _forget_passes(module)
-
-
-def _forget_passes(module: Any) -> None:
-    """Make torch forget the forward passes of a `fully_shard`ed module that no backward pass followed.
-
-    It gathers weights ahead in the order of the passes it remembers: processes that made another number of them would
-    gather others, and wait for each other forever.
-    """
-    state = module._get_fsdp_state()
-    state._comm_ctx.post_forward_order.clear()
-    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-    for group in groups:
-        if group is not None:
-            group._post_forward_indices.clear()
 
 
 def let_others_speak(lost: bool = False) -> None:

@@ -35,6 +35,14 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def sync_tree(folder: Path) -> None:
+    """Make all files and names in `folder` durable."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            sync_file(Path(root) / name)
+        sync_folder(Path(root))
+
+
 def ensure_folder(folder: str | os.PathLike) -> Path:
     """Create `folder` (and parents) and check that it can be written. Raises InputError otherwise."""
     folder = Path(folder)
@@ -73,10 +81,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for root, _, names in os.walk(temporary):
-            for name in names:
-                sync_file(Path(root) / name)
-            sync_folder(Path(root))
+        sync_tree(temporary)
         if path.exists():
             old = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-old-{path.name}")
             shutil.rmtree(old, ignore_errors=True)
