@@ -20,9 +20,7 @@ from utils.errors import InputError, check_grid, command
 class JointArguments(BaseArguments):
     """Which base, which memory, which windows, which mixture."""
 
-    do_test: bool = flag(
-        False, "score --dataset_split_name (the command's only job, so it is done without the flag too)"
-    )
+    do_test: bool = flag(False, "score the split: the command's only job, so it is done without the flag too")
     knn_generator_path: str | None = flag(None, "the memory: a folder or a hub name")
     dataset_name: str | None = flag(None, "windows folder made by utils/preprocess_dataset.py")
     dataset_split_name: str = flag("test", "split to score")
@@ -71,16 +69,16 @@ def evaluate(arguments: JointArguments) -> None:
     import torch
 
     from utils.evaluation import MixtureScore, label_log_probabilities, report_scores
-    from utils.loading import default_device, load_windows, open_memory
+    from utils.loading import load_windows
 
     started = time.time()
     dtype = arguments.dtype(bf16=arguments.bf16, fp16=arguments.fp16)
     windows = load_windows(arguments.dataset_name, arguments.dataset_split_name, arguments.max_eval_samples)
-    memory = open_memory(arguments.knn_generator_path, dtype=dtype, device=default_device())
+    memory, scored_rows = open_memory_and_rows(arguments, windows, dtype)
     weight = memory.lm_head.weight
     score = MixtureScore(arguments.lmbda, arguments.knn_temp)
     with torch.inference_mode():
-        for hidden, base, labels in scored_rows(arguments, windows, memory, dtype):
+        for hidden, base, labels in scored_rows:
             read = memory.hidden(hidden.to(weight.device, weight.dtype))  # (rows, hidden)
             other = label_log_probabilities(read, weight, labels.to(weight.device), arguments.knn_temp)
             score.add(base, other.to(base.device))
@@ -97,23 +95,26 @@ def evaluate(arguments: JointArguments) -> None:
     )
 
 
-def scored_rows(arguments: JointArguments, windows: Any, memory: Any, dtype: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """(hidden states, base log-probabilities, labels) by batch: from the base, or from a stored datastore."""
+def open_memory_and_rows(
+    arguments: JointArguments, windows: Any, dtype: Any
+) -> tuple[Any, Iterator[tuple[Any, Any, Any]]]:
+    """The memory; and (hidden states, base log-probabilities, labels) by batch, from the base or a stored datastore."""
+    path, layer = arguments.knn_generator_path, arguments.layer_position
     if arguments.dstore_path:
         from knn_utils.datastore import open_scored_datastore, stored_rows
         from utils.evaluation import count_rows
+        from utils.loading import default_device, open_memory
 
-        belongs = {"rows": int(count_rows(windows).sum()), "dim": memory.input_dim}
-        stored = open_scored_datastore(arguments.dstore_path, layer_position=arguments.layer_position, **belongs)
-        return stored_rows(stored)
+        memory = open_memory(path, dtype=dtype, device=default_device())
+        belongs = {"rows": int(count_rows(windows).sum()), "dim": memory.input_dim, "layer_position": layer}
+        return memory, stored_rows(open_scored_datastore(arguments.dstore_path, **belongs))
     from utils.evaluation import Scorer, check_token_ids
-    from utils.loading import check_pair
 
     base = arguments.open_base(arguments.open_tokenizer(), dtype=dtype)
-    check_pair(base, memory, arguments.knn_generator_path)
+    memory = arguments.open_memory_of(base, path, dtype=dtype)
     check_token_ids(windows, base.get_input_embeddings().weight.shape[0], arguments.dataset_name)
     split, size = arguments.dataset_split_name, arguments.per_device_eval_batch_size
-    return Scorer(base, arguments.layer_position).batches(windows, size, description=f"score {split}")
+    return memory, Scorer(base, layer).batches(windows, size, description=f"score {split}")
 
 
 if __name__ == "__main__":

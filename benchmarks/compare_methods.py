@@ -96,10 +96,9 @@ class Quickstart:
 
     def load_base(self, dtype: str) -> Any:
         """A new copy of the base."""
-        from utils.base_model import load_base
-        from utils.loading import resolve_dtype
+        from utils.base_model import BaseArguments
 
-        return load_base(self.model, tokenizer=self.tokenizer, dtype=resolve_dtype(dtype))
+        return BaseArguments(self.model, torch_dtype=dtype).open_base(self.tokenizer)
 
     def windows(self, split: str, most: int | None = None) -> Any:
         """Windows of a split, evenly taken: of `most` tokens at most, one window at least."""

@@ -136,13 +136,12 @@ class Setting(BenchmarkArguments):
 
     def base(self, dtype: str = "float32") -> Any:
         """The base model, in evaluation mode, without gradients."""
-        from utils.base_model import load_base, load_tokenizer
-        from utils.loading import quiet_libraries, resolve_dtype
+        from utils.base_model import BaseArguments
+        from utils.loading import quiet_libraries
 
         quiet_libraries()
-        tokenizer = load_tokenizer(self.model)
-        base = load_base(self.model, tokenizer=tokenizer, dtype=resolve_dtype(dtype), device=self.device)
-        return base.requires_grad_(False)
+        arguments = BaseArguments(self.model, torch_dtype=dtype)
+        return arguments.open_base(arguments.open_tokenizer(), device=self.device).requires_grad_(False)
 
     def memory(self) -> Any:
         """A memory with random float32 weights: time and memory do not depend on their values."""

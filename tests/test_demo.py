@@ -359,10 +359,11 @@ def test_a_memory_for_another_base_is_refused(saved, tmp_path):
 
 @pytest.fixture(scope="module")
 def opened(llama_world):
-    from utils.base_model import load_base, load_tokenizer
+    from utils.base_model import BaseArguments
 
-    tokenizer = load_tokenizer(llama_world.base, required=True)
-    base = load_base(llama_world.base, tokenizer=tokenizer)
+    arguments = BaseArguments(str(llama_world.base))
+    tokenizer = arguments.open_tokenizer(required=True)
+    base = arguments.open_base(tokenizer)
     return MLPMemory(base, tiny_memory(base), 0.4).eval(), tokenizer
 
 

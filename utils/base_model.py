@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +52,81 @@ class BaseArguments:
         path = self.tokenizer_name or self.require_base()
         return load_tokenizer(path, required=required, trust_remote_code=self.trust_remote_code)
 
-    def open_base(self, tokenizer: Any = None, *, dtype: Any = None, device: Any = None, **options: Any) -> Any:
-        """The base in evaluation mode, its embeddings resized to `tokenizer`; `options` are `load_base`'s others."""
-        return load_base(
-            self.require_base(),
-            tokenizer=tokenizer,
-            dtype=self.dtype() if dtype is None else dtype,
-            device=device,
-            device_map=self.device_map,
-            load_in_4bit=self.load_in_4bit,
-            load_in_8bit=self.load_in_8bit,
-            trust_remote_code=self.trust_remote_code,
-            **options,
-        )
+    def open_base(
+        self,
+        tokenizer: Any = None,
+        *,
+        dtype: Any = None,
+        device: Any = None,
+        config_name: str | None = None,
+        from_scratch: bool = False,
+    ) -> Any:
+        """The base in evaluation mode: any decoder that `AutoModelForCausalLM` loads.
+
+        Args:
+            tokenizer: where its length differs from the embeddings, these are resized, as the original does everywhere.
+            dtype: of the weights, by default what the flags say. Quantised bases keep it as their compute dtype.
+            device: where to put it, by default this process's; --device_map and quantised bases go their own way.
+            config_name: config to use in place of the base's own.
+            from_scratch: random weights from the config instead of the checkpoint's.
+
+        Raises:
+            InputError: no causal language model there, or a quantisation library is missing.
+        """
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from utils.loading import default_device, keep_freed_memory, say
+
+        if not torch.cuda.is_available():
+            keep_freed_memory()
+        path, remote = self.require_base(), {"trust_remote_code": self.trust_remote_code}
+        dtype = self.dtype() if dtype is None else dtype
+        options: dict[str, Any] = {"dtype": dtype, **remote}
+        if self.device_map:
+            options["device_map"] = self.device_map
+        if self.load_in_4bit or self.load_in_8bit:
+            options["quantization_config"] = self._quantization(dtype)
+            options.setdefault("device_map", {"": default_device()})
+        if config_name:
+            options["config"] = from_pretrained(AutoConfig.from_pretrained, config_name, "--config_name", **remote)
+        if from_scratch:
+            config = options.get("config")
+            config = config or from_pretrained(AutoConfig.from_pretrained, path, "--model_name_or_path", **remote)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
+        else:
+            load = AutoModelForCausalLM.from_pretrained
+            model, info = from_pretrained(load, path, "--model_name_or_path", output_loading_info=True, **options)
+            if missing := sorted(info.get("missing_keys") or ()):
+                raise InputError(
+                    f"--model_name_or_path {path}: the checkpoint lacks {len(missing)} weights ({missing[0]}, …), "
+                    "expected a complete causal language model"
+                )
+        rows = model.get_input_embeddings().weight.shape[0]
+        if tokenizer is not None and rows != len(tokenizer):
+            verb = "cut" if rows > len(tokenizer) else "grown"
+            say(f"{path}: vocabulary of {rows} {verb} to the tokenizer's {len(tokenizer)} tokens")
+            model.resize_token_embeddings(len(tokenizer))
+        if "device_map" not in options:
+            model.to(default_device() if device is None else device)
+        return model.eval()
+
+    def _quantization(self, dtype: Any) -> Any:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InputError("--load_in_4bit and --load_in_8bit: expected one of them")
+        if find_spec("bitsandbytes") is None:
+            raise InputError("--load_in_4bit/--load_in_8bit: need the package bitsandbytes; pip install bitsandbytes")
+        from transformers import BitsAndBytesConfig
+
+        four, eight = self.load_in_4bit, self.load_in_8bit
+        return BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=eight, bnb_4bit_compute_dtype=dtype)
 
     def open_memory_of(self, base: Any, path: str, *, dtype: Any = None) -> Any:
         """The memory in `path`, which must fit `base`, on the device of the block that it reads from."""
         from utils.loading import open_memory_of
 
-        return open_memory_of(
-            base, path, layer_position=self.layer_position, dtype=self.dtype() if dtype is None else dtype
-        )
+        dtype = self.dtype() if dtype is None else dtype
+        return open_memory_of(base, path, layer_position=self.layer_position, dtype=dtype)
 
 
 def load_tokenizer(path: str | os.PathLike, *, required: bool = False, trust_remote_code: bool = False) -> Any:
@@ -117,89 +172,3 @@ def from_pretrained(call: Callable[..., Any], path: str | os.PathLike, flag: str
         raise InputError(
             f"{flag} {path}: cannot be loaded as a causal language model ({one_line(error, 240)})"
         ) from None
-
-
-def load_base(
-    path: str | os.PathLike,
-    *,
-    tokenizer: Any = None,
-    dtype: Any = None,
-    device: Any = None,
-    device_map: str | None = None,
-    load_in_4bit: bool = False,
-    load_in_8bit: bool = False,
-    config_name: str | None = None,
-    from_scratch: bool = False,
-    trust_remote_code: bool = False,
-) -> Any:
-    """The base language model, in evaluation mode, embeddings resized to the tokenizer's length.
-
-    Args:
-        path: folder or hub name of any decoder that `AutoModelForCausalLM` loads.
-        tokenizer: when given and its length differs from the embeddings, the base is resized and that is said.
-        dtype: the weights' dtype, float32 by default. Quantised bases keep it as their compute dtype.
-        device: where to put it; `device_map` (accelerate's placement over several devices) overrides it.
-        config_name: config to use in place of the checkpoint's.
-        from_scratch: random weights from the config instead of the checkpoint's.
-
-    Raises:
-        InputError: `path` is not a causal language model, or a quantisation library is missing.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from utils.loading import default_device, keep_freed_memory
-
-    if not torch.cuda.is_available():
-        keep_freed_memory()
-    dtype = dtype or torch.float32
-    remote = {"trust_remote_code": trust_remote_code}
-    options: dict[str, Any] = {"dtype": dtype, **remote}
-    if device_map:
-        options["device_map"] = device_map
-    if load_in_4bit or load_in_8bit:
-        options["quantization_config"] = _quantization(load_in_4bit, load_in_8bit, dtype)
-        options.setdefault("device_map", {"": default_device()})
-    if config_name:
-        options["config"] = from_pretrained(AutoConfig.from_pretrained, config_name, "--config_name", **remote)
-    if from_scratch:
-        config = options.get("config")
-        config = config or from_pretrained(AutoConfig.from_pretrained, path, "--model_name_or_path", **remote)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
-    else:
-        load = AutoModelForCausalLM.from_pretrained
-        model, info = from_pretrained(load, path, "--model_name_or_path", output_loading_info=True, **options)
-        missing = sorted(info.get("missing_keys") or ())
-        if missing:
-            raise InputError(
-                f"--model_name_or_path {path}: the checkpoint lacks {len(missing)} weights ({missing[0]}, …), "
-                "expected a complete causal language model"
-            )
-    if tokenizer is not None:
-        resize_to_tokenizer(model, tokenizer, path)
-    if "device_map" not in options:
-        model.to(device if device is not None else default_device())
-    return model.eval()
-
-
-def resize_to_tokenizer(model: Any, tokenizer: Any, path: object) -> None:
-    """Resize `model`'s embeddings to `len(tokenizer)` as the original does everywhere; says so when it does."""
-    from utils.loading import say
-
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows != len(tokenizer):
-        verb = "cut" if rows > len(tokenizer) else "grown"
-        say(f"{path}: vocabulary of {rows} {verb} to the tokenizer's {len(tokenizer)} tokens")
-        model.resize_token_embeddings(len(tokenizer))
-
-
-def _quantization(four: bool, eight: bool, dtype: Any) -> Any:
-    from importlib.util import find_spec
-
-    if four and eight:
-        raise InputError("--load_in_4bit and --load_in_8bit: expected one of them")
-    if find_spec("bitsandbytes") is None:
-        raise InputError("--load_in_4bit/--load_in_8bit: need the package bitsandbytes; pip install bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=eight, bnb_4bit_compute_dtype=dtype)

@@ -143,21 +143,9 @@ def open_memory(path: str | os.PathLike, *, dtype: torch.dtype, device: torch.de
         raise InputError(f"--knn_generator_path {path}: is a file, expected the memory's folder or hub name")
     try:
         return load_memory(path, dtype=dtype, device=device).eval()
-    except InputError:
-        raise
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         told = one_line(error, 300).removeprefix(f"{path}: ")
         raise InputError(f"--knn_generator_path {path}: {told}") from None
-
-
-def check_pair(base: Any, memory: Any, path: object) -> None:
-    """Refuse a memory that does not fit its base: family, hidden size or vocabulary. Raises InputError."""
-    from models.mlpMemory import check_fit
-
-    try:
-        check_fit(base.config, memory)
-    except ValueError as error:
-        raise InputError(f"--knn_generator_path {path}: {one_line(error, 300)}") from None
 
 
 def open_memory_of(base: Any, path: str | os.PathLike, *, layer_position: int, dtype: torch.dtype) -> Any:
@@ -171,6 +159,7 @@ def open_memory_of(base: Any, path: str | os.PathLike, *, layer_position: int, d
         InputError: no such block, no memory in `path`, or one of another base.
     """
     from models.capture import captured_module
+    from models.mlpMemory import check_fit
 
     try:
         device = next(captured_module(base, layer_position).parameters()).device
@@ -178,5 +167,8 @@ def open_memory_of(base: Any, path: str | os.PathLike, *, layer_position: int, d
         raise InputError(f"--layer_position {layer_position}: {error}") from None
     # Weights that accelerate keeps elsewhere until they are used are "meta" meanwhile.
     memory = open_memory(path, dtype=dtype, device=base.device if device.type == "meta" else device)
-    check_pair(base, memory, path)
+    try:
+        check_fit(base.config, memory)
+    except ValueError as error:
+        raise InputError(f"--knn_generator_path {path}: {one_line(error, 300)}") from None
     return memory

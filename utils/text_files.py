@@ -2,8 +2,7 @@
 
 A source is a hub dataset, a folder or a file. Its splits are `datasets.Dataset`s with a column `text`
 whose rows are what gets tokenized one by one: lines (with their newline) of a .txt file, rows of
-anything else. Where rows are lines, a column `document` numbers the document that each belongs to;
-elsewhere a row is a document.
+anything else. A column `document` numbers the document that each row belongs to; without it a row is a document.
 
 Hub datasets, folders and parquet files are opened by the library `datasets`. Lines of text are read here, because only
 a newline may end one and a separator may span several; so are JSON lines, whose other fields may differ from row to row.
@@ -157,7 +156,7 @@ def open_source(
         work: folder for Arrow files; the result is memory-mapped from it.
 
     Returns:
-        {split: Dataset} with the column `text`, and `document` (int64, rising) where rows are lines.
+        {split: Dataset} with the column `text`, and where rows are not documents `document` (int64, rising).
 
     Raises:
         InputError: nothing there, no text in it, no such column.
@@ -207,11 +206,9 @@ def _open_files(paths: list[Path], split: str, column: str, separator: re.Patter
     if suffix == ".parquet":
         loaded = _open_with_datasets(where, None, work, builder="parquet", data_files=where, batch_size=1000)
         dataset = _text_only(loaded["train"], where, column)
-    elif suffix == ".txt":
-        dataset = write_rows(_txt_rows(paths, separator), work / f"source-{split}.arrow")
     else:
-        rows = write_rows(_jsonl_rows(paths[0], column), work / f"source-{split}.arrow")
-        dataset = rows.remove_columns("document")
+        rows = _txt_rows(paths, separator) if suffix == ".txt" else _jsonl_rows(paths[0], column)
+        dataset = write_rows(rows, work / f"source-{split}.arrow")
     if not any(text.strip() for text in texts_of(dataset)):
         raise InputError(f"{where}: is empty, expected text")
     return dataset
@@ -268,8 +265,7 @@ def document_numbers(dataset: Any) -> np.ndarray:
     """Which document each row belongs to, int64 (rows,), rising from 0 without gaps."""
     if "document" not in dataset.column_names:
         return np.arange(len(dataset))
-    batches = dataset.with_format("arrow").iter(100_000)
-    numbers = np.concatenate([np.zeros(0, np.int64), *(batch.column("document").to_numpy() for batch in batches)])
+    numbers = dataset.data.column("document").to_numpy()
     return np.cumsum(np.diff(numbers, prepend=numbers[:1]) != 0)
 
 
@@ -293,16 +289,15 @@ def filter_documents(
 ) -> Any:
     """The first `max_documents` documents of at least `min_characters` characters (code points, all counted).
 
-    Of each, only the rows that begin within its first `max_characters` are kept, whole. Streams to an Arrow file at `path`; without any condition `dataset` itself is returned.
-    Raises InputError when no document is left.
+    Of each, only the rows that begin within its first `max_characters` are kept, whole. The result is mapped from an
+    Arrow file at `path`; without any condition `dataset` itself is returned. Raises InputError when no document is left.
     """
     import pyarrow.compute as pc
 
     if min_characters <= 0 and max_documents is None and max_characters is None:
         return dataset
     numbers = document_numbers(dataset)
-    batches = dataset.with_format("arrow").iter(1000)
-    lengths = np.concatenate([np.zeros(0), *(pc.utf8_length(batch.column("text")).to_numpy() for batch in batches)])
+    lengths = pc.utf8_length(dataset.data.column("text")).to_numpy()  # (rows,)
     characters = np.bincount(numbers, weights=lengths)  # (documents,)
     kept = characters >= min_characters
     if max_documents is not None:
