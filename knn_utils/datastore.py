@@ -3,8 +3,7 @@
 Both are Arrow IPC streams. A datastore row is (keys float16[dim], vals int32[, logprob float32]); a kNN-target row is
 (id_cnt int32, token_id list<int32>, prob list<float16>, label int32[, distance float32]). Files are memory-mapped, and
 rows that lie in one record batch are views of the map (read-only). Files of other writers, whose numbers are wider or
-whose lists are of another kind, are read too. manifest.py says which files make up an output, parts.py
-writes them.
+whose lists are of another kind, are read too. manifest.py says which files make up an output, parts.py writes them.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +23,6 @@ from knn_utils.manifest import KINDS, Part, find_parts
 from utils.errors import InputError
 from utils.files import sha256_file
 from utils.made_with import check_layer
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Files and record batches kept open; a map holds a file descriptor.
 OPEN_FILES, OPEN_BATCHES = 128, 64
@@ -118,10 +114,8 @@ def targets_batch(rows: TargetRows) -> pa.RecordBatch:
 def _map_file(path: Path) -> pa.Buffer:
     # Python's map, not pyarrow's, which asks the kernel to read ahead all that it slices: on opening, the whole file.
     with open(path, "rb") as file:
-        try:
-            return pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except ValueError as error:  # an empty file
-            raise _unreadable(path, error) from None
+        is_empty = os.fstat(file.fileno()).st_size == 0  # nothing to map
+        return pa.py_buffer(b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _unreadable(path: Path, reason: object) -> InputError:
@@ -244,9 +238,7 @@ class _Rows:
             if part.rows not in (None, stream.rows):
                 raise InputError(f"{part.path}: {stream.rows} rows, the manifest records {part.rows}; make it again")
             if self._streams and stream.schema != self._streams[0].schema:
-                raise InputError(
-                    f"{part.path}: its columns are not those of {self._parts[0].path.name}; make them again"
-                )
+                raise InputError(f"{part.path}: has other columns than {self._parts[0].path.name}; make it again")
             self._streams[number] = stream
         return self._streams[number]
 
@@ -441,8 +433,8 @@ def open_scored_datastore(path: str | os.PathLike, **belongs: int | None) -> Dat
     return datastore
 
 
-def stored_rows(datastore: Datastore) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (hidden states (rows, dim) float16, base log-probabilities (rows,) float32, values (rows,) int64).
+def stored_rows(datastore: Datastore) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield tensors: hidden states (rows, dim) float16, base log-probabilities (rows,) float32, values (rows,) int64.
 
     Under several processes block b goes to process b mod N.
     """

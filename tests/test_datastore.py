@@ -326,41 +326,32 @@ def test_shards_in_a_folder_without_manifest_are_read_by_number(tmp_path: Path) 
     assert_same_targets(targets.read(0), rows_of_targets(0, ROWS, distance=False))
 
 
-def test_a_missing_shard_is_noticed(tmp_path: Path) -> None:
-    for number in (0, 2):
-        write(tmp_path / f"data-{number:05d}-of-00003.arrow", key_batches(0, 4, 4))
-    with pytest.raises(InputError, match="2 of 3 shards are there"):
-        Datastore.open(tmp_path)
-
-
-def test_files_of_different_tables_are_not_taken_for_shards(tmp_path: Path) -> None:
-    for subset in ("train", "validation"):
-        write(tmp_path / f"dstore_gpt2_{subset}_3.arrow", key_batches(0, 4, 4))
-    with pytest.raises(InputError, match="not the shards of one table"):
-        Datastore.open(tmp_path)
-
-
-def test_a_folder_of_datastores_names_them(tmp_path: Path) -> None:
-    write_parts(tmp_path / "dstore_gpt2_train_3.arrow", "datastore", [ROWS])
-    with pytest.raises(InputError, match=r"no Arrow file in it.*dstore_gpt2_train_3.arrow: name one"):
-        Datastore.open(tmp_path)
-
-
-def test_a_folder_of_splits_asks_for_one(tmp_path: Path) -> None:
-    saved_dataset(tmp_path / "train", 1)
-    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
-    with pytest.raises(InputError, match=r"holds several splits \(train\); name one"):
-        KNNTargets.open(tmp_path)
+def test_a_folder_that_is_not_one_whole_table_says_what_it_holds(tmp_path: Path) -> None:
+    shards, tables, stores, splits = (tmp_path / name for name in ("shards", "tables", "stores", "splits"))
+    for folder, names in (
+        (shards, ("data-00000-of-00003.arrow", "data-00002-of-00003.arrow")),
+        (tables, ("dstore_gpt2_train_3.arrow", "dstore_gpt2_validation_3.arrow")),
+    ):
+        for name in names:
+            write(folder / name, key_batches(0, 4, 4))
+    write_parts(stores / "dstore_gpt2_train_3.arrow", "datastore", [ROWS])
+    saved_dataset(splits / "train", 1)
+    (splits / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    write(tmp_path / "widths" / "d_0.arrow", key_batches(0, 4, 4))
+    write(tmp_path / "widths" / "d_1.arrow", [datastore_batch(np.ones((2, 5), np.float16), VALS[:2])])
+    for folder, message in (
+        (shards, "2 of 3 shards are there"),
+        (tables, "not the shards of one table"),
+        (stores, r"no Arrow file in it.*dstore_gpt2_train_3.arrow: name one"),
+        (splits, r"holds several splits \(train\); name one"),
+        (tmp_path / "widths", r"d_1.arrow: has other columns than d_0.arrow"),
+        (tmp_path / "nothing.arrow", "no such file or folder; expected a datastore"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Datastore.open(folder)
 
 
 # What is refused
-
-
-def test_a_path_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file or folder; expected a datastore"):
-        Datastore.open(tmp_path / "nothing.arrow")
-    with pytest.raises(InputError, match="no Arrow file in it"):
-        KNNTargets.open(tmp_path)
 
 
 def test_one_kind_of_file_is_not_taken_for_the_other(tmp_path: Path) -> None:
@@ -374,36 +365,26 @@ def test_one_kind_of_file_is_not_taken_for_the_other(tmp_path: Path) -> None:
         KNNTargets.open(write_parts(tmp_path / "d", "datastore", [ROWS]))
 
 
+RAGGED = pa.array([KEYS[row, : 2 if row == 12 else DIM] for row in range(ROWS)], pa.list_(pa.float16()))
+
+
 @pytest.mark.parametrize(
-    ("name", "values"),
+    ("name", "values", "message"),
     [
-        ("keys", pa.array(["x"] * ROWS)),
-        ("vals", pa.array(VALS + 0.5)),
-        ("vals", pa.array([[1, 2]] * ROWS, pa.list_(pa.int32(), 2))),
-        ("logprob", pa.array(["x"] * ROWS)),
+        ("keys", pa.array(["x"] * ROWS), "column keys is string"),
+        ("keys", RAGGED, "not a whole, readable"),
+        ("vals", pa.array(VALS + 0.5), "truncated converting to int32"),
+        ("vals", pa.array([[1, 2]] * ROWS, pa.list_(pa.int32(), 2)), "Unsupported cast"),
+        ("vals", pa.array([None if row == 12 else 1 for row in range(ROWS)], pa.int32()), "column vals holds nulls"),
+        ("vals", pa.array([1 << 40] * ROWS), "1099511627776 not in range"),
+        ("logprob", pa.array(["x"] * ROWS), "not a whole, readable"),
     ],
 )
-def test_columns_of_other_types_are_refused(tmp_path: Path, name: str, values: pa.Array) -> None:
+def test_columns_of_other_types_are_refused(tmp_path: Path, name: str, values: pa.Array, message: str) -> None:
     columns = {"keys": pa.array(list(KEYS), pa.list_(pa.float16(), DIM)), "vals": pa.array(VALS)} | {name: values}
     path = write(tmp_path / "d.arrow", table(columns))
-    with pytest.raises(InputError, match=r"d\.arrow: "):
+    with pytest.raises(InputError, match=rf"d\.arrow: .*{message}"):
         Datastore.open(path).vals()
-
-
-def test_nulls_ragged_keys_and_numbers_beyond_int32_are_refused_when_read(tmp_path: Path) -> None:
-    keys, vals = pa.array(list(KEYS), pa.list_(pa.float16(), DIM)), pa.array(VALS)
-    ragged = pa.array([KEYS[row, : 2 if row == 12 else DIM] for row in range(ROWS)], pa.list_(pa.float16()))
-    nulls = pa.array([None if row == 12 else 1 for row in range(ROWS)], pa.int32())
-    large = pa.array([1 << 40 if row == 12 else 1 for row in range(ROWS)], pa.int64())
-    for columns, message in (
-        ({"keys": keys, "vals": nulls}, "column vals holds nulls"),
-        ({"keys": keys, "vals": large}, "1099511627776 not in range"),
-        ({"keys": ragged, "vals": vals}, "d.arrow: not a whole, readable"),
-    ):
-        datastore = Datastore.open(write(tmp_path / "d.arrow", table(columns)))
-        assert len(datastore.vals(0, 5)) == len(datastore.keys(0, 5)) == 5
-        with pytest.raises(InputError, match=message):
-            datastore.keys(9, 15), datastore.vals(9, 15)
 
 
 def test_targets_whose_lists_disagree_with_their_counts_are_refused(tmp_path: Path) -> None:
@@ -425,14 +406,7 @@ def test_an_empty_table_is_refused(tmp_path: Path) -> None:
             Datastore.open(tmp_path / "d.arrow")
 
 
-def test_parts_of_different_width_are_refused(tmp_path: Path) -> None:
-    write(tmp_path / "d_0.arrow", key_batches(0, 4, 4))
-    write(tmp_path / "d_1.arrow", [datastore_batch(np.ones((2, 5), np.float16), VALS[:2])])
-    with pytest.raises(InputError, match=r"d_1.arrow: its columns are not those of d_0.arrow"):
-        Datastore.open(tmp_path)
-
-
-@pytest.mark.parametrize("cut", [1, 8, 9, 30, 200])
+@pytest.mark.parametrize("cut", [1, 8, 9, 200])
 def test_a_truncated_file_is_refused_at_opening(tmp_path: Path, cut: int) -> None:
     path = write(tmp_path / "d.arrow", key_batches(0, ROWS, 8))
     os.truncate(path, path.stat().st_size - cut)
@@ -440,31 +414,12 @@ def test_a_truncated_file_is_refused_at_opening(tmp_path: Path, cut: int) -> Non
         Datastore.open(path)
 
 
-def test_a_file_that_a_killed_writer_left_at_the_end_of_a_batch_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "d.arrow"
-    with open(path, "wb") as file:
-        stream = pa.ipc.new_stream(file, datastore_schema(DIM))
-        stream.write_batch(key_batches(0, 8, 8)[0])
-        file.flush()
-        with pytest.raises(InputError, match="does not end with the end-of-stream mark"):
-            Datastore.open(path)
-        stream.close()
-    assert len(Datastore.open(path)) == 8
-
-
-def test_two_streams_in_one_file_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b"x", b"PAR1" * 50, b"ARROW1\0\0" * 50, "twice"])
+def test_a_file_that_is_no_stream_or_more_than_one_is_refused(tmp_path: Path, content) -> None:
     path = write(tmp_path / "d.arrow", key_batches(0, 8, 8))
-    path.write_bytes(path.read_bytes() * 2)
-    with pytest.raises(InputError, match="end-of-stream mark"):
+    path.write_bytes(path.read_bytes() * 2 if content == "twice" else content)
+    with pytest.raises(InputError, match="not a whole, readable Arrow IPC stream"):
         Datastore.open(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"x", b"PAR1" * 50, b"ARROW1\0\0" * 50, os.urandom(5000)])
-def test_a_file_that_is_no_stream_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "d.arrow").write_bytes(content)
-    for kind in (Datastore, KNNTargets):
-        with pytest.raises(InputError, match="not a whole, readable Arrow IPC stream"):
-            kind.open(tmp_path / "d.arrow")
 
 
 def test_a_part_of_another_size_or_a_missing_one_is_refused_at_opening(tmp_path: Path) -> None:
