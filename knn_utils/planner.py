@@ -6,15 +6,18 @@ Bytes follow from the file formats and are exact but for what is marked. Times d
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from utils.cli import flag
 from utils.units import size_text, time_text
 
+BLOCK_SIZE, STRIDE = 1024, 512
 TRAINING_KEYS = 1_000_000
 KMEANS_ROUNDS = 10
 # Bytes of a weight while it is trained: itself, its gradient, and Adam's two averages, float32 each.
@@ -48,30 +51,32 @@ RATES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sizes:
-    """What is to be planned. `dim`: width of the hidden states, `vocab`: tokens, `flat`: the index keeps whole keys."""
+    """What is to be planned, as flags of preflight, which fills in what is None."""
 
-    tokens: int
-    dim: int
-    vocab: int
-    base_parameters: int
-    layers: int
-    intermediate: int
-    gated: bool
-    k: int
-    entries_per_row: float
-    block_size: int = 1024
-    stride: int = 512
-    ncentroids: int = 4096
-    code_size: int = 64
-    flat: bool = False
-    probe: int = 32
-    epochs: int = 50
-    windows_per_step: int = 128
-    micro_rows: int = 16384
-    processes: int = 8
-    sharded: bool = False
+    tokens: int | None = flag(None, "tokens of the corpus; default: the windows'")
+    dim: int | None = flag(None, "width of the hidden states; default: the files' or the model's")
+    vocab: int | None = flag(None, "tokens of the vocabulary; default: the model's")
+    base_parameters: float | None = flag(None, "weights of the base; default: counted from its config")
+    layers: int = flag(8, "layers of the memory")
+    intermediate: int | None = flag(None, "width within the memory's MLPs; default: the model's, else 4 times --dim")
+    gated: bool | None = flag(None, "MLPs with a gate, as Llama's; default: the model's, else false")
+    k: int = flag(1024, "neighbours of a row")
+    entries_per_row: float | None = flag(
+        None, "entries of a row's kNN target; default: measured from --knn_save_path, else assumed to be k/8"
+    )
+    block_size: int | None = flag(None, f"tokens of a window; default: the windows', else {BLOCK_SIZE}")
+    stride: int | None = flag(None, f"tokens from one window to the next; default: the windows', else {STRIDE}")
+    ncentroids: int = flag(4096, "inverted lists of the index")
+    code_size: int = flag(64, "bytes of a row in the index")
+    index_factory: str = flag("", "FAISS factory string in place of the two: Flat, IVF4096,Flat, IVF4096,PQ64")
+    probe: int = flag(32, "inverted lists searched")
+    num_train_epochs: int = flag(50, "epochs of training")
+    windows_per_step: int = flag(128, "windows of a step, all processes together")
+    micro_batch_rows: int = flag(16384, "rows that go through the memory at once")
+    processes: int = flag(8, "processes, each with a device of its own")
+    sharded: bool = flag(False, "weights and optimizer are sharded over the processes (FSDP)")
 
 
 @dataclass
@@ -94,27 +99,6 @@ class Stage:
     def takes(self, computing: float, rates: Rates) -> None:
         """Set how long it takes where computing takes so long."""
         self.seconds, self.bound = max((computing, "computing"), (self.traffic / rates.disk, "disk"))
-
-
-@dataclass
-class Plan:
-    """All stages, with the sizes and rates they follow from."""
-
-    sizes: Sizes
-    rates: Rates | None
-    stages: list[Stage]
-
-    @property
-    def bytes(self) -> int:
-        return sum(stage.bytes for stage in self.stages)
-
-    @property
-    def seconds(self) -> float | None:
-        return None if self.rates is None else sum(stage.seconds or 0.0 for stage in self.stages)
-
-    def as_dict(self) -> dict[str, Any]:
-        totals = {"memory_parameters": memory_parameters(self.sizes), "bytes": self.bytes, "seconds": self.seconds}
-        return asdict(self) | totals
 
 
 def datastore_rows(sizes: Sizes) -> int:
@@ -166,65 +150,77 @@ def training_memory(sizes: Sizes) -> int:
     elif sizes.processes > 1:
         weights += memory_parameters(sizes) * 4
     width = (3 if sizes.gated else 2) * sizes.intermediate + 3 * sizes.dim
-    activations = sizes.micro_rows * sizes.layers * width * 2
-    head = sizes.micro_rows * sizes.dim * 8 + sizes.vocab * sizes.dim * 4 + (512 << 20)
+    activations = sizes.micro_batch_rows * sizes.layers * width * 2
+    head = sizes.micro_batch_rows * sizes.dim * 8 + sizes.vocab * sizes.dim * 4 + (512 << 20)
     return weights + activations + head
 
 
 def checkpoint_bytes(sizes: Sizes) -> int:
     """A run's folder at its end: the memory of every epoch, and the optimizer's moments to continue from."""
     weights = memory_parameters(sizes) * 4
-    return weights * sizes.epochs + weights * 2
+    return weights * sizes.num_train_epochs + weights * 2
 
 
-def make_plan(sizes: Sizes, rates: Rates | None = None) -> Plan:
+def index_shape(sizes: Sizes) -> tuple[str, int, int]:
+    """The index's factory string, its inverted lists, and bytes of a key in it: whole float32 keys where it is flat."""
+    factory = sizes.index_factory or f"IVF{sizes.ncentroids},PQ{sizes.code_size}"
+    lists, codes = re.search(r"IVF(\d+)", factory), re.search(r"PQ(\d+)", factory)
+    return factory, int(lists[1]) if lists else 1, int(codes[1]) if codes else 4 * sizes.dim
+
+
+def make_plan(sizes: Sizes, rates: Rates | None = None) -> list[Stage]:
     """The stages from windows to a trained memory."""
     rows, shares = datastore_rows(sizes), sizes.processes
     keys = datastore_bytes(rows, sizes.dim)
-    index_row = 4 * sizes.dim if sizes.flat else sizes.code_size
-    index = index_bytes(rows, sizes.dim, index_row, sizes.ncentroids)
+    factory, lists, key = index_shape(sizes)
+    index = index_bytes(rows, sizes.dim, key, lists)
     targets = targets_bytes(rows, sizes.entries_per_row)
     parameters = memory_parameters(sizes)
     fed = window_count(sizes) * sizes.block_size
-    scanned = rows / sizes.ncentroids * min(sizes.probe, sizes.ncentroids)
-    steps = -(-window_count(sizes) // sizes.windows_per_step) * sizes.epochs
+    scanned = rows / lists * min(sizes.probe, lists)
+    steps = -(-window_count(sizes) // sizes.windows_per_step) * sizes.num_train_epochs
     share = -(-index // shares)
 
     windows = Stage("windows", window_count(sizes), windows_bytes(sizes), "one process, minutes")
-    embed = Stage("datastore", rows, keys, f"{fed:,} tokens through the base", sizes.base_parameters * 2)
+    embed = Stage("datastore", rows, keys, f"{fed:,} tokens through the base", int(sizes.base_parameters) * 2)
     embed.traffic = keys + windows.bytes
-    kind = "Flat" if sizes.flat else f"PQ{sizes.code_size}"
-    build = Stage("index", rows, index, f"IVF{sizes.ncentroids},{kind}", share, keys + index)
+    build = Stage("index", rows, index, factory, share, keys + index)
     what = f"{scanned:,.0f} codes scanned for a row, {sizes.entries_per_row:g} entries kept"
     search = Stage("kNN targets", rows, targets, what, share, keys + targets)
-    what = f"{parameters / 1e6:,.0f}M weights, {sizes.epochs} epochs, {steps:,} steps"
-    train = Stage("memory", rows * sizes.epochs, checkpoint_bytes(sizes), what, training_memory(sizes))
-    train.traffic = (keys + targets) * sizes.epochs
+    what = f"{parameters / 1e6:,.0f}M weights, {sizes.num_train_epochs} epochs, {steps:,} steps"
+    train = Stage("memory", rows * sizes.num_train_epochs, checkpoint_bytes(sizes), what, training_memory(sizes))
+    train.traffic = (keys + targets) * sizes.num_train_epochs
 
     if rates is not None:
         embed.takes(2.0 * sizes.base_parameters * fed / rates.flops / shares, rates)
-        assigning = 2.0 * sizes.dim * (sizes.ncentroids + 256)
+        assigning = 2.0 * sizes.dim * (lists + 256)
         sample = min(rows, TRAINING_KEYS) * KMEANS_ROUNDS  # on one process
         build.takes(assigning * (sample + rows / shares) / rates.flops, rates)
-        coarse = 2.0 * sizes.ncentroids * sizes.dim / rates.flops
-        code = 2.0 * sizes.dim / rates.flops if sizes.flat else sizes.code_size / rates.lookups
+        coarse = 2.0 * lists * sizes.dim / rates.flops
+        code = key / rates.lookups if key < 4 * sizes.dim else 2.0 * sizes.dim / rates.flops
         search.takes(rows * (scanned * code + sizes.k / rates.hits + coarse) / shares, rates)
-        train.takes(6.0 * parameters * rows * sizes.epochs / rates.flops / shares, rates)
-    return Plan(sizes, rates, [windows, embed, build, search, train])
+        train.takes(6.0 * parameters * rows * sizes.num_train_epochs / rates.flops / shares, rates)
+    return [windows, embed, build, search, train]
 
 
-def plan_text(plan: Plan) -> str:
+def total(stages: list[Stage]) -> dict[str, Any]:
+    """{"bytes", "seconds"} of all stages; seconds None for a plan without times."""
+    timed = [stage.seconds for stage in stages if stage.seconds is not None]
+    return {"bytes": sum(stage.bytes for stage in stages), "seconds": sum(timed) if timed else None}
+
+
+def plan_text(stages: list[Stage]) -> str:
     """The plan as a Markdown table."""
     lines = [
         "| stage | rows | on disk | memory of a process | time | what |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for stage in plan.stages:
+    for stage in stages:
         memory = size_text(stage.memory) if stage.memory else "–"
         took = time_text(stage.seconds) + (" (disk)" if stage.bound == "disk" else "")
         lines.append(f"| {stage.name} | {stage.rows:,} | {size_text(stage.bytes)} | {memory} | {took} | {stage.what} |")
-    lines.append(f"| all | | {size_text(plan.bytes)} | | {time_text(plan.seconds)} | |")
-    return "\n".join(lines)
+    everything = total(stages)
+    return "\n".join([*lines, f"| all | | {size_text(everything['bytes'])} | | {time_text(everything['seconds'])} | |"])
 
 
 # Measuring

@@ -13,14 +13,25 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from knn_utils.planner import RATES, Plan, Rates, Sizes, make_plan, measure_rates, plan_text
+from knn_utils.planner import (
+    BLOCK_SIZE,
+    RATES,
+    STRIDE,
+    Rates,
+    Sizes,
+    Stage,
+    make_plan,
+    measure_rates,
+    memory_parameters,
+    plan_text,
+    total,
+)
 from utils.cli import flag, parse
 from utils.errors import InputError, command, one_line
 from utils.units import size_text
@@ -45,8 +56,8 @@ STATED = {
 
 
 @dataclass
-class PreflightArguments:
-    """Flags of preflight."""
+class PreflightArguments(Sizes):
+    """Flags of preflight: the sizes that are planned, files, and rates."""
 
     model_name_or_path: str | None = flag(None, "base model (folder or hub name); its config alone is read")
     trust_remote_code: bool = flag(False, "run the code in the model's repository")
@@ -59,28 +70,6 @@ class PreflightArguments:
     layer_position: int | None = flag(None, "block that everything should have been captured at; default: any, but one")
     verify: bool = flag(False, "also compare the checksums of datastore and kNN targets, which reads all of them")
     output_dir: str | None = flag(None, "folder that the stages will write to: its disk has to suffice")
-    tokens: int | None = flag(None, "tokens of the corpus; default: the windows'")
-    dim: int | None = flag(None, "width of the hidden states; default: the files' or the model's")
-    vocab: int | None = flag(None, "tokens of the vocabulary; default: the model's")
-    base_parameters: float | None = flag(None, "weights of the base; default: counted from its config")
-    layers: int = flag(8, "layers of the memory")
-    intermediate: int | None = flag(None, "width within the memory's MLPs; default: the model's, else 4 times --dim")
-    gated: bool | None = flag(None, "MLPs with a gate, as Llama's; default: the model's, else false")
-    k: int = flag(1024, "neighbours of a row")
-    entries_per_row: float | None = flag(
-        None, "entries of a row's kNN target; default: measured from --knn_save_path, else assumed to be k/8"
-    )
-    block_size: int | None = flag(None, "tokens of a window; default: the windows', else 1024")
-    stride: int | None = flag(None, "tokens from one window to the next; default: the windows', else 512")
-    ncentroids: int = flag(4096, "inverted lists of the index")
-    code_size: int = flag(64, "bytes of a row in the index")
-    index_factory: str = flag("", "FAISS factory string in place of the two: Flat, IVF4096,Flat, IVF4096,PQ64")
-    probe: int = flag(32, "inverted lists searched")
-    num_train_epochs: int = flag(50, "epochs of training")
-    windows_per_step: int = flag(128, "windows of a step, all processes together")
-    micro_batch_rows: int = flag(16384, "rows that go through the memory at once")
-    processes: int = flag(8, "processes, each with a device of its own")
-    sharded: bool = flag(False, "weights and optimizer are sharded over the processes (FSDP)")
     device_memory_gb: float | None = flag(None, "memory of each device, to be compared; default: this machine's")
     measure: str | None = flag(None, "model to measure rates with on this machine: a few windows and searches")
     device_tflops: float | None = flag(
@@ -166,19 +155,26 @@ def main() -> None:
     for name, look in LOOKS.items():
         if getattr(arguments, name):
             look(arguments, chain)
-    plan = None
+    described, stages = None, []
     if arguments.tokens is not None or (chain.windows is not None and chain.config is not None):
         sizes = sizes_of(arguments, chain)
-        plan = make_plan(sizes, rates_of(arguments, sizes))
+        rates = rates_of(arguments, sizes)
+        stages = make_plan(sizes, rates)
+        totals = total(stages) | {"memory_parameters": memory_parameters(sizes)}
+        described = {
+            "sizes": asdict(sizes),
+            "rates": rates and asdict(rates),
+            "stages": list(map(asdict, stages)),
+        } | totals
     if arguments.json:
-        print(json.dumps({"checks": chain.facts, "plan": None if plan is None else plan.as_dict()}, indent=2))
+        print(json.dumps({"checks": chain.facts, "plan": described}, indent=2))
     else:
         print("\n".join(chain.facts))
-        if plan is not None:
-            print(f"\n{plan_text(plan)}\n\n{origin_of(plan)}")
-    if plan is not None:
+        if stages:
+            print(f"\n{plan_text(stages)}\n\n{origin_of(rates, sizes)}")
+    if stages:
         # After the plan, which shows what is too large.
-        for fact in check_machine(arguments, plan):
+        for fact in check_machine(arguments, stages):
             print(fact, file=sys.stderr if arguments.json else sys.stdout)
 
 
@@ -319,34 +315,23 @@ def sizes_of(arguments: PreflightArguments, chain: Chain) -> Sizes:
         if tokens is None:
             tokens = chain.stated("rows")
             stride = stride or max(1, -(-tokens // len(windows)))
-    block_size = block_size or Sizes.block_size
+    block_size = block_size or BLOCK_SIZE
     entries = arguments.entries_per_row or chain.entries_per_row
     if arguments.entries_per_row is None:
         said = f"{entries:.1f}, measured on --knn_save_path" if entries else f"{arguments.k / 8:.1f}, assumed (k/8)"
         chain.facts.append(f"entries of a row's target: {said}; --entries_per_row changes it")
-    lists, codes = (re.search(rf"{kind}(\d+)", arguments.index_factory) for kind in ("IVF", "PQ"))
-    return Sizes(
-        tokens=tokens,
-        dim=dim,
-        vocab=vocab,
-        base_parameters=int(parameters),
-        layers=arguments.layers,
-        intermediate=arguments.intermediate or own_width or 4 * dim,
-        gated=gated,
-        k=arguments.k,
-        entries_per_row=entries or arguments.k / 8,
-        block_size=block_size,
-        stride=min(stride or Sizes.stride, block_size),
-        ncentroids=1 if arguments.index_factory == "Flat" else int(lists[1]) if lists else arguments.ncentroids,
-        code_size=int(codes[1]) if codes else arguments.code_size,
-        flat="Flat" in arguments.index_factory,
-        probe=arguments.probe,
-        epochs=arguments.num_train_epochs,
-        windows_per_step=arguments.windows_per_step,
-        micro_rows=arguments.micro_batch_rows,
-        processes=arguments.processes,
-        sharded=arguments.sharded,
-    )
+    found = {
+        "tokens": tokens,
+        "dim": dim,
+        "vocab": vocab,
+        "base_parameters": parameters,
+        "intermediate": arguments.intermediate or own_width or 4 * dim,
+        "gated": gated,
+        "entries_per_row": entries or arguments.k / 8,
+        "block_size": block_size,
+        "stride": min(stride or STRIDE, block_size),
+    }
+    return Sizes(**{item.name: getattr(arguments, item.name) for item in fields(Sizes)} | found)
 
 
 def rates_of(arguments: PreflightArguments, sizes: Sizes) -> Rates | None:
@@ -374,14 +359,14 @@ def count_parameters(config: Any) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def origin_of(plan: Plan) -> str:
+def origin_of(rates: Rates | None, sizes: Sizes) -> str:
     """Where the plan's numbers come from."""
-    origin, rates = "Rows and bytes follow from the file formats.", plan.rates
+    origin = "Rows and bytes follow from the file formats."
     if rates is None:
         return f"{origin} No times: give --measure MODEL or --device_tflops."
     return (
         f"{origin} Times are estimates from rates {rates.origin}: {rates.flops / 1e12:.3g} TFLOP/s in base and memory, "
-        f"search {rates.lookups:.3g} look-ups/s and {rates.hits:.3g} hits/s of each of {plan.sizes.processes} processes; "
+        f"search {rates.lookups:.3g} look-ups/s and {rates.hits:.3g} hits/s of each of {sizes.processes} processes; "
         f"disk {size_text(rates.disk)}/s for all of them."
     )
 
@@ -389,9 +374,9 @@ def origin_of(plan: Plan) -> str:
 # This machine
 
 
-def check_machine(arguments: PreflightArguments, plan: Plan) -> list[str]:
+def check_machine(arguments: PreflightArguments, stages: list[Stage]) -> list[str]:
     """Lines on disk and device memory. Raises InputError where they do not suffice."""
-    needed, facts = sum(stage.bytes for stage in plan.stages if getattr(arguments, FILES[stage.name]) is None), []
+    needed, facts = sum(stage.bytes for stage in stages if getattr(arguments, FILES[stage.name]) is None), []
     if arguments.output_dir is None:
         facts.append(f"disk: {size_text(needed)} needed; name --output_dir to compare it with what is free")
     else:
@@ -405,7 +390,7 @@ def check_machine(arguments: PreflightArguments, plan: Plan) -> list[str]:
     memory, source = device_memory(arguments)
     if memory is None:
         return facts
-    for stage in plan.stages:
+    for stage in stages:
         if stage.memory > memory:
             raise InputError(
                 f"{stage.name}: needs about {size_text(stage.memory)} on each device, {source} has {size_text(memory)}; "

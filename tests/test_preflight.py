@@ -17,11 +17,14 @@ from knn_utils.planner import (
     make_plan,
     memory_parameters,
     targets_bytes,
+    total,
     training_memory,
     windows_bytes,
 )
 
 SIZES = {
+    "block_size": 1024,
+    "stride": 512,
     "tokens": 1_000_000,
     "dim": 32,
     "vocab": 276,
@@ -126,12 +129,12 @@ def test_windows_without_overlap_have_a_row_less_each(llama_world):
 
 def test_more_processes_take_less_time_and_sharding_less_memory():
     rates = Rates(1e12, 1e9, 1e9, 1e12)
-    one, eight = (make_plan(Sizes(**SIZES | {"processes": count}), rates) for count in (1, 8))
-    assert one.seconds > 6 * eight.seconds and one.bytes == eight.bytes
+    one, eight = (total(make_plan(Sizes(**SIZES | {"processes": count}), rates)) for count in (1, 8))
+    assert one["seconds"] > 6 * eight["seconds"] and one["bytes"] == eight["bytes"]
     slow = make_plan(Sizes(**SIZES), Rates(1e12, 1e9, 1e9, 1e3))
-    assert {stage.bound for stage in slow.stages[1:]} == {"disk"}
-    sharded = Sizes(**SIZES | {"processes": 8, "sharded": True, "layers": 50, "micro_rows": 1})
-    whole = Sizes(**SIZES | {"processes": 8, "layers": 50, "micro_rows": 1})
+    assert {stage.bound for stage in slow[1:]} == {"disk"}
+    sharded = Sizes(**SIZES | {"processes": 8, "sharded": True, "layers": 50, "micro_batch_rows": 1})
+    whole = Sizes(**SIZES | {"processes": 8, "layers": 50, "micro_batch_rows": 1})
     assert training_memory(sharded) < training_memory(whole)
 
 
