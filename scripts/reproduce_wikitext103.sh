@@ -49,6 +49,7 @@ estimate() {
 if [ "$TRAIN" = 1 ] || [ "${PLAN_ONLY:-0}" = 1 ]; then
     estimate teacher "$XL" 1600 1.558e9
     estimate student "$LARGE" 1280 0.774e9
+    mkdir -p "$OUTPUT"
     echo "free disk: $(df -h "$OUTPUT" | awk 'END { print $4 }')"
 fi
 [ "${PLAN_ONLY:-0}" != 1 ] || exit 0
