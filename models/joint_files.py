@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,15 @@ def joint_parts(
             f"{path}: is no folder of a joint model (config.json with model_type {MLPMemoryConfig.model_type}); "
             "pass memory= with the memory's folder"
         )
-    return folder / "memory", _base_of(folder, config), config
+    hint = "pass the base's folder: MLPMemory.from_pretrained(base, memory)"
+    base = config.base_model_name_or_path
+    if (folder / INSIDE / "config.json").is_file():
+        base = str(folder / INSIDE)
+    elif not base:
+        raise ValueError(f"{folder}: does not say which base it belongs to; {hint}")
+    elif os.path.isabs(base) and not os.path.isdir(base):
+        raise ValueError(f"{folder}: belongs to the base {base}, which is not there; {hint}")
+    return folder / "memory", base, config
 
 
 def read_joint_config(folder: str | os.PathLike) -> MLPMemoryConfig | None:
@@ -124,19 +133,6 @@ def read_joint_config(folder: str | os.PathLike) -> MLPMemoryConfig | None:
         raise ValueError(
             f"{path}: is no usable config of a joint model ({' '.join(str(error).split())[:200]})"
         ) from None
-
-
-def _base_of(folder: Path, config: MLPMemoryConfig) -> str:
-    """The base that a saved joint model names: the one inside, else its reference. ValueError when it is not there."""
-    if (folder / INSIDE / "config.json").is_file():
-        return str(folder / INSIDE)
-    reference = config.base_model_name_or_path
-    hint = "pass the base's folder: MLPMemory.from_pretrained(base, memory)"
-    if not reference:
-        raise ValueError(f"{folder}: does not say which base it belongs to; {hint}")
-    if os.path.isabs(reference) and not os.path.isdir(reference):
-        raise ValueError(f"{folder}: belongs to the base {reference}, which is not there; {hint}")
-    return reference
 
 
 def resize_to_memory(base: PreTrainedModel, memory: nn.Module, reference: str | None) -> None:
@@ -183,29 +179,24 @@ def save_joint(
     config.architectures = [type(joint).__name__]
     config.text_config = copy.deepcopy(joint.base_lm.config)
 
-    folder = Path(folder)
-    temporary = folder / f".tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        joint.knn_generator.save_pretrained(temporary / "memory", max_shard_size=max_shard_size)
+    if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token  # so that the saved folder generates in batches
+        logger.info("the tokenizer has no padding token: %s takes its place", tokenizer.eos_token)
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
+        joint.knn_generator.save_pretrained(f"{temporary}/memory", max_shard_size=max_shard_size)
         if include_base:
-            joint.base_lm.save_pretrained(temporary / INSIDE, max_shard_size=max_shard_size)
+            joint.base_lm.save_pretrained(f"{temporary}/{INSIDE}", max_shard_size=max_shard_size)
         if tokenizer is not None:
-            if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-                # So that the saved folder generates in batches.
-                tokenizer = copy.deepcopy(tokenizer)
-                tokenizer.pad_token = tokenizer.eos_token
-                logger.info("the tokenizer has no padding token: %s takes its place", tokenizer.eos_token)
             tokenizer.save_pretrained(temporary)
             if include_base:
-                tokenizer.save_pretrained(temporary / INSIDE)
+                tokenizer.save_pretrained(f"{temporary}/{INSIDE}")
         joint.generation_config.save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(joint, reference, results), encoding="utf-8")
+        Path(temporary, "README.md").write_text(model_card(joint, reference, results), encoding="utf-8")
         config.save_pretrained(temporary)
-        _move_in(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _move_in(Path(temporary), Path(folder))
 
 
 def _move_in(temporary: Path, folder: Path) -> None:

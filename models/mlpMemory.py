@@ -28,6 +28,7 @@ from .joint_files import (
     resize_to_memory,
     save_joint,
 )
+from .stack import shifted_nll
 
 logger = logging.get_logger(__name__)
 
@@ -319,7 +320,7 @@ def room_after(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, con
     Raises ValueError when a prompt is empty or longer than the context.
     """
     shortest = longest = input_ids.shape[1]
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.ndim == 2:
         lengths = attention_mask.sum(-1)  # (batch,)
         shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest == 0:
@@ -336,14 +337,6 @@ def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Ten
     if isinstance(logits_to_keep, int):
         return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
     return hidden[:, logits_to_keep.to(hidden.device)]
-
-
-def shifted_nll(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of labels[:, 1:] under log_probs[:, :-1] (batch, time, vocabulary), -100 ignored."""
-    targets = labels[:, 1:].to(log_probs.device)  # (batch, time - 1)
-    counted = targets != -100
-    chosen = log_probs[:, :-1].gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return -(chosen * counted).sum() / counted.sum()
 
 
 def check_fit(base_config: PretrainedConfig, memory: nn.Module) -> None:

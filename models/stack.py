@@ -24,7 +24,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
@@ -106,12 +105,6 @@ class MLPStack:
     def final_norm(self) -> nn.Module:
         return getattr(self, self.norm_name)
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
-
     def hidden(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Everything before the head: (…, input_dim) → (…, hidden), in the dtype of the weights (or of autocast)."""
         hidden = inputs_embeds
@@ -135,11 +128,7 @@ class MLPStack:
         labels (position t predicts label t+1), -100 ignored.
         """
         logits = self.lm_head(self.hidden(inputs_embeds))
-        loss = None
-        if labels is not None:
-            loss = functional.cross_entropy(
-                logits[..., :-1, :].flatten(0, -2).float(), labels[..., 1:].flatten().to(logits.device)
-            )
+        loss = None if labels is None else shifted_nll(logits.log_softmax(-1, dtype=torch.float32), labels)
         return CausalLMOutput(loss=loss, logits=logits)
 
     @classmethod
@@ -148,16 +137,13 @@ class MLPStack:
         path: str | os.PathLike,
         *,
         dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> MLPStack:
         """Load a memory of this class from a folder or the hub, in eval mode.
 
         Weights are read strictly: missing or unexpected ones are an error, not random numbers. `dtype` None keeps the
-        stored one; `torch_dtype` is its older name. Raises ValueError as `load_memory` does, and when the memory is of
-        another family than this class.
+        stored one. Raises ValueError as `load_memory` does, and when the memory is of another family than this class.
         """
-        dtype = dtype or torch_dtype
         folder = find_memory(path)
         config = read_memory_config(folder)
         if config.model_type != cls.config_class.model_type:
@@ -184,6 +170,14 @@ class MLPStack:
             memory.config.dtype = dtype
         memory.name_or_path = memory.config.name_or_path = str(path)
         return memory.eval()
+
+
+def shifted_nll(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of labels[…, 1:] under log_probs[…, :-1, :] (…, time, vocabulary), -100 ignored."""
+    targets = labels[..., 1:].to(log_probs.device)  # (…, time - 1)
+    counted = targets != -100
+    chosen = log_probs[..., :-1, :].gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return -(chosen * counted).sum() / counted.sum()
 
 
 def layer_count_name(config_class: type[PretrainedConfig]) -> str:
