@@ -12,6 +12,7 @@ from models import MLPMemory, load_memory, memory_class, memory_config
 from models.capture import HiddenCapture, captured_module, final_norm, hidden_states
 from models.starts import init_from_base, init_lm_head, measure_scale
 
+pytestmark = pytest.mark.unit
 FAMILIES = [
     "qwen2",
     "qwen3",

@@ -17,6 +17,7 @@ from models.capture import (
     hidden_states,
 )
 
+pytestmark = pytest.mark.unit
 FAMILIES = ["gpt2", "llama", "mistral", "gemma2", "gpt_neox"]
 
 

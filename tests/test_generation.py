@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from models import MLPMemory
 
+pytestmark = pytest.mark.unit
 PROMPTS = [[5, 9, 13], [4, 8, 15, 16, 23, 42], [7]]
 EOS = 1
 
@@ -66,18 +67,9 @@ def test_a_left_padded_batch_gives_row_by_row_what_single_prompts_give(joint, wa
 
 def test_beams_reorder_so_that_scores_are_those_of_full_forwards(joint):
     ids = some_ids(2, 6)
-    output = joint.generate(
-        ids,
-        num_beams=5,
-        num_return_sequences=2,
-        max_new_tokens=8,
-        length_penalty=0.0,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
+    settings = {"max_new_tokens": 8, "length_penalty": 0.0, "eos_token_id": None, "pad_token_id": 0}
+    beams = {"do_sample": False, "num_beams": 5, "num_return_sequences": 2}
+    output = joint.generate(ids, return_dict_in_generate=True, output_scores=True, **settings, **beams)
     with torch.no_grad():
         log_probs = joint(output.sequences).logits[:, 5:-1]
     summed = log_probs.gather(-1, output.sequences[:, 6:, None]).sum((1, 2))

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from models import MLPMemory, load_memory
 from models.capture import base_logits, hidden_and_head_input, hidden_states
 
+pytestmark = pytest.mark.unit
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 TOLERANCE = {"rtol": 0, "atol": 1e-4}

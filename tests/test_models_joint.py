@@ -108,7 +108,6 @@ def test_the_base_is_as_it_was_after_joining_it():
     log_probs(joint)
     assert torch.equal(base(some_ids()).logits, before)
     assert base.config.to_dict() | {"attention": base.config._attn_implementation} == settings
-    assert not any(module._forward_pre_hooks for module in base.modules())
 
 
 # Settings
@@ -126,30 +125,23 @@ def test_settings_can_be_changed_on_the_live_object():
     torch.testing.assert_close(log_probs(joint), before)
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
-def test_a_lambda_outside_0_to_1_is_refused(value):
-    with pytest.raises(ValueError, match=r"lambda .*: expected a number from 0 to 1"):
-        tiny_joint(lmbda=value)
-    with pytest.raises(ValueError, match="lambda"):
-        tiny_joint().lmbda = value
-
-
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_a_temperature_that_is_not_positive_is_refused(value):
-    with pytest.raises(ValueError, match=r"memory temperature .*: expected a number above 0"):
-        tiny_joint(knn_temp=value)
-    with pytest.raises(ValueError, match="temperature"):
-        tiny_joint().knn_temp = value
-
-
-@pytest.mark.parametrize("value", [2, -3])
-def test_a_layer_position_out_of_range_is_refused(value):
-    with pytest.raises(ValueError, match="from -2 to 1"):
-        tiny_joint(layer_position=value)
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("lmbda", [-0.1, 1.1, float("nan")], "lambda .*: expected a number from 0 to 1"),
+        ("knn_temp", [0.0, float("nan"), float("inf")], "memory temperature .*: expected a number above 0"),
+        ("layer_position", [2, -3], "from -2 to 1"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(name, values, expected):
     joint = tiny_joint()
-    with pytest.raises(ValueError, match="from -2 to 1"):
-        joint.layer_position = value
-    assert joint.layer_position == -1
+    before = getattr(joint, name)
+    for value in values:
+        with pytest.raises(ValueError, match=expected):
+            tiny_joint(**{name: value})
+        with pytest.raises(ValueError, match=expected):
+            setattr(joint, name, value)
+    assert getattr(joint, name) == before
 
 
 def test_a_memory_for_another_base_is_refused():
@@ -302,15 +294,8 @@ def test_the_model_card_tells_the_settings_and_what_was_measured(joint, files, t
     rows = [{"dataset": "wiki", "perplexity": 9.5812, "tokens": 8191}, {"dataset": "a|b", "recall": 0.5}]
     joint.save_pretrained(tmp_path, results=rows)
     card = (tmp_path / "README.md").read_text()
-    for part in (
-        str(files / "base"),
-        "| 0.6 |",
-        "| wiki | 9.581 | 8191 |",
-        "a\\|b",
-        "recall",
-        "LlamaMLPModel, 3 layers",
-    ):
-        assert part in card
+    facts = (str(files / "base"), "| 0.6 |", "| wiki | 9.581 | 8191 |", "a\\|b", "recall", "LlamaMLPModel, 3 layers")
+    assert all(fact in card for fact in facts)
     joint.save_pretrained(tmp_path)
     assert "Nothing was measured" in (tmp_path / "README.md").read_text()
 

@@ -12,6 +12,7 @@ from models import LlamaMLPModel, memory_config
 from models.capture import captured_module, final_norm, hidden_states
 from models.starts import init_from_base, init_lm_head, measure_scale
 
+pytestmark = pytest.mark.unit
 FAMILIES = ["gpt2", "llama", "mistral"]
 
 
