@@ -157,8 +157,12 @@ def report(work: Any, records: list[dict[str, Any]], output: Path) -> None:
     }
     add_differences(methods)
     rule = recall.RULE.format(words=work.flags.answer_words, shortest=recall.SHORTEST, longest=recall.LONGEST)
-    model = "SmolLM2-135M-Instruct" if work.embedded else Path(work.model).name
-    description = {"model": model, "train_tokens": work.training["data"].get("rows"), "dtype": work.dtype, "rule": rule}
+    description = {
+        "model": work.name,
+        "train_tokens": work.training["data"].get("rows"),
+        "dtype": work.dtype,
+        "rule": rule,
+    }
     results = {"description": description, "machine": machine("cpu"), "methods": methods}
     write_json(output / "results.json", results)
     text = markdown(results)

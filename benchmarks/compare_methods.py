@@ -13,11 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.compare_rag import bm25_search, bytes_of, dense_search, fetch_encoder, passages
 from benchmarks.compare_scores import Method, score_windows
+from utils.base_model import BaseArguments
 from utils.errors import InputError
 from utils.files import read_json
 from utils.loading import load_windows, say
@@ -62,17 +62,19 @@ class Quickstart:
             self.training, self.memory = record["settings"], self.folder / "memory" / record["checkpoint"]
             self.joint, self.knnlm = ({name: row[name] for name in ("lmbda", "knn_temp")} for row in (joint, knnlm))
             self.knnlm |= {name: knnlm[name] for name in ("k", "probe")}
-            self.dtype, self.model = joint["dtype"], joint["model"]
+            self.dtype, model = joint["dtype"], joint["model"]
         except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{hint} ({error} is missing from its records); make one with an up-to-date quickstart"
-            ) from None
-        self.embedded = flags.model_name_or_path is None and (self.folder / "embedded" / "model").is_dir()
-        self.model = flags.model_name_or_path or (
-            str(self.folder / "embedded" / "model") if self.embedded else self.model
-        )
+            raise InputError(f"{hint} (no {error} in its records); make one with an up-to-date quickstart") from None
+        embedded = self.folder / "embedded" / "model"
+        self.name = "SmolLM2-135M-Instruct"
+        if flags.model_name_or_path or not embedded.is_dir():
+            embedded = flags.model_name_or_path or model
+            self.name = Path(embedded).name
         self.layer_position = self.training["data"].get("layer_position", -1)
-        self.web_path = Path(flags.web_text) if flags.web_text else self.folder / "embedded" / "web.txt"
+        self.models = BaseArguments(
+            model_name_or_path=str(embedded), torch_dtype=self.dtype, layer_position=self.layer_position
+        )
+        self.web_path = Path(flags.web_text or self.folder / "embedded" / "web.txt")
         if not self.web_path.is_file():
             raise InputError(
                 f"--web_text {self.web_path}: no such file; name a text that nothing was trained on "
@@ -86,34 +88,29 @@ class Quickstart:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        from utils.base_model import load_tokenizer
-
-        return load_tokenizer(self.model, required=True)
+        return self.models.open_tokenizer(required=True)
 
     @functools.cached_property
     def base(self) -> Any:
-        return self.load_base(self.dtype)
+        return self.models.open_base(self.tokenizer)
 
-    def load_base(self, dtype: str) -> Any:
-        """A new copy of the base."""
-        from utils.base_model import BaseArguments
+    def windows(self, split: str) -> Any:
+        return load_windows(self.folder / "windows", split)
 
-        return BaseArguments(self.model, torch_dtype=dtype).open_base(self.tokenizer)
-
-    def windows(self, split: str, most: int | None = None) -> Any:
-        """Windows of a split, evenly taken: of `most` tokens at most, one window at least."""
-        return some(load_windows(self.folder / "windows", split), most)
+    def some(self, windows: Any) -> list[dict[str, Any]]:
+        """Windows evenly taken, of --max_eval_tokens tokens at most, one window at least."""
+        most = max(self.flags.max_eval_tokens // len(windows[0]["input_ids"]), 1)
+        step = max(len(windows) / most, 1.0)
+        return [windows[int(number * step)] for number in range(min(most, len(windows)))]
 
     @functools.cached_property
-    def held_out(self) -> Any:
+    def held_out(self) -> list[dict[str, Any]]:
         """Windows of articles that nothing was trained on."""
-        return self.windows("test", self.flags.max_eval_tokens)
+        return self.some(self.windows("test"))
 
     @functools.cached_property
-    def web(self) -> Any:
+    def web(self) -> list[dict[str, Any]]:
         """The web text in windows as long as the held-out ones, without overlap; the rest of it falls away."""
-        import datasets
-
         from utils.windows import token_ids
 
         length = len(self.held_out[0]["input_ids"])
@@ -123,12 +120,9 @@ class Quickstart:
             raise InputError(f"--web_text {self.web_path}: is not UTF-8 text") from None
         ids = token_ids(lines, self.tokenizer)
         if len(ids) < length:
-            raise InputError(
-                f"--web_text {self.web_path}: has {len(ids)} tokens, a window takes {length}; give more text"
-            )
-        rows = ids[: len(ids) // length * length].reshape(-1, length).astype(np.int32)  # (windows, time)
-        windows = datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("numpy")
-        return some(windows, self.flags.max_eval_tokens)
+            raise InputError(f"--web_text {self.web_path}: has {len(ids)} tokens, a window takes {length}")
+        rows = ids[: len(ids) // length * length].reshape(-1, length)  # (windows, time)
+        return self.some([{"input_ids": row, "labels": row} for row in rows])
 
     @functools.cached_property
     def articles(self) -> list[str]:
@@ -137,9 +131,7 @@ class Quickstart:
 
         path = self.folder / "windows" / "raw" / "train.jsonl"
         if not path.exists():
-            raise InputError(
-                f"--work {self.folder}: windows/raw/train.jsonl is missing, a text that was not divided by article"
-            )
+            raise InputError(f"--work {self.folder}: its text was not divided by article (no windows/raw/train.jsonl)")
         return [text for text in read_articles(str(path)) if text.strip()]
 
     @functools.cached_property
@@ -156,24 +148,14 @@ class Quickstart:
         return {"base": lambda work: Method(work.base), "knnlm": knnlm, "lora": lora, "memory": memory}[name](self)
 
 
-def some(windows: Any, most: int | None) -> Any:
-    """Windows evenly taken, of `most` tokens at most, one window at least."""
-    if most is None:
-        return windows
-    count = max(most // len(windows[0]["input_ids"]), 1)
-    step = max(len(windows) / count, 1.0)
-    return windows.select([int(number * step) for number in range(min(count, len(windows)))])
-
-
 # -- mixtures -------------------------------------------------------------------------------------------
 
 
 def memory(work: Quickstart) -> Method:
     """Base and memory, mixed at the lambda and temperature that were best on the validation articles."""
     from models import MLPMemory
-    from utils.loading import open_memory_of
 
-    learned = open_memory_of(work.base, work.memory, layer_position=work.layer_position, dtype=work.base.dtype)
+    learned = work.models.open_memory_of(work.base, work.memory)
     joint = MLPMemory(work.base, learned, work.joint["lmbda"], work.joint["knn_temp"], work.layer_position).eval()
     millions = sum(weight.numel() for weight in learned.parameters()) / 1e6
     return Method(
@@ -295,7 +277,7 @@ def lora(work: Quickstart) -> Method:
         **{"dataset_name": str(work.folder / "windows"), "eval_subset": "validation", "max_train_samples": None},
         **{"max_eval_samples": None, "patience": LORA_EVALUATIONS + 2},
     )
-    base = work.load_base("float32")
+    base = work.models.open_base(work.tokenizer, dtype=torch.float32)
     torch.manual_seed(training["seed"])
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with warnings.catch_warnings():
@@ -307,7 +289,7 @@ def lora(work: Quickstart) -> Method:
     kept = (record["best"] or {}).get("step")
     millions = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) / 1e6
     return Method(
-        PeftModel.from_pretrained(work.load_base(work.dtype), str(folder)).merge_and_unload().eval(),
+        PeftModel.from_pretrained(work.models.open_base(work.tokenizer), str(folder)).merge_and_unload().eval(),
         bytes=bytes_of(folder.glob("adapter_*")),
         note=f"rank {rank}, alpha {2 * rank}, on all linear layers but the head ({millions:.1f}M parameters), learning rate "
         f"{flags.lora_learning_rate:g} (not tuned), linear decay, epochs of the memory's windows: {epochs}, {at_once} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -89,7 +90,7 @@ def bare_products(trainer: Any, rows: int, dtype: Any) -> Callable[[], None]:
     """
     import torch
 
-    from utils.cal_loss import _row_bounds
+    from utils.cal_loss import CHUNK_BYTES
 
     memory = trainer.memory
     device = memory.lm_head.weight.device
@@ -108,8 +109,10 @@ def bare_products(trainer: Any, rows: int, dtype: Any) -> Callable[[], None]:
             grads = torch.empty_like(weight), torch.empty_like(x) if needs_input else None
             layers.append((weight, x, random(micro, out), random(micro, out), *grads))
     head = memory.lm_head.weight.detach().to(dtype)
-    bounds = _row_bounds(micro, head.shape[0] * head.element_size(), None)
-    hidden, logits = random(micro, head.shape[1]), random(max(b - a for a, b in itertools.pairwise(bounds)), len(head))
+    chunks = math.ceil(micro * head.shape[0] * head.element_size() / CHUNK_BYTES)
+    size = math.ceil(micro / chunks)
+    bounds = [*range(0, micro, size), micro]
+    hidden, logits = random(micro, head.shape[1]), random(size, len(head))
     hidden_grad, head_grad = torch.empty_like(hidden), torch.empty_like(head)
 
     def run() -> None:

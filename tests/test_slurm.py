@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from script_stub import shell
 
 JOBS = ("windows", "datastore", "index", "targets", "train", "evaluate")
 SBATCH = """#!/bin/bash
@@ -39,17 +40,9 @@ def cluster(tmp_path):
         (tools / name).chmod(0o755)
 
     def run(script: str, **environment: str) -> str:
-        done = subprocess.run(
-            ["bash", str(ROOT / "scripts" / "slurm" / script)],
-            env={
-                **os.environ,
-                **{"PATH": f"{tools}:{os.environ['PATH']}", "FAKE": str(tmp_path), "LOGS": str(tmp_path / "logs")},
-                **{"MLPMEM_ROOT": str(ROOT)},
-                **environment,
-            },
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
+        settings = {"PATH": f"{tools}:{os.environ['PATH']}", "FAKE": tmp_path, "LOGS": tmp_path / "logs"}
+        done = shell(
+            "bash", ROOT / "scripts" / "slurm" / script, cwd=tmp_path, MLPMEM_ROOT=ROOT, **settings | environment
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -119,30 +112,15 @@ def test_a_job_starts_its_stage_on_every_machine_with_flags_that_are_known(clust
 
 def known_flags(module: str) -> set[str]:
     """The flags that a command defines, by its dataclasses."""
-    import dataclasses
+    from transformers import TrainingArguments
 
-    names = set()
-    for value in vars(importlib.import_module(module)).values():
-        if isinstance(value, type) and dataclasses.is_dataclass(value):
-            names |= {f"--{field.name}" for field in dataclasses.fields(value)}
-    if module == "train_base":
-        from transformers import TrainingArguments
-
-        names |= {f"--{field.name}" for field in dataclasses.fields(TrainingArguments)}
-    return names
+    found = [value for value in vars(importlib.import_module(module)).values() if dataclasses.is_dataclass(value)]
+    found += [TrainingArguments] if module == "train_base" else []
+    return {f"--{field.name}" for one in found for field in dataclasses.fields(one)}
 
 
-def test_the_root_is_found_where_the_scheduler_runs_a_copy_of_the_script(cluster):
-    copy = cluster.folder / "job_script"
+def test_the_root_is_found_where_the_scheduler_runs_a_copy_of_the_script(tmp_path):
+    copy = tmp_path / "job_script"
     copy.write_text((ROOT / "scripts" / "slurm" / "windows.sh").read_text())
-    done = subprocess.run(
-        ["bash", str(copy)],
-        env={
-            **{name: value for name, value in os.environ.items() if name != "MLPMEM_ROOT"},
-            **{"SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": "echo"},
-        },
-        cwd=cluster.folder,
-        capture_output=True,
-        text=True,
-    )
+    done = shell("bash", copy, cwd=tmp_path, SLURM_SUBMIT_DIR=ROOT, PYTHON="echo")
     assert done.returncode == 0 and "utils/preprocess_dataset.py" in done.stdout, done.stderr
