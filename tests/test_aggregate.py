@@ -14,8 +14,16 @@ from knn_files import as_dicts, assert_same_distributions, exact_neighbours, pla
 from safetensors.numpy import load_file
 
 from knn_utils import distribution as module
-from knn_utils.distribution import aggregate, drop_own_row, float32_from_float16, hit_tokens, label_probability
+from knn_utils.distribution import (
+    aggregate,
+    dense_probability,
+    drop_own_row,
+    float32_from_float16,
+    hit_tokens,
+    label_probability,
+)
 
+pytestmark = pytest.mark.unit
 SETTINGS = json.loads((GOLDEN / "expected.json").read_text())["knn"]
 
 
@@ -121,13 +129,6 @@ def test_the_block_size_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert here.tobytes() == there.tobytes()
 
 
-def test_columns_of_a_wider_array_are_taken_as_they_are() -> None:
-    distances, tokens = random_hits(30, 20, 40, 0.1, 5)
-    sliced = aggregate(distances[:, :10], tokens[:, :10], knn_temp=4.0, threshold=1e-8)
-    copied = aggregate(distances[:, :10].copy(), tokens[:, :10].copy(), knn_temp=4.0, threshold=1e-8)
-    assert sliced.prob.tobytes() == copied.prob.tobytes()
-
-
 def test_the_own_row_is_dropped_wherever_it_stands() -> None:
     ids = np.array([[7, 1, 2], [1, 8, 2], [1, 2, 9]])
     drop_own_row(ids, np.array([7, 8, 9]))
@@ -139,11 +140,6 @@ def test_without_the_own_row_the_farthest_of_k_hits_goes() -> None:
     drop_own_row(ids, np.array([7, 8, 9]))
     # Where the probed lists held fewer than k rows, k-1 or fewer remain already.
     assert ids.tolist() == [[3, 1, -1], [3, 1, -1], [-1, -1, -1]]
-
-
-def test_missing_hits_have_no_token() -> None:
-    values = np.array([10, 11, 12], dtype=np.int32)
-    assert hit_tokens(np.array([[2, 0], [1, -1]]), values).tolist() == [[12, 10], [11, -1]]
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.4, 1.0])
@@ -158,6 +154,28 @@ def test_label_probability_is_that_of_the_whole_distribution(missing: float) -> 
         rows = plain_distribution(distances, np.where(tokens < 0, -1, tokens * 7), temperature)
         expected = [row.get(int(label), 0.0) for row, label in zip(rows, labels, strict=True)]
         np.testing.assert_allclose(found[:, column], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.4, 1.0])
+def test_the_dense_distribution_is_the_sparse_one_over_the_whole_vocabulary(missing: float) -> None:
+    distances, tokens = random_hits(20, 12, 30, missing, 4)
+    dense = dense_probability(distances, tokens, 40, 4.0)
+    assert dense.shape == (20, 40) and dense.dtype == np.float64
+    for row, expected in zip(dense, plain_distribution(distances, tokens, 4.0), strict=True):
+        np.testing.assert_allclose(row, [expected.get(token, 0.0) for token in range(40)], rtol=1e-5, atol=1e-7)
+
+
+def test_another_kernel_changes_targets_labels_and_generation_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    distances, tokens = np.array([[1.0, 4.0, 0.0]], np.float32), np.array([[7, 9, -1]], np.int32)
+    monkeypatch.setattr(
+        module, "log_weights", lambda above, nearest, knn_temp: -np.log(above + nearest)
+    )  # 1 / distance
+    sparse = aggregate(distances, tokens, knn_temp=1.0, threshold=0.0)
+    assert sparse.token_id.tolist() == [7, 9] and sparse.prob.tolist() == pytest.approx([0.8, 0.2], rel=1e-3)
+    values = np.arange(10, dtype=np.int32)
+    labels = label_probability(distances, tokens.astype(np.int64), values, np.array([9]), [1.0])
+    assert labels.tolist() == [[pytest.approx(0.2)]]
+    assert dense_probability(distances, tokens, 10, 1.0)[0, [7, 9]] == pytest.approx([0.8, 0.2])
 
 
 def test_float16_becomes_float32_exactly_also_from_read_only_memory() -> None:

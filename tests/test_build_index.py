@@ -8,8 +8,8 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from conftest import command, refused, refused_here
-from knn_files import DIM, exact_neighbours, random_rows, stops_at_rename, write_datastore, write_stream
+from conftest import command, refused_here
+from knn_files import DIM, exact_neighbours, random_rows, stops_at_rename, write_datastore
 
 from knn_utils import build_index
 from knn_utils.build_index import default_names, divide
@@ -57,6 +57,7 @@ def test_an_index_and_the_values_are_written_beside_the_datastore_under_the_orig
     ]
 
 
+@pytest.mark.unit
 def test_names_come_from_the_datastores_name_where_it_has_the_originals_form() -> None:
     folder = Path("d")
     assert default_names(folder / "dstore_gpt2_train_1280.arrow", None) == (
@@ -70,12 +71,7 @@ def test_names_come_from_the_datastores_name_where_it_has_the_originals_form() -
     )
 
 
-def test_a_datastore_in_the_originals_one_stream_is_indexed(tmp_path: Path) -> None:
-    keys, values = random_rows(ROWS)
-    build(write_stream(tmp_path / "dstore_gpt2_train_16.arrow", keys, values), "--index_factory", "IVF4,Flat")
-    assert KNNSearcher(tmp_path / "train_16.index", probe=4).search(keys, 1)[1][:, 0].tolist() == list(range(ROWS))
-
-
+@pytest.mark.unit
 def test_centroids_are_lowered_to_what_the_rows_support_and_that_is_said() -> None:
     factory, said = supported("IVF4096,PQ32", 20_000)
     assert factory == "IVF512,PQ32" and "4096 to 512" in said[0] and len(said) == 1
@@ -85,6 +81,7 @@ def test_centroids_are_lowered_to_what_the_rows_support_and_that_is_said() -> No
     assert supported("IVF4,Flat", 200) == ("IVF4,Flat", [])
 
 
+@pytest.mark.unit
 def test_few_keys_for_product_quantisation_are_said_and_too_few_make_an_exact_index() -> None:
     factory, said = supported("IVF4096,PQ32", 3_000)
     assert factory == "IVF76,PQ32" and any("Flat" in line for line in said)
@@ -105,6 +102,7 @@ def test_the_default_flags_build_a_small_index(dstore: Path, capfd: pytest.Captu
     assert "WARNING" not in capfd.readouterr().err
 
 
+@pytest.mark.unit
 def test_a_complete_index_is_left_alone(dstore: Path, capsys: pytest.CaptureFixture) -> None:
     build(dstore, "--index_factory", "Flat")
     index = dstore.parent / "train_16.index"
@@ -130,6 +128,7 @@ def test_another_request_is_refused_naming_what_changed_and_overwrite_replaces(d
     assert (dstore.parent / "train_16.index").is_file()
 
 
+@pytest.mark.unit
 def test_a_file_of_another_origin_is_not_replaced_unasked(dstore: Path) -> None:
     (dstore.parent / "train_16.index").write_bytes(b"precious")
     assert "--overwrite" in refused_here(MODULE, "--dstore_path", dstore, "--code_size", 4)
@@ -230,6 +229,7 @@ def test_an_extension_stopped_at_any_rename_is_finished_by_the_same_command(
     assert number >= 5
 
 
+@pytest.mark.unit
 def test_an_index_is_not_extended_by_other_rows(tmp_path: Path) -> None:
     keys, values = random_rows(ROWS)
     build(write_datastore(tmp_path / "a", keys[:200], values[:200]), "--index_factory", "Flat")
@@ -253,11 +253,13 @@ def test_three_shards_give_what_one_index_gives(tmp_path: Path, factory: str) ->
             np.testing.assert_array_equal(here, there)
 
 
+@pytest.mark.unit
 def test_rows_are_divided_into_contiguous_shares() -> None:
     assert divide(10, 7, 3) == [(10, 2), (12, 2), (14, 3)]
     assert divide(0, 2, 5) == [(0, 1), (1, 1)]
 
 
+@pytest.mark.unit
 def test_the_training_sample_is_a_thousand_runs_at_seeded_places(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     keys = random.standard_normal((12_000, 2)).astype(np.float16)
@@ -300,6 +302,7 @@ def test_a_second_run_on_the_same_index_is_refused(dstore: Path) -> None:
         assert "another run" in refused_here(MODULE, "--dstore_path", dstore, "--index_factory", "Flat")
 
 
+@pytest.mark.unit
 def test_what_is_no_record_of_the_index_is_refused(dstore: Path) -> None:
     build(dstore, "--index_factory", "Flat")
     index = dstore.parent / "train_16.index"
@@ -328,8 +331,3 @@ def test_an_index_of_an_earlier_version_is_taken_at_its_word_and_found_complete(
     capsys.readouterr()
     build(dstore, "--index_factory", "Flat")
     assert "nothing to do" in capsys.readouterr().out
-
-
-def test_the_command_line_ends_bad_input_with_one_line_and_status_2(dstore: Path, monkeypatch) -> None:
-    monkeypatch.delenv("MLPMEM_TRACEBACK")
-    assert "no such file" in refused("-m", MODULE, "--dstore_path", dstore.parent / "none")

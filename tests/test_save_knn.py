@@ -10,7 +10,6 @@ import pytest
 from conftest import GOLDEN, command, refused, refused_here, run
 from knn_files import (
     DIM,
-    VOCABULARY,
     as_dicts,
     assert_same_distributions,
     exact_neighbours,
@@ -110,12 +109,6 @@ def test_rows_stand_in_the_datastores_order_with_label_and_nearest_distance(file
     np.testing.assert_array_equal(targets.label, files.values)
     nearest = exact_neighbours(files.keys, files.keys, 2)[0][:, 1]
     np.testing.assert_allclose(targets.distance, nearest, rtol=1e-4, atol=1e-4)
-
-
-def test_without_ignore_first_the_query_itself_counts(files: Files, tmp_path: Path) -> None:
-    targets = all_rows(save(files.train, files.index, tmp_path / "t"))
-    assert_same_distributions(as_dicts(targets), files.expected(ignore_first=False))
-    np.testing.assert_allclose(targets.distance, 0, atol=1e-4)
 
 
 def test_among_equal_keys_each_row_drops_itself(tmp_path: Path) -> None:
@@ -327,6 +320,7 @@ def test_targets_of_an_earlier_version_are_found_complete(files: Files, tmp_path
     assert "nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.unit
 def test_parts_depend_on_the_number_of_rows_alone() -> None:
     assert parts_of(400, None) == [256, 144]
     assert parts_of(24_575, None)[:2] == [3072, 3072]
@@ -370,15 +364,6 @@ def test_what_does_not_fit_is_refused_in_one_line_and_nothing_is_written(files: 
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_inputs_are_refused_in_one_line(files: Files, tmp_path: Path) -> None:
-    stream = write_stream(tmp_path / "cut.arrow", files.keys, files.values)
-    stream.write_bytes(stream.read_bytes()[:-1000])
-    assert "cut.arrow" in refusal(files, tmp_path, dstore_path=stream)
-    index = tmp_path / "cut.index"
-    index.write_bytes(files.index.read_bytes()[:-1000])
-    assert "cut.index" in refusal(files, tmp_path, index_path=index)
-
-
 def test_a_hidden_state_that_is_not_finite_is_named_and_the_finished_parts_stay(files: Files, tmp_path: Path) -> None:
     keys = files.keys.copy()
     keys[600, 2] = np.inf
@@ -402,15 +387,6 @@ def test_a_refined_search_of_compressed_keys_gives_exact_targets(files: Files, t
     assert_same_distributions(as_dicts(all_rows(refined)), files.expected())
     with pytest.raises(AssertionError):
         assert_same_distributions(as_dicts(all_rows(coarse)), files.expected())
-
-
-def test_token_ids_of_any_size_come_through(tmp_path: Path) -> None:
-    keys, values = random_rows(80)
-    values = values + (2**31 - 1 - VOCABULARY)
-    dstore = write_datastore(tmp_path / "d", keys, values.astype(np.int32))
-    targets = all_rows(save(dstore, build(dstore), tmp_path / "t"))
-    distances, ids = exact_neighbours(keys, keys, 20)
-    assert_same_distributions(as_dicts(targets), plain_distribution(distances, values[ids], 4.0, 1e-8))
 
 
 def test_the_command_line_ends_bad_input_with_one_line_and_status_2(files: Files, tmp_path: Path, monkeypatch) -> None:

@@ -11,8 +11,10 @@ from knn_files import DIM, exact_neighbours, random_rows, write_datastore
 
 from knn_utils import search
 from knn_utils.datastore import Datastore
-from knn_utils.search import BLOCK_ROWS, KNNSearcher, in_order, merge, order_ties, rank_exactly
+from knn_utils.search import BLOCK_ROWS, KNNSearcher, in_order, rank_exactly
 from utils.errors import InputError
+
+pytestmark = pytest.mark.unit
 
 
 def write_index(path: Path, keys: np.ndarray, factory: str = "Flat") -> Path:
@@ -79,25 +81,6 @@ def test_small_batches_give_what_large_ones_give(tmp_path: Path) -> None:
     whole = searcher.search(keys, 20)
     pieces = [searcher.search(keys[start : start + 64], 20) for start in range(0, len(keys), 64)]
     np.testing.assert_array_equal(np.concatenate([ids for _, ids in pieces]), whole[1])
-
-
-def test_merging_shards_gives_the_order_of_one_index() -> None:
-    random = np.random.default_rng(0)
-    distances = np.sort(random.integers(-2, 5, (20, 30)), axis=1).astype(np.float32)
-    ids = np.argsort(random.random((20, 90)), axis=1)[:, :30].astype(np.int64)
-    order_ties(distances, ids)
-    thirds = [np.flatnonzero(ids[row] // 30 == part) for row in range(20) for part in range(3)]
-    width = max(map(len, thirds))
-    shards = []
-    for part in range(3):
-        shard = np.full((20, width), np.inf, np.float32), np.full((20, width), -1, np.int64)
-        for row in range(20):
-            picked = thirds[3 * row + part]
-            shard[0][row, : len(picked)], shard[1][row, : len(picked)] = distances[row, picked], ids[row, picked]
-        shards.append(shard)
-    merged_distances, merged_ids = merge(shards, 25)
-    np.testing.assert_array_equal(merged_distances, distances[:, :25])
-    np.testing.assert_array_equal(merged_ids, ids[:, :25])
 
 
 @pytest.mark.parametrize("fits", [True, False])
