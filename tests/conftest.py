@@ -74,23 +74,23 @@ def refused_here(module: str, *arguments: object) -> str:
 
 
 def make_base(
-    family: str, folder: Path, *, hidden: int = 32, vocabulary: int = 276, layers: int = 2, seed: int = 0
+    family: str,
+    folder: Path,
+    *,
+    hidden: int = 32,
+    vocabulary: int = 276,
+    layers: int = 2,
+    positions: int = 128,
+    seed: int = 0,
 ) -> Path:
     """A tiny random base model of `family` with its tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    sizes = {"gpt2": {"n_embd": hidden, "n_layer": layers, "n_head": 2, "n_positions": 128}}.get(
-        family,
-        {
-            "hidden_size": hidden,
-            "intermediate_size": 2 * hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "max_position_embeddings": 128,
-        },
-    )
+    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": positions}
+    if family == "gpt2":
+        sizes = {"n_embd": hidden, "n_layer": layers, "n_head": 2, "n_positions": positions}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

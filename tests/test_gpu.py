@@ -45,12 +45,6 @@ def memory(gpu_world, tmp_path_factory):
     return output / "epoch_1"
 
 
-def test_the_device_of_the_project_is_the_gpu():
-    from utils.loading import default_device
-
-    assert default_device().type == "cuda"
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_base_perplexity_is_that_of_the_cpu(gpu_world, tmp_path, monkeypatch, dtype):
     command("train_base", *base_flags(gpu_world), "--output_dir", tmp_path / "gpu", "--torch_dtype", dtype)
@@ -123,24 +117,6 @@ def test_online_training_gives_the_losses_of_offline_training(gpu_world, tmp_pat
         log = json.loads((tmp_path / name / "training.json").read_text())["log"]
         found.append([entry["loss"] for entry in log if "loss" in entry])
     assert found[0] == pytest.approx(found[1], abs=5e-3)
-
-
-def test_a_run_continues_on_the_gpu(gpu_world, tmp_path, monkeypatch, capsys):
-    from training.trainer import MemoryTrainer
-
-    flags = gpu_world.trainer(tmp_path, "--knn_dstore_path", gpu_world.dstore("train"), "--checkpointing_steps", 2)
-    save = MemoryTrainer._save
-
-    def save_and_stop(trainer, name):
-        save(trainer, name)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(MemoryTrainer, "_save", save_and_stop)
-        command("train_mlpmem_offline", *flags)
-    command("train_mlpmem_offline", *flags)
-    assert "at step 2 of" in capsys.readouterr().out
-    assert (tmp_path / "epoch_1").is_dir()
 
 
 def test_joint_evaluation_and_the_knn_lm(gpu_world, memory, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FAMILIES, GOLDEN, ROOT, TOKENIZER, command, refused_here
+from conftest import FAMILIES, GOLDEN, ROOT, command, make_base, refused_here
 from script_stub import calls, shell, stub_python
 
 PREPROCESS = """python utils/preprocess_dataset.py \\
@@ -86,7 +86,7 @@ class Chain:
 
     def __init__(self, family: str, folder: Path, *, processes: bool) -> None:
         self.family, self.folder, self.processes = family, folder, processes
-        self.base = make_long_base(family, folder / "base")
+        self.base = make_base(family, folder / "base", positions=1024)
         text = json.loads((GOLDEN / "preprocess" / "expected.json").read_text())["text"]
         corpus = folder / "wikitext" / "wikitext-103-raw-v1"
         corpus.mkdir(parents=True)
@@ -127,23 +127,6 @@ class Chain:
 
     def results(self, name: str) -> dict:
         return json.loads((self.folder / name / "results.json").read_text())
-
-
-def make_long_base(family: str, folder: Path) -> Path:
-    """A tiny random base with room for the original's windows of 1,024 tokens."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"num_key_value_heads": 1, "max_position_embeddings": 1024}
-    if family == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 1024}
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -353,8 +336,6 @@ def test_a_base_in_half_precision_spread_by_accelerate_gives_nearly_the_same_per
 
 def test_a_memory_learns_from_the_targets_of_a_larger_teacher(llama_world, tmp_path):
     """The paper's setting: neighbours of GPT-2 XL, a memory for GPT-2 large."""
-    from conftest import make_base
-
     world = llama_world
     teacher = make_base("llama", tmp_path / "teacher", hidden=48, layers=3, seed=9)
     scored = ("--dataset_name", world.windows, "--do_eval", "--eval_subset", "train", "--save_knnlm_dstore")

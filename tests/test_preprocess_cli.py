@@ -57,28 +57,20 @@ def first_tokens(dataset, count=4):
     return dataset[0]["input_ids"][:count]
 
 
-def test_the_command_writes_windows_summary_and_record(tmp_path, text):
-    out = tmp_path / "deep" / "out"
-    done = run(SCRIPT, *flags(text, out, "--num_proc", 1))
+def test_the_command_writes_windows_summary_and_record_and_nothing_else(tmp_path, text):
+    home, out = tmp_path / "home", tmp_path / "deep" / "out"
+    home.mkdir()
+    done = run(SCRIPT, *flags(text, out, "--num_proc", 1), HOME=str(home), HF_HOME=str(home / "hf"))
+    assert done.stdout == "train: 1 documents, 18 rows, 16 tokens, 4 windows, 15 datastore rows\n" and done.stderr == ""
+    assert list(home.rglob("*")) == [] and [path.name for path in out.parent.iterdir()] == ["out"]
     windows = datasets.load_from_disk(str(out))
     assert list(windows) == ["train"]
-    assert done.stdout == "train: 1 documents, 18 rows, 16 tokens, 4 windows, 15 datastore rows\n" and done.stderr == ""
     assert windows["train"]["dstore_range"][:] == [[0, 3], [3, 7], [7, 11], [11, 15]]
     assert json.loads((out / "dstore_summary.json").read_text()) == {"train": {"dstore_size": 15, "dataset_cnt_len": 4}}
     record = json.loads((out / "preprocess.json").read_text())
     assert record["settings"]["block_size"] == 8 and record["settings"]["stride"] == 4
     assert record["settings"]["tokenizer_length"] == 276 and record["tokenizer"] == str(TOKENIZER)
     assert record["dataset_name"] == str(text) and record["splits"]["train"]["tokens"] == 16
-
-
-def test_it_runs_as_a_module_and_leaves_nothing_else_behind(tmp_path):
-    home, source = tmp_path / "home", tmp_path / "source"
-    home.mkdir()
-    source.mkdir()
-    pq.write_table(pa.table({"text": WORDS}), source / "train-00000-of-00001.parquet")
-    run("-m", "utils.preprocess_dataset", *flags(source, tmp_path / "out"), HOME=str(home), HF_HOME=str(home / "hf"))
-    assert list(home.rglob("*")) == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out", "source"]
 
 
 def test_files_named_by_split_give_their_splits_whatever_their_kind(tmp_path):
