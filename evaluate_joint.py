@@ -29,12 +29,8 @@ class JointArguments(BaseArguments):
     output_dir: str = flag("tmp", "folder of results.json")
     knn_temp: list[float] = flag([1.0], "temperature of the memory, one or several values")
     lmbda: list[float] = flag([0.25], "weight of the memory, one or several values")
-    choose_on: str | None = flag(
-        None, "results.json of the same command on another split: its best lambda and temperature are used"
-    )
-    dstore_path: str | None = flag(
-        None, "score from this datastore of the split (made with --save_logprob) instead of running the base"
-    )
+    choose_on: str | None = flag(None, "results.json of another split: its best lambda and temperature are used")
+    dstore_path: str | None = flag(None, "score this datastore (made with --save_logprob) in place of running the base")
     bf16: bool = flag(False, "short for --torch_dtype bfloat16")
     fp16: bool = flag(False, "short for --torch_dtype float16")
     report_to: str = flag("none", "accepted for the original's command line; nothing is reported")

@@ -40,9 +40,7 @@ class StageArguments(BaseArguments):
     save_knnlm_dstore: bool = flag(False, "write the datastore of --eval_subset into --dstore_dir")
     save_logprob: bool = flag(False, "with --save_knnlm_dstore: also keep the base's log-probability of each value")
     dstore_dir: str = flag("dstore", "folder of the datastore")
-    dstore_path: str | None = flag(
-        None, "score from this datastore of --eval_subset (made with --save_logprob) instead of running the base"
-    )
+    dstore_path: str | None = flag(None, "score this datastore (made with --save_logprob) in place of running the base")
     single_file: bool = flag(False, "write the datastore as one Arrow stream, as the original does")
     overwrite: bool = flag(False, "replace a datastore, or a fine-tuning, that was made with other settings")
     extend: bool = flag(False, "add the windows that follow those of the datastore that is there, as further parts")
@@ -51,9 +49,7 @@ class StageArguments(BaseArguments):
     lmbda: list[float] = flag([0.25], "weight of the kNN, one or several values")
     k: int = flag(1024, "neighbours")
     knn_temp: list[float] = flag([1.0], "temperature of the kNN distribution, one or several values")
-    choose_on: str | None = flag(
-        None, "with --knn: results.json of another split, whose best lambda and temperature are used"
-    )
+    choose_on: str | None = flag(None, "results.json of another split: its best lambda and temperature are used")
     probe: int = flag(32, "inverted lists searched")
     refine_factor: int = flag(0, "re-rank k times this many candidates by exact distance (needs --val_file datastore)")
 
@@ -64,7 +60,7 @@ def main() -> None:
         parser = make_parser((StageArguments,), DESCRIPTION)
         parser.epilog = "Every flag of transformers.TrainingArguments is accepted too (--do_eval, --output_dir, …)."
         parser.parse_args(["--help"])
-    from transformers import TrainingArguments
+    from transformers import TrainingArguments, set_seed
 
     arguments, training = parse(StageArguments, TrainingArguments, description=DESCRIPTION)
     if arguments.choose_on:
@@ -85,10 +81,7 @@ def main() -> None:
         return
     dtype = torch.float32 if training.do_train else arguments.dtype(bf16=training.bf16, fp16=training.fp16)
     tokenizer = arguments.open_tokenizer()
-    if arguments.from_scratch:
-        from transformers import set_seed
-
-        set_seed(training.seed)
+    set_seed(training.seed)  # of the random weights of --from_scratch
     base = arguments.open_base(
         tokenizer, dtype=dtype, config_name=arguments.config_name, from_scratch=arguments.from_scratch
     )

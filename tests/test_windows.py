@@ -184,11 +184,9 @@ def test_only_a_newline_ends_a_line_and_a_byte_order_mark_is_no_text(tmp_path):
     assert list(text_files.read_lines(path)) == ["one\r\n", "\n", "two\x0b\u2028three\rfour"]
 
 
-def split_texts(dataset, work, **fractions):
+def split_texts(dataset, work, validation=0.2, seed=1):
     work.mkdir(parents=True)
-    splits = text_files.split_documents(
-        dataset, **{"validation_fraction": 0.2, "test_fraction": 0.1, "seed": 1, **fractions}, work=work
-    )
+    splits = text_files.split_documents(dataset, {"validation": validation, "test": 0.1}, seed=seed, work=work)
     return {split: list(text_files.iterate_documents(rows)) for split, rows in splits.items()}
 
 
@@ -231,7 +229,7 @@ def test_documents_are_chosen_by_length_and_number(tmp_path):
 @pytest.mark.parametrize(("texts", "fraction"), [(["one"], 0.1), (["one", "two"], 0.9), (["same"] * 9, 0.1)])
 def test_too_few_documents_to_divide_are_refused(tmp_path, texts, fraction):
     with pytest.raises(InputError, match=f"{len(texts)} documents are too few"):
-        split_texts(datasets.Dataset.from_dict({"text": texts}), tmp_path / "a", validation_fraction=fraction)
+        split_texts(datasets.Dataset.from_dict({"text": texts}), tmp_path / "a", validation=fraction)
 
 
 WINDOW = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 1, 1], "dstore_range": [0, 2]}

@@ -199,23 +199,15 @@ def divide(splits: dict[str, Any], arguments: Arguments, work: Path) -> dict[str
     """Make the asked-for splits out of the documents of `train`. Raises InputError."""
     from utils.text_files import split_documents
 
-    for name in ("validation", "test"):
-        if getattr(arguments, f"{name}_fraction") > 0 and name in splits:
-            raise InputError(
-                f"--{name}_fraction: {arguments.dataset_name} has a {name} split already; leave the flag out"
-            )
+    name = arguments.dataset_name
+    fractions = {"validation": arguments.validation_fraction, "test": arguments.test_fraction}
+    for split, fraction in fractions.items():
+        if fraction > 0 and split in splits:
+            raise InputError(f"--{split}_fraction: {name} has a {split} split already; leave the flag out")
     if "train" not in splits:
-        raise InputError(
-            f"--dataset_name {arguments.dataset_name}: has no train split to divide, but {', '.join(splits)}"
-        )
-    divided = split_documents(
-        splits["train"],
-        validation_fraction=arguments.validation_fraction,
-        test_fraction=arguments.test_fraction,
-        seed=arguments.seed,
-        work=work,
-    )
-    return {**divided, **{split: rows for split, rows in splits.items() if split != "train"}}
+        raise InputError(f"--dataset_name {name}: has no train split to divide, but {', '.join(splits)}")
+    divided = split_documents(splits.pop("train"), fractions, seed=arguments.seed, work=work)
+    return {**divided, **splits}
 
 
 def open_earlier(folder: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

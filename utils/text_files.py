@@ -328,10 +328,8 @@ def select_rows(dataset: Any, masks: dict[Path, np.ndarray]) -> list[Any]:
     return [datasets.Dataset.from_file(str(path)) for path in masks]
 
 
-def split_documents(
-    dataset: Any, *, validation_fraction: float, test_fraction: float, seed: int, work: Path
-) -> dict[str, Any]:
-    """Divide the documents into train, validation and test splits; a fraction of 0 makes no split.
+def split_documents(dataset: Any, fractions: dict[str, float], *, seed: int, work: Path) -> dict[str, Any]:
+    """Divide the documents into train and, each with its share of them, validation and test; a share of 0 is no split.
 
     Documents are ranked by the SHA-256 of the seed and their text: the same on any platform, in any order of
     the documents, and equal documents fall into the same split. Within a split the source's order is kept.
@@ -339,25 +337,21 @@ def split_documents(
     Raises:
         InputError: too few documents.
     """
-    digests = np.fromiter(
-        (
-            int.from_bytes(hashlib.sha256(f"{seed}:{document}".encode()).digest()[:8], "big")
-            for document in iterate_documents(dataset)
-        ),
-        dtype=np.uint64,
-    )
-    order = np.argsort(digests, kind="stable")
-    assigned = np.full(len(digests), "train", dtype=object)
+    ranks = (hashlib.sha256(f"{seed}:{document}".encode()).digest() for document in iterate_documents(dataset))
+    ranked = np.fromiter((int.from_bytes(rank[:8], "big") for rank in ranks), dtype=np.uint64)  # (documents,)
+    order = np.argsort(ranked, kind="stable")
+    assigned = np.full(len(ranked), "train", dtype=object)
     taken = 0
-    for split, fraction in (("test", test_fraction), ("validation", validation_fraction)):
-        stop = taken + max(1, round(fraction * len(digests))) if fraction > 0 else taken
-        while taken < stop < len(order) and digests[order[stop]] == digests[order[stop - 1]]:
+    for split in ("test", "validation"):
+        fraction = fractions[split]
+        stop = taken + max(1, round(fraction * len(ranked))) if fraction > 0 else taken
+        while taken < stop < len(order) and ranked[order[stop]] == ranked[order[stop - 1]]:
             stop += 1
         assigned[order[taken:stop]] = split
         taken = stop
-    if taken >= len(digests):
+    if taken >= len(ranked):
         raise InputError(
-            f"--validation_fraction, --test_fraction: {len(digests)} documents are too few to divide; "
+            f"--validation_fraction, --test_fraction: {len(ranked)} documents are too few to divide; "
             "give more text, or --document_separator to find the documents in a .txt file"
         )
     numbers = document_numbers(dataset)
