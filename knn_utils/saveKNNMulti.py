@@ -107,8 +107,9 @@ class Job:
         share: (process, processes): of a sharded index only this process's part is opened.
 
     Attributes:
-        dstore: the queries; values: (indexed rows,) int32; searcher: the index; is_own: whether the queries are the
-        indexed rows themselves; knn_temp: the temperature; settings: what makes the targets, for the manifest.
+        dstore: the queries; values: (indexed rows,) int32, or the datastore that holds them until `batches` needs
+        them; searcher: the index; is_own: whether the queries are the indexed rows themselves; knn_temp: the
+        temperature; settings: what makes the targets, for the manifest.
 
     Raises:
         InputError: the files do not belong together.
@@ -124,12 +125,9 @@ class Job:
         self.knn_temp = chosen(arguments.choose_on)[1][0] if arguments.choose_on else arguments.knn_temp
         dstore, val_path = Datastore.open(arguments.dstore_path), arguments.val_path
         check_layer(dstore.settings, arguments.dstore_path, arguments.layer_position)
-        values = dstore.vals() if val_path is None else load_values(val_path)
-        indexed = None
-        if val_path is None:
-            indexed = dstore
-        elif Path(val_path).suffix not in (".npy", ".pkl"):
-            indexed = Datastore.open(val_path)
+        holds_keys = val_path is None or Path(val_path).suffix not in (".npy", ".pkl")
+        values = Datastore.open(val_path or arguments.dstore_path) if holds_keys else load_values(val_path)
+        indexed = values if holds_keys else None
         fingerprint = rows_fingerprint(dstore)
         record = find_index(arguments.index_path).record or {"datastore": {}}
         recorded = record["datastore"].get("fingerprint")
@@ -168,7 +166,7 @@ class Job:
                 f"{arguments.index_path}: was built from other rows than {val_path or arguments.dstore_path}; "
                 "name the indexed datastore with --val_path, or build the index again"
             )
-        self.dstore, self.values = dstore, values
+        self.dstore, self.values, self._holds_keys = dstore, values, holds_keys
         self.settings = {
             "k": arguments.k,
             "knn_temp": self.knn_temp,
@@ -209,6 +207,9 @@ class Job:
         """For each row range in turn, its record batches; threads work on the ranges that follow meanwhile."""
         from knn_utils.search import BLOCK_ROWS, search_blocks
 
+        if self._holds_keys:
+            # Read only now that there is something to do.
+            self.values = self.values.vals()
         on_gpu = self.searcher.on_gpu
         block_rows = max(self.arguments.batch_size, GPU_BLOCK_ROWS) if on_gpu else BLOCK_ROWS
         found = search_blocks(self.searcher, self.dstore, parts, block_rows, self.arguments.k, self.targets)
