@@ -19,21 +19,12 @@
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 install ""
 
-OUTPUT="${OUTPUT:-results/quickstart}"
-WORK="$OUTPUT/work"
+WORK="${OUTPUT:=results/quickstart}/work"
 DONE="$WORK/done"
-BLOCK_SIZE="${BLOCK_SIZE:-1024}"
-MAX_CHARACTERS="${MAX_CHARACTERS:-1200}"
-SEED="${SEED:-42}"
+: "${BLOCK_SIZE:=1024}" "${MAX_CHARACTERS:=1200}" "${SEED:=42}" "${K:=256}" "${PROBE:=8}"
 # With little data a start near the base, a low learning rate and a small alpha lower the perplexity of unseen text,
 # while the kNN part makes the memory remember its corpus. The paper trains from random weights at 5e-4 and alpha 0.5.
-LAYERS="${LAYERS:-4}"
-EPOCHS="${EPOCHS:-2}"
-LEARNING_RATE="${LEARNING_RATE:-1e-4}"
-ALPHA="${ALPHA:-0.1}"
-WINDOWS_PER_STEP="${WINDOWS_PER_STEP:-2}"
-K="${K:-256}"
-PROBE="${PROBE:-8}"
+: "${LAYERS:=4}" "${EPOCHS:=2}" "${LEARNING_RATE:=1e-4}" "${ALPHA:=0.1}" "${WINDOWS_PER_STEP:=2}"
 LAMBDAS="0.05 0.1 0.15 0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 0.85 0.9"
 mkdir -p "$DONE"
 

@@ -21,16 +21,12 @@
 find_python
 find_launcher
 
-OUTPUT="${OUTPUT:-results/wikitext103}"
-WORK="$OUTPUT/work"
+WORK="${OUTPUT:=results/wikitext103}/work"
 DONE="$WORK/done"
-TRAIN="${TRAIN:-0}"
-LARGE_VANILLA="${LARGE_VANILLA:-openai-community/gpt2-large}"
-LARGE="${LARGE:-Rubin-Wei/gpt2-large-finetuned-wikitext103}"
-XL="${XL:-Clover-Hill/gpt2-xl-finetuned-wikitext103}"
-MEMORY="${MEMORY:-Rubin-Wei/MLPMemory-gpt2-large}"
 windows="${WINDOWS:-$WORK/windows}"
-EPOCHS="${EPOCHS:-50}"
+: "${LARGE_VANILLA:=openai-community/gpt2-large}" "${LARGE:=Rubin-Wei/gpt2-large-finetuned-wikitext103}"
+: "${XL:=Clover-Hill/gpt2-xl-finetuned-wikitext103}" "${MEMORY:=Rubin-Wei/MLPMemory-gpt2-large}"
+: "${TRAIN:=0}" "${EPOCHS:=50}"
 [ "$TRAIN" != 1 ] || MEMORY="$WORK/memory/epoch_$EPOCHS"
 precision=(${TORCH_DTYPE:+--torch_dtype "$TORCH_DTYPE"})
 

@@ -11,12 +11,8 @@
 find_python
 find_launcher
 
-MODEL_TO_SAVE="${MODEL_TO_SAVE:-Clover-Hill/gpt2-xl-finetuned-wikitext103}"
-SUBSET="${SUBSET:-train}"
-DSTORE_DIR="${DSTORE_DIR:-./dstore/wikitext-gpt2}"
-PROBE="${PROBE:-32}"
-STAGES="${STAGES:-datastore index targets}"
-
+: "${MODEL_TO_SAVE:=Clover-Hill/gpt2-xl-finetuned-wikitext103}" "${STAGES:=datastore index targets}"
+: "${SUBSET:=train}" "${DSTORE_DIR:=./dstore/wikitext-gpt2}" "${PROBE:=32}"
 wanted() { [[ " $STAGES " == *" $1 "* ]]; }
 
 if wanted datastore; then

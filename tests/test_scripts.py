@@ -249,7 +249,7 @@ def test_every_setting_that_a_script_reads_is_listed_at_its_top(script):
     if script.name in ("common.sh", "test.sh"):
         pytest.skip("has no settings")
     head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
-    read = set(re.findall(r"\$\{([A-Z_]+):?-", text))
+    read = set(re.findall(r"\$\{([A-Z_]+):?[-=]", text))
     assert sorted(name for name in read if not re.search(rf"\b{name}\b", head)) == []
 
 
