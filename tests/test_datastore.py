@@ -25,6 +25,8 @@ from knn_utils.datastore import (
 from knn_utils.parts import PartedOutput, write_single_file
 from utils.errors import InputError
 
+pytestmark = pytest.mark.unit
+
 DIM = 3
 ROWS = 23
 RNG = np.random.default_rng(0)
@@ -478,7 +480,8 @@ def test_values_are_read_from_a_datastore_and_from_the_one_beside_a_pickle(tmp_p
 
 
 @pytest.mark.parametrize(
-    "values", [np.ones(3), np.ones((3, 2), np.int32), np.empty(0, np.int32), np.array([1 << 40]), np.array(3)]
+    "values",
+    [np.ones(3), np.ones((3, 2), np.int32), np.empty(0, np.int32), np.array([1 << 40]), np.array(3), np.array([{}])],
 )
 def test_an_npy_of_anything_but_values_is_refused(tmp_path: Path, values: np.ndarray) -> None:
     np.save(tmp_path / "vals.npy", values)

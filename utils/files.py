@@ -1,7 +1,4 @@
-"""Files that are either whole or not there: temporary name, sync, rename. Locks that die with their owner.
-
-Knows nothing of what is in the files.
-"""
+"""Files that are either whole or not there: temporary name, sync, rename. Locks that die with their owner."""
 
 from __future__ import annotations
 
@@ -117,20 +114,16 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         raise InputError(f"{path}: is not readable JSON ({error}); make the file again") from None
 
 
 def sha256_file(path: str | os.PathLike) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
