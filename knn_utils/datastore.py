@@ -3,7 +3,7 @@
 Both are Arrow IPC streams. A datastore row is (keys float16[dim], vals int32[, logprob float32]); a kNN-target row is
 (id_cnt int32, token_id list<int32>, prob list<float16>, label int32[, distance float32]). Files are memory-mapped, and
 rows that lie in one record batch are views of the map (read-only). Files of other writers, whose numbers are wider or
-whose lists are of another kind, are read too. manifest.py says which files make up an output, parts.py writes them.
+whose lists are of another kind, are read too. parts.py says which files make up an output, and writes them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from knn_utils.manifest import KINDS, Part, find_parts
+from knn_utils.parts import KINDS, Part, find_parts
 from utils.errors import InputError
 from utils.files import sha256_file
 from utils.made_with import check_layer
 
-# Files and record batches kept open; a map holds a file descriptor.
-OPEN_FILES, OPEN_BATCHES = 128, 64
-# Rows that a scorer reads at a time.
-SCORED_ROWS = 4096
+# Files (each map holds a file descriptor) and record batches kept open; rows that a scorer reads at a time.
+OPEN_FILES, OPEN_BATCHES, SCORED_ROWS = 128, 64, 4096
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _Kind = TypeVar("_Kind", bound="_Rows")

@@ -1,7 +1,8 @@
-"""Writing a datastore or kNN targets: a folder of parts that ends with a complete manifest, by one process or many.
+"""A datastore or kNN targets on disk: a folder of parts that ends with a complete manifest, written by one process or many.
 
 A part is written under a temporary name, synced, renamed, and only then recorded. What is not recorded is written again,
-so a kill at any moment costs at most the parts under way.
+so a kill at any moment costs at most the parts under way. Readers find here the files of such a folder, of one stream,
+of loose shards and of a folder saved by `datasets`.
 """
 
 from __future__ import annotations
@@ -11,28 +12,18 @@ import errno
 import glob
 import hashlib
 import io
-import itertools
 import os
 import re
 import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from knn_utils.manifest import (
-    FORMAT,
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    part_name,
-    part_sizes,
-    plan_of,
-    read_manifest,
-    record_name,
-)
 from utils.errors import InputError
 from utils.files import (
     TEMPORARY_PREFIX,
@@ -47,8 +38,120 @@ from utils.files import (
 from utils.made_with import changes, require_same
 from utils.units import size_text
 
+FORMAT = ["mlpmemory-parts", 1]
+MANIFEST_NAME = "manifest.json"
+KINDS = {"datastore": "a datastore", "knn_targets": "kNN targets"}
+
 _OWN_NAME = re.compile(r"manifest\.json|part-[0-9]{5,}\.(arrow|json)")
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Arrow file of an output. `rows` and `sha256` are None where nothing recorded them."""
+
+    path: Path
+    rows: int | None = None
+    sha256: str | None = None
+
+
+def part_name(number: int, suffix: str = ".arrow") -> str:
+    """File name of part `number`; with `.json`, of its record, which is there until the manifest is complete."""
+    return f"part-{number:05d}{suffix}"
+
+
+def plan_parts(rows: int, rows_per_part: int, existing: Sequence[int] = ()) -> list[int]:
+    """Row counts of the parts for `rows` rows: the `existing` ones first, then parts of `rows_per_part`, a short last.
+
+    Raises InputError when there are fewer rows than the existing parts hold.
+    """
+    left = rows - sum(existing)
+    if left < 0:
+        raise InputError(f"{rows} rows cannot follow parts that hold {sum(existing)}")
+    return [*existing, *(min(rows_per_part, left - start) for start in range(0, left, rows_per_part))]
+
+
+def plan_of(manifest: dict) -> list[int]:
+    """Rows of each part that a manifest plans, whether the part is there or not."""
+    return manifest["part_rows"] if "part_rows" in manifest else [part["rows"] for part in manifest["parts"]]
+
+
+def read_manifest(folder: str | os.PathLike, kind: str) -> dict:
+    """The manifest of an output folder.
+
+    Keys: `kind`, `complete`, `rows`, `columns`, `settings` (what made the rows), `info`, `history` (of extensions),
+    `parts` (a record {"file", "rows", "bytes", "sha256"} each; while incomplete those of earlier runs) and, while
+    incomplete, `part_rows`. Raises InputError for anything else, and for an output of another kind.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or [manifest.get(key) for key in ("format", "format_version")] != FORMAT:
+        raise InputError(f"{path}: is no manifest that this program reads (format {FORMAT}); name another folder")
+    if manifest["kind"] != kind:
+        held = KINDS.get(manifest["kind"], manifest["kind"])
+        raise InputError(f"{folder}: holds {held}, expected {KINDS[kind]}; name another folder")
+    return manifest
+
+
+def find_parts(path: str | os.PathLike, kind: str) -> tuple[list[Part], dict | None]:
+    """The Arrow files that stand for the datastore or kNN targets at `path`, in row order, and the manifest if any.
+
+    `path` is one file, a folder with a manifest, a `datasets.save_to_disk` folder (order of `state.json`) or a folder
+    of shards (order of the numbers in their names). Raises InputError when something is missing, when a folder is
+    incomplete, when a file has another size than recorded, and when files are not the shards of one table.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; expected {KINDS[kind]}")
+    if not path.is_dir():
+        return [Part(path)], None
+    if (path / MANIFEST_NAME).exists():
+        manifest = read_manifest(path, kind)
+        return _recorded_parts(path, manifest), manifest
+    if (path / "state.json").exists():
+        return [Part(path / entry["filename"]) for entry in read_json(path / "state.json")["_data_files"]], None
+    if (path / "dataset_dict.json").exists():
+        raise InputError(f"{path}: holds several splits; name one of them, such as {path}/train")
+    return _loose_shards(path, kind), None
+
+
+def part_sizes(folder: Path) -> dict[str, int]:
+    """Name and size of each file of a part that is in the folder."""
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.name.startswith("part-")}
+
+
+def _recorded_parts(folder: Path, manifest: dict) -> list[Part]:
+    sizes, plan = part_sizes(folder), plan_of(manifest)
+    if not manifest["complete"]:
+        done = sum(part_name(number) in sizes for number in range(len(plan)))
+        raise InputError(
+            f"{folder}: is incomplete, {done} of {len(plan)} parts are there; "
+            "run the command that makes it again, it continues"
+        )
+    for record in manifest["parts"]:
+        if (found := sizes.get(record["file"])) != record["bytes"]:
+            raise InputError(
+                f"{folder / record['file']}: has {found or 'no'} bytes, the manifest records {record['bytes']}; "
+                "run the command that made it again, which writes this part anew"
+            )
+    return [Part(folder / record["file"], record["rows"], record["sha256"]) for record in manifest["parts"]]
+
+
+def _loose_shards(folder: Path, kind: str) -> list[Part]:
+    """Arrow files of a folder that nothing describes: shards of one table if their names differ in numbers only."""
+    names = [item.name for item in folder.glob("[!.]*.arrow") if item.is_file()]
+    if not names:
+        inside = sorted(item.name for item in folder.iterdir() if item.is_dir() and not item.name.startswith("."))
+        hint = f"it has the folders {', '.join(inside[:5])}: name one of them" if inside else "it was never written"
+        raise InputError(f"{folder}: no Arrow file in it, expected {KINDS[kind]}; {hint}")
+    if len({re.sub(r"[0-9]+", "#", name) for name in names}) > 1:
+        raise InputError(f"{folder}: its Arrow files are not the shards of one table; name one of them")
+    numbered = re.fullmatch(r".*-[0-9]+-of-([0-9]+)\.arrow", names[0])
+    if numbered and len(names) != int(numbered[1]):
+        raise InputError(f"{folder}: {len(names)} of {int(numbered[1])} shards are there; fetch the missing ones")
+    names.sort(key=lambda name: [int(number) for number in re.findall(r"[0-9]+", name)])
+    return [Part(folder / name) for name in names]
 
 
 class _HashedFile(io.BufferedWriter):
@@ -68,7 +171,7 @@ class PartWriter:
 
     def __init__(self, file: _HashedFile, stream: pa.RecordBatchStreamWriter) -> None:
         self.rows = self.bytes = 0
-        self._file, self._stream = file, stream
+        self.digest, self._stream = file.digest, stream
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Append a record batch of the output's schema; its arrays may change afterwards."""
@@ -76,10 +179,6 @@ class PartWriter:
         self.rows += batch.num_rows
         self.bytes += batch.nbytes
         self._stream.write_batch(batch)
-
-    @property
-    def sha256(self) -> str:
-        return self._file.digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -183,8 +282,6 @@ class PartedOutput:
         if self.complete:
             self.close()
 
-    # What the callers do, in order
-
     def mine(self) -> list[int]:
         """Numbers of the parts that this process still has to write."""
         return list(self._mine)
@@ -206,9 +303,8 @@ class PartedOutput:
                 if part.rows != self.part_rows[number]:
                     raise InputError(f"{path}: {part.rows} rows came, the plan has {self.part_rows[number]}")
                 self._require_own_run()
-            self._require_own_run()
-            record = {"file": path.name, "rows": part.rows, "bytes": path.stat().st_size, "sha256": part.sha256}
-            write_json(self.path / record_name(number), record)
+            record = {"file": path.name, "rows": part.rows, "bytes": path.stat().st_size}
+            write_json(self.path / part_name(number, ".json"), record | {"sha256": part.digest.hexdigest()})
         except OSError as error:
             if error.errno not in _FULL_DISK:
                 raise
@@ -222,12 +318,10 @@ class PartedOutput:
         """
         self._wait()
         if self._is_main and not self.complete:
-            if missing := self._missing():
-                raise InputError(
-                    f"{self.path}: part {missing[0]} of {len(self.part_rows)} was not written; run the same command again"
-                )
-            info = self._manifest["info"] | self._info
-            self._write_manifest(True, self._records(), info, self._manifest["history"])
+            records, info = self._records(), self._manifest["info"] | self._info
+            if None in records:
+                raise InputError(f"{self.path}: part {records.index(None)} was not written; run the same command again")
+            self._write_manifest(True, records, info, self._manifest["history"])
             self._remove_records()
         self.close()
         self._wait()
@@ -238,9 +332,8 @@ class PartedOutput:
         """Release the lock without finishing; what is written stays."""
         self._lock.release()
 
-    # Preparation, by the main process under the lock
-
     def _prepare(self, overwrite: bool, extend: bool, growing: Sequence[str]) -> None:
+        """Take the lock and bring the folder into a state from which parts can be written (main process)."""
         if self.path.is_file():
             if not overwrite:
                 raise InputError(f"{self.path}: is a file; choose another path, or --overwrite to replace it")
@@ -254,9 +347,9 @@ class PartedOutput:
             self._manifest = there = read_manifest(self.path, self.kind)
             plan = plan_of(there)
             grows = extend and len(plan) < len(self.part_rows) and plan == self.part_rows[: len(plan)]
-            before = there["settings"] | {"columns": ", ".join(there["columns"]), "parts": _in_words(plan)}
-            now = self._settings | {"columns": ", ".join(self._columns), "parts": _in_words(self.part_rows)}
-            ignored = ("parts", *growing) if grows else ()
+            before = there["settings"] | {"columns": ", ".join(there["columns"]), "rows of the parts": plan}
+            now = self._settings | {"columns": ", ".join(self._columns), "rows of the parts": self.part_rows}
+            ignored = ("rows of the parts", *growing) if grows else ()
             if not overwrite:
                 require_same(self.path, before, now, "choose another folder, or --overwrite to make it anew", ignored)
             anew = bool(changes(before, now, ignored)) or (overwrite and there["complete"] and not grows)
@@ -279,8 +372,7 @@ class PartedOutput:
         found = sorted(item.name for item in self.path.iterdir() if not item.name.startswith("."))
         foreign = [name for name in found if not _OWN_NAME.fullmatch(name)]
         if foreign:
-            shown = ", ".join(foreign[:3])
-            raise InputError(f"{self.path}: holds other files ({shown}); choose an empty or a new folder")
+            raise InputError(f"{self.path}: holds other files ({', '.join(foreign[:3])}); choose an empty folder")
         if found and not overwrite:
             raise InputError(f"{self.path}: holds parts without a manifest; choose another folder, or --overwrite")
 
@@ -305,14 +397,12 @@ class PartedOutput:
         }
         self._write_manifest(False, there["parts"], there["info"] | self._info, [*there["history"], step])
 
-    # State on disk
-
     def _records(self) -> list[dict | None]:
         """For each planned part its record; None where the part is not there in the recorded size."""
         sizes, earlier = part_sizes(self.path), {record["file"]: record for record in self._manifest["parts"] if record}
         found: list[dict | None] = []
         for number in range(len(self.part_rows)):
-            name = record_name(number)
+            name = part_name(number, ".json")
             # A part's own record is newer than the manifest's.
             record = read_json(self.path / name) if name in sizes else earlier.get(part_name(number))
             found.append(record if record and sizes.get(record["file"]) == record["bytes"] else None)
@@ -327,8 +417,8 @@ class PartedOutput:
 
     def _write_manifest(self, complete: bool, parts: list[dict | None], info: dict, history: list[dict]) -> None:
         manifest = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format": FORMAT[0],
+            "format_version": FORMAT[1],
             "kind": self.kind,
             "complete": complete,
             "rows": sum(self.part_rows),
@@ -357,8 +447,3 @@ class PartedOutput:
             f"{len(self.part_rows)} parts, {rows} rows{need}; finished parts are kept: "
             "free some space and run the same command again"
         )
-
-
-def _in_words(plan: Sequence[int]) -> str:
-    """The parts of a plan, equal ones together: '40 × 4096 rows, 1 × 17 rows'."""
-    return ", ".join(f"{len(list(equal))} × {rows} rows" for rows, equal in itertools.groupby(plan))

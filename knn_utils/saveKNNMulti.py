@@ -247,7 +247,7 @@ def same_values(values: Any, dstore: Any) -> bool:
 
 def parts_of(rows: int, part_rows: int | None, existing: list[int] | None = None) -> list[int]:
     """Rows of each part, from the number of rows alone: neither processes nor threads change the files."""
-    from knn_utils.manifest import plan_parts
+    from knn_utils.parts import plan_parts
 
     if part_rows is None:
         share = min(max(math.ceil(rows / FEW_PARTS), LEAST_PART_ROWS), SMALL_PART_ROWS)
@@ -259,7 +259,7 @@ def parts_of(rows: int, part_rows: int | None, existing: list[int] | None = None
 def planned(arguments: TargetArguments, job: Job) -> dict[str, Any]:
     """How the folder is to be written, given what is in it: `PartedOutput`'s part_rows, settings, extend, overwrite."""
     from knn_utils.faiss_files import is_comparable, same_rows
-    from knn_utils.manifest import MANIFEST_NAME, plan_of, read_manifest
+    from knn_utils.parts import MANIFEST_NAME, plan_of, read_manifest
 
     folder, rows, settings = Path(arguments.output_path), job.dstore.rows, job.settings
     anew = {"part_rows": parts_of(rows, arguments.part_rows), "settings": settings, "overwrite": arguments.overwrite}

@@ -16,8 +16,7 @@ import pytest
 from conftest import GOLDEN
 
 from knn_utils.datastore import Datastore, datastore_batch, datastore_schema
-from knn_utils.manifest import plan_parts
-from knn_utils.parts import PartedOutput, write_single_file
+from knn_utils.parts import PartedOutput, plan_parts, write_single_file
 from utils.errors import InputError
 
 DIM = 4
@@ -273,7 +272,7 @@ def test_a_setting_added_later_as_none_is_no_change(tmp_path: Path) -> None:
 
 def test_another_plan_and_other_columns_are_refused(tmp_path: Path) -> None:
     make(tmp_path)
-    with pytest.raises(InputError, match="6 × 5 rows, 1 × 3 rows there, 3 × 10 rows, 1 × 3 rows now"):
+    with pytest.raises(InputError, match=r"rows of the parts \[5, 5, 5, 5, 5, 5, 3\] there, \[10, 10, 10, 3\] now"):
         output_at(tmp_path, [10, 10, 10, 3])
     with pytest.raises(InputError, match=r"columns .*logprob: float now"):
         output_at(tmp_path, schema=datastore_schema(DIM, logprob=True))
@@ -422,7 +421,7 @@ def test_a_part_that_fails_or_has_other_rows_than_planned_leaves_nothing(tmp_pat
 def test_finishing_without_all_parts_is_refused(tmp_path: Path) -> None:
     output = output_at(tmp_path)
     write_parts(output, [0, 1])
-    with pytest.raises(InputError, match="part 2 of 7 was not written"):
+    with pytest.raises(InputError, match="part 2 was not written"):
         output.finish()
 
 
@@ -454,9 +453,9 @@ def test_a_grown_output_keeps_its_parts_and_tells_its_history(tmp_path: Path) ->
 
 def test_growing_needs_the_existing_parts_as_they_are(tmp_path: Path) -> None:
     make(tmp_path, [5, 3])
-    with pytest.raises(InputError, match="1 × 5 rows, 1 × 3 rows there, 2 × 5 rows now"):
+    with pytest.raises(InputError, match=r"\[5, 3\] there, \[5, 5\] now"):
         output_at(tmp_path, [5, 5], extend=True)
-    with pytest.raises(InputError, match=r"1 × 3 rows there, .* 1 × 2 rows now"):
+    with pytest.raises(InputError, match=r"\[5, 3\] there, \[5, 3, 2\] now"):
         output_at(tmp_path, [5, 3, 2])
     with pytest.raises(InputError, match="cannot follow parts that hold 8"):
         plan_parts(7, 5, [5, 3])
