@@ -90,20 +90,6 @@ def test_rows_are_the_textbook_distribution(rows, k, tokens, missing, knn_temp, 
     np.testing.assert_array_equal(result.distance, nearest.astype(np.float32))
 
 
-def test_rows_without_hits_have_no_entries_and_an_infinite_distance() -> None:
-    tokens = np.array([[-1, -1], [3, -1]], dtype=np.int32)
-    result = aggregate(np.zeros((2, 2), np.float32), tokens, knn_temp=1.0, threshold=1e-8)
-    assert result.id_cnt.tolist() == [0, 1]
-    assert result.distance.tolist() == [np.inf, 0.0]
-    assert result.token_id.tolist() == [3] and result.prob.tolist() == [1.0]
-
-
-def test_far_neighbours_do_not_underflow_to_nothing() -> None:
-    distances = np.array([[1e6, 1e6 + 1]], dtype=np.float32)
-    result = aggregate(distances, np.array([[5, 6]], dtype=np.int32), knn_temp=1.0, threshold=1e-8)
-    assert_same_distributions(as_dicts(result), [{5: 1 / (1 + np.exp(-1)), 6: np.exp(-1) / (1 + np.exp(-1))}])
-
-
 def test_the_threshold_is_judged_in_float32_and_entries_at_it_are_dropped() -> None:
     # 2e-8 is 0 in float16 and stays, as in the original; 0.25 is exactly the threshold of the second call.
     distances = np.array([[0.0, -np.log(2e-8)]], dtype=np.float32)
@@ -115,10 +101,18 @@ def test_the_threshold_is_judged_in_float32_and_entries_at_it_are_dropped() -> N
     assert quarters.token_id.tolist() == [3]
 
 
-def test_equal_probabilities_stand_in_the_order_of_the_tokens() -> None:
-    tokens = np.array([[9, 4, 7, 1]], dtype=np.int32)
-    result = aggregate(np.ones((1, 4), np.float32), tokens, knn_temp=1.0, threshold=0.0)
-    assert result.token_id.tolist() == [1, 4, 7, 9]
+def test_equal_far_neighbours_share_by_token_and_do_not_underflow() -> None:
+    result = aggregate(
+        np.full((1, 4), 1e6, np.float32), np.array([[9, 4, 7, 1]], np.int32), knn_temp=1.0, threshold=0.0
+    )
+    assert result.token_id.tolist() == [1, 4, 7, 9] and result.prob.tolist() == [0.25] * 4
+
+
+def test_the_own_row_is_dropped_wherever_it_stands_and_else_the_farthest_of_k_hits() -> None:
+    ids = np.array([[7, 1, 2], [1, 8, 2], [1, 2, 9], [3, 1, 2], [3, 1, -1], [-1, -1, -1]])
+    drop_own_row(ids, np.array([7, 8, 9, 7, 8, 9]))
+    # Where the probed lists held fewer than k rows, k-1 or fewer remain already.
+    assert ids.tolist() == [[-1, 1, 2], [1, -1, 2], [1, 2, -1], [3, 1, -1], [3, 1, -1], [-1, -1, -1]]
 
 
 def test_the_block_size_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,19 +121,6 @@ def test_the_block_size_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK_HITS", 20 * 7)
     for here, there in zip(aggregate(distances, tokens, knn_temp=4.0, threshold=1e-8), whole, strict=True):
         assert here.tobytes() == there.tobytes()
-
-
-def test_the_own_row_is_dropped_wherever_it_stands() -> None:
-    ids = np.array([[7, 1, 2], [1, 8, 2], [1, 2, 9]])
-    drop_own_row(ids, np.array([7, 8, 9]))
-    assert ids.tolist() == [[-1, 1, 2], [1, -1, 2], [1, 2, -1]]
-
-
-def test_without_the_own_row_the_farthest_of_k_hits_goes() -> None:
-    ids = np.array([[3, 1, 2], [3, 1, -1], [-1, -1, -1]])
-    drop_own_row(ids, np.array([7, 8, 9]))
-    # Where the probed lists held fewer than k rows, k-1 or fewer remain already.
-    assert ids.tolist() == [[3, 1, -1], [3, 1, -1], [-1, -1, -1]]
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.4, 1.0])

@@ -12,7 +12,7 @@ from conftest import command, refused_here
 from knn_files import DIM, exact_neighbours, random_rows, stops_at_rename, write_datastore
 
 from knn_utils import build_index
-from knn_utils.build_index import default_names, divide
+from knn_utils.build_index import default_names
 from knn_utils.datastore import Datastore
 from knn_utils.index_training import supported, training_sample
 from knn_utils.search import KNNSearcher
@@ -72,26 +72,20 @@ def test_names_come_from_the_datastores_name_where_it_has_the_originals_form() -
 
 
 @pytest.mark.unit
-def test_centroids_are_lowered_to_what_the_rows_support_and_that_is_said() -> None:
-    factory, said = supported("IVF4096,PQ32", 20_000)
-    assert factory == "IVF512,PQ32" and "4096 to 512" in said[0] and len(said) == 1
-    factory, said = supported("OPQ16,IVF4096_HNSW32,PQ16", 39_000)
-    assert factory == "OPQ16,IVF1000_HNSW32,PQ16"
-    assert supported("IVF4096,PQ32", 10_000_000) == ("IVF4096,PQ32", [])
-    assert supported("IVF4,Flat", 200) == ("IVF4,Flat", [])
-
-
-@pytest.mark.unit
-def test_few_keys_for_product_quantisation_are_said_and_too_few_make_an_exact_index() -> None:
-    factory, said = supported("IVF4096,PQ32", 3_000)
-    assert factory == "IVF76,PQ32" and any("Flat" in line for line in said)
-    factory, said = supported("IVF4096,PQ32", 255)
-    assert factory == "Flat" and "255" in said[0]
-
-
-def test_a_code_size_that_does_not_divide_the_width_names_those_that_do(dstore: Path) -> None:
-    line = refused_here(MODULE, "--dstore_path", dstore, "--code_size", 5)
-    assert "--code_size 5" in line and "1, 2, 4, 8, 16" in line
+@pytest.mark.parametrize(
+    ("asked", "rows", "factory", "said"),
+    [
+        ("IVF4096,PQ32", 20_000, "IVF512,PQ32", "4096 to 512"),
+        ("OPQ16,IVF4096_HNSW32,PQ16", 39_000, "OPQ16,IVF1000_HNSW32,PQ16", "4096 to 1000"),
+        ("IVF4096,PQ32", 10_000_000, "IVF4096,PQ32", ""),
+        ("IVF4,Flat", 200, "IVF4,Flat", ""),
+        ("IVF4096,PQ32", 3_000, "IVF76,PQ32", "Flat is exact and fast"),
+        ("IVF4096,PQ32", 255, "Flat", "255 keys are too few"),
+    ],
+)
+def test_an_index_is_lowered_to_what_the_rows_support_and_that_is_said(asked, rows, factory, said) -> None:
+    found, remarks = supported(asked, rows)
+    assert found == factory and said in " ".join(remarks) and bool(said) == bool(remarks)
 
 
 def test_the_default_flags_build_a_small_index(dstore: Path, capfd: pytest.CaptureFixture) -> None:
@@ -254,12 +248,6 @@ def test_three_shards_give_what_one_index_gives(tmp_path: Path, factory: str) ->
 
 
 @pytest.mark.unit
-def test_rows_are_divided_into_contiguous_shares() -> None:
-    assert divide(10, 7, 3) == [(10, 2), (12, 2), (14, 3)]
-    assert divide(0, 2, 5) == [(0, 1), (1, 1)]
-
-
-@pytest.mark.unit
 def test_the_training_sample_is_a_thousand_runs_at_seeded_places(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     keys = random.standard_normal((12_000, 2)).astype(np.float16)
@@ -289,17 +277,8 @@ def test_what_faiss_cannot_build_is_one_line(dstore: Path) -> None:
         assert factory in refused_here(MODULE, "--dstore_path", dstore, "--index_factory", factory)
     for flag in ("--ncentroids", "--code_size", "--probe", "--num_shards", "--num_keys_to_add_at_a_time"):
         assert f"{flag} 0" in refused_here(MODULE, "--dstore_path", dstore, flag, 0)
-    line = refused_here(MODULE, "--dstore_path", dstore, "--layer_position", 0)
-    assert "--layer_position" in line
-
-
-def test_a_second_run_on_the_same_index_is_refused(dstore: Path) -> None:
-    from utils.files import FolderLock
-
-    work = dstore.parent / "train_16.index.building"
-    work.mkdir()
-    with FolderLock(work):
-        assert "another run" in refused_here(MODULE, "--dstore_path", dstore, "--index_factory", "Flat")
+    assert "--layer_position" in refused_here(MODULE, "--dstore_path", dstore, "--layer_position", 0)
+    assert "1, 2, 4, 8, 16" in refused_here(MODULE, "--dstore_path", dstore, "--code_size", 5)
 
 
 @pytest.mark.unit

@@ -119,12 +119,8 @@ def test_the_papers_memory_and_its_datastore_have_the_papers_sizes():
     assert memory_parameters(large) / 1e6 == pytest.approx(774, rel=0.01)
     mistral = Sizes(**SIZES | {"tokens": 5_000_000_000, "dim": 4096})
     assert datastore_bytes(datastore_rows(mistral), mistral.dim) / 1e12 == pytest.approx(40, rel=0.05)
-
-
-def test_windows_without_overlap_have_a_row_less_each(llama_world):
-    apart = Sizes(**SIZES | {"tokens": 6400, "block_size": 64, "stride": 64})
-    assert datastore_rows(apart) == 6400 - 100
-    assert datastore_rows(Sizes(**SIZES | {"tokens": 6400, "block_size": 64, "stride": 32})) == 6400
+    # Windows that do not overlap have a row less each.
+    assert datastore_rows(Sizes(**SIZES | {"tokens": 6400, "block_size": 64, "stride": 64})) == 6400 - 100
 
 
 def test_more_processes_take_less_time_and_sharding_less_memory():
@@ -154,24 +150,16 @@ def test_without_a_model_the_files_are_checked_and_nothing_is_planned(llama_worl
     assert len(found["checks"]) == 4 and found["plan"] is None
 
 
-def test_a_memory_is_checked_by_its_config(llama_world, capsys, tmp_path):
-    memory = GOLDEN / "llama" / "memory"
-    assert "97 tokens" in refused(capsys, "--model_name_or_path", llama_world.base, "--knn_generator_path", memory)
-
-
-@pytest.mark.parametrize(
-    ("flag", "split", "expected"),
-    [("--dstore_path", "test", "rows"), ("--dataset_split_name", "test", "rows")],
-)
-def test_files_of_other_windows_are_refused(llama_world, capsys, flag, split, expected):
-    value = llama_world.dstore(split) if flag == "--dstore_path" else split
-    assert expected in refused(capsys, *flat(files(llama_world) | {flag: value}))
-
-
-def test_another_width_or_layer_is_refused(llama_world, capsys, tmp_path):
+def test_files_that_do_not_belong_together_are_refused(llama_world, capsys, tmp_path):
     wide = make_base("llama", tmp_path / "wide", hidden=64)
-    assert "32 wide" in refused(capsys, *flat(files(llama_world) | {"--model_name_or_path": wide}))
-    assert "block -1" in refused(capsys, *flat(files(llama_world)), "--layer_position", 0)
+    for changed, expected in (
+        ({"--dstore_path": llama_world.dstore("test")}, "rows"),
+        ({"--dataset_split_name": "test"}, "rows"),
+        ({"--model_name_or_path": wide}, "32 wide"),
+        ({"--layer_position": 0}, "block -1"),
+        ({"--knn_generator_path": GOLDEN / "llama" / "memory"}, "97 tokens"),
+    ):
+        assert expected in refused(capsys, *flat(files(llama_world) | changed))
 
 
 def test_other_labels_are_refused(llama_world, capsys, tmp_path):

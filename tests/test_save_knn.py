@@ -215,20 +215,6 @@ def test_processes_that_share_an_index_make_the_targets_of_one_whole_index(files
     assert files_of(alone.path) == files_of(whole.path)
 
 
-def test_the_candidates_of_all_shares_make_the_hits_of_the_whole_index(files: Files, tmp_path: Path) -> None:
-    index = tmp_path / "five.index"
-    build(files.train, "--num_shards", 5, "--index_path", index)
-    shares = [KNNSearcher(index, probe=1, share=(process, 3)) for process in range(3)]
-    none = KNNSearcher(index, probe=1, share=(0, 6))
-    queries = none.checked(files.keys[:10], 0, "queries")
-    found = [searcher.candidates(queries, 20) for searcher in (none, *shares)]
-    assert all(searcher.rows == ROWS for searcher in (none, *shares))
-    assert (found[0][1] == -1).all() and found[1][1].max() < 140 <= found[2][1].min()
-    whole = KNNSearcher(index, probe=1).search(files.keys[:10], 20)
-    for here, there in zip(shares[0].hits(queries, found, 20), whole, strict=True):
-        np.testing.assert_array_equal(here, there)
-
-
 def test_a_run_stopped_at_any_rename_is_continued_to_the_same_files(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,20 +359,6 @@ def test_a_hidden_state_that_is_not_finite_is_named_and_the_finished_parts_stay(
     assert f"{dstore}: row 600 " in line
     with pytest.raises(Exception, match="incomplete"):
         KNNTargets.open(tmp_path / "out")
-
-
-def test_a_refined_search_of_compressed_keys_gives_exact_targets(files: Files, tmp_path: Path) -> None:
-    index = tmp_path / "pq.index"
-    command(
-        "knn_utils.build_index",
-        *("--dstore_path", files.train, "--index_factory", "IVF4,PQ4x4", "--index_path", index),
-    )
-    coarse = save(files.train, index, tmp_path / "coarse", "--ignore_first", "True")
-    more = ("--ignore_first", "True", "--refine_factor", 35)
-    refined = save(files.train, index, tmp_path / "refined", *more)
-    assert_same_distributions(as_dicts(all_rows(refined)), files.expected())
-    with pytest.raises(AssertionError):
-        assert_same_distributions(as_dicts(all_rows(coarse)), files.expected())
 
 
 def test_the_command_line_ends_bad_input_with_one_line_and_status_2(files: Files, tmp_path: Path, monkeypatch) -> None:

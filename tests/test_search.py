@@ -11,7 +11,7 @@ from knn_files import DIM, exact_neighbours, random_rows, write_datastore
 
 from knn_utils import search
 from knn_utils.datastore import Datastore
-from knn_utils.search import BLOCK_ROWS, KNNSearcher, in_order, rank_exactly
+from knn_utils.search import KNNSearcher, in_order, rank_exactly
 from utils.errors import InputError
 
 pytestmark = pytest.mark.unit
@@ -73,14 +73,6 @@ def test_probe_reaches_the_lists_wherever_they_are_in_the_index(tmp_path: Path, 
     few = KNNSearcher(path, probe=1).search(keys, 390)[1]
     all_lists = KNNSearcher(path, probe=1000).search(keys, 390)[1]
     assert (few < 0).any() and not (all_lists < 0).any()
-
-
-def test_small_batches_give_what_large_ones_give(tmp_path: Path) -> None:
-    keys, _ = random_rows(BLOCK_ROWS * 5)
-    searcher = KNNSearcher(write_index(tmp_path / "ivf.index", keys, "IVF8,PQ4x4"), probe=4)
-    whole = searcher.search(keys, 20)
-    pieces = [searcher.search(keys[start : start + 64], 20) for start in range(0, len(keys), 64)]
-    np.testing.assert_array_equal(np.concatenate([ids for _, ids in pieces]), whole[1])
 
 
 @pytest.mark.parametrize("fits", [True, False])
