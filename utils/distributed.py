@@ -36,8 +36,9 @@ def note_lone_process() -> None:
 
     It does so with --cpu, and without a GPU; it sets the address of a main process then, though there is none to find.
     """
-    alone = "WORLD_SIZE" not in os.environ and not any(name.endswith("_SIZE") for name in os.environ if "MPI" in name)
-    if alone and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+    counts = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    asked_for_several = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if asked_for_several and not any(name in os.environ for name in counts):
         print(
             "accelerate started one process only; for several on the CPU: "
             "accelerate launch --config_file accelerate_config/cpu.yaml --num_processes N",
