@@ -25,14 +25,8 @@ if [ "${USE_NEURAL_KNN:-1}" = 1 ]; then
     options+=(--lmbda "${LAMBDA:-0.50}" --knn_temp "${KNN_TEMP:-1}")
     OUTPUT_DIR="${OUTPUT_DIR:-results/qa/$TASK}"
 fi
-[ -z "${DATASET:-}" ] || options+=(--dataset_name "$DATASET")
-[ -z "${DATASET_CONFIG:-}" ] || options+=(--dataset_config_name "$DATASET_CONFIG")
-[ -z "${SUBSET:-}" ] || options+=(--eval_subset "$SUBSET")
-[ -z "${PROMPT_FILE:-}" ] || options+=(--prompt_file "$PROMPT_FILE")
-[ -z "${START:-}" ] || options+=(--start "$START")
-[ -z "${MAX_EVAL_SAMPLES:-}" ] || options+=(--max_eval_samples "$MAX_EVAL_SAMPLES")
-[ -z "${TORCH_DTYPE:-}" ] || options+=(--torch_dtype "$TORCH_DTYPE")
-[ -z "${DEVICE_MAP:-}" ] || options+=(--device_map "$DEVICE_MAP")
+add_given --dataset_name DATASET --dataset_config_name DATASET_CONFIG --eval_subset SUBSET --prompt_file PROMPT_FILE \
+    --start START --max_eval_samples MAX_EVAL_SAMPLES --torch_dtype TORCH_DTYPE --device_map DEVICE_MAP
 
 run "evaluate $TASK" "$PYTHON" -m downstream.eval_qa \
     --model_name_or_path "${MODEL:-mistralai/Mistral-7B-v0.3}" \

@@ -81,12 +81,15 @@ def main() -> None:
     ensure_folder(harness.output_dir)
     language_model = register()(batch_size=harness.per_device_eval_batch_size, **vars(model))
     scored = {}
-    for name, lmbda in {**({"base": 0.0} if harness.with_base else {}), "": model.lmbda}.items():
-        if model.use_neural_knn:
-            language_model.model.lmbda = lmbda  # at lambda 0 the joint model computes the base alone
-        scored[name] = evaluate(language_model, names, manager, harness)
+    if harness.with_base:
+        # At lambda 0 the joint model computes the base alone and runs no memory.
+        language_model.model.lmbda = 0.0
+        scored["base"] = evaluate(language_model, names, manager, harness)
+        language_model.model.lmbda = model.lmbda
+    which = f"base + memory (lambda {model.lmbda:g})" if model.use_neural_knn else "base"
+    scored[which] = evaluate(language_model, names, manager, harness)
     results = {
-        **plain(scored[""]),
+        **plain(scored[which]),
         **({"base": plain(scored["base"])} if harness.with_base else {}),
         **model.stated(),
         "settings": {
@@ -98,9 +101,8 @@ def main() -> None:
         },
     }
     write_results(harness.output_dir, results, started)
-    joint = f"base + memory (lambda {model.lmbda:g})" if model.use_neural_knn else "base"
     for name, found in scored.items():
-        print(f"{name or joint}\n{make_table(found)}")
+        print(f"{name}\n{make_table(found)}")
 
 
 @functools.cache
@@ -183,10 +185,7 @@ def check_names(names: Sequence[str], manager: Any) -> None:
     for name in names:
         if not manager.match_tasks([name]):
             own = ", ".join(sorted(each for each in manager.all_tasks if each.startswith("mlpmem_")))
-            raise InputError(
-                f"--tasks {name}: unknown; expected one of {own}, or one of the harness's {len(manager.all_tasks)} "
-                "(lm-eval ls tasks lists them)"
-            )
+            raise InputError(f"--tasks {name}: unknown; expected one of {own}, or one that lm-eval ls tasks lists")
 
 
 def plain(found: Mapping[str, Any]) -> dict[str, Any]:

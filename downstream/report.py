@@ -31,6 +31,7 @@ def main() -> None:
         raise InputError("--work: is required")
     from utils.evaluation import versions
     from utils.files import atomic_file, ensure_folder, read_json, write_json
+    from utils.plots import draw_lambda, draw_training, figure_of, save_figure
 
     work, output = Path(arguments.work), ensure_folder(arguments.output_dir)
     stages = ("knnlm_validation", "knnlm_test", "joint_validation", "joint_test", "recall")
@@ -67,7 +68,11 @@ def main() -> None:
     print(text)
     with atomic_file(output / "report.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-    plot(training["log"], joint_validation, knn_validation["grid"], output / "report.png")
+    figure, axes = figure_of(2)
+    draw_training(axes[0], training["log"])
+    grids = {"base + memory": joint_validation["grid"], "kNN-LM": knn_validation["grid"]}
+    draw_lambda(axes[1], grids, joint_validation["base_perplexity"], joint_validation["lmbda"])
+    save_figure(figure, output / "report.png")
     write_json(output / "results.json", results)
     print(f"\n{output / 'results.json'}, {output / 'report.md'}, {output / 'report.png'}")
 
@@ -121,17 +126,6 @@ def recall_line(results: dict[str, Any]) -> str:
         f"Facts of the trained articles completed ({results['recall_cases']} cases): base "
         f"{results['recall_base']:.1%}, base + memory {results['recall_memory']:.1%} ({gain:.1f} standard errors apart)."
     )
-
-
-def plot(log: list[dict], joint: dict[str, Any], knn_grid: list[dict], path: Path) -> None:
-    """Training curve, and validation perplexity against lambda for the memory and the kNN-LM."""
-    from utils.plots import draw_lambda, draw_training, figure_of, save_figure
-
-    figure, axes = figure_of(2)
-    draw_training(axes[0], log)
-    grids = {"base + memory": joint["grid"], "kNN-LM": knn_grid}
-    draw_lambda(axes[1], grids, joint["base_perplexity"], joint["lmbda"])
-    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -28,23 +28,14 @@ class ReproductionArguments:
     output_dir: str = flag("results/wikitext103", "folder of work/, results.json and table.md")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the table: the flag that names its model, its stage, its name, and the paper's figure."""
-
-    flag: str
-    stage: str
-    name: str
-    published: float | None
-
-
+# The flag that names a row's model, its stage, its name, and the paper's figure.
 ROWS = (
-    Row("small_vanilla", "small_vanilla", "GPT2-small-vanilla", None),
-    Row("small", "small_finetuned", "GPT2-small-finetuned", None),
-    Row("vanilla", "large_vanilla", "GPT2-large-vanilla", 15.80),
-    Row("large", "large_finetuned", "GPT2-large-finetuned", 10.42),
-    Row("xl", "xl_finetuned", "GPT2-xl-finetuned", 10.16),
-    Row("memory", "large_memory", "GPT2-large-finetuned + MLPMem", 9.58),
+    ("small_vanilla", "small_vanilla", "GPT2-small-vanilla", None),
+    ("small", "small_finetuned", "GPT2-small-finetuned", None),
+    ("vanilla", "large_vanilla", "GPT2-large-vanilla", 15.80),
+    ("large", "large_finetuned", "GPT2-large-finetuned", 10.42),
+    ("xl", "xl_finetuned", "GPT2-xl-finetuned", 10.16),
+    ("memory", "large_memory", "GPT2-large-finetuned + MLPMem", 9.58),
 )
 
 
@@ -79,31 +70,25 @@ def table(arguments: ReproductionArguments) -> tuple[str, dict[str, Any]]:
 
     work = Path(arguments.output_dir) / "work"
     rows = []
-    for row in ROWS:
-        model = getattr(arguments, row.flag)
+    for flag_name, stage, name, published in ROWS:
+        model = getattr(arguments, flag_name)
         if not model:
             continue
-        result = read_json(work / row.stage / "results.json")
-        count = f"{base_parameters(arguments.large if row.flag == 'memory' else model) / 1e6:.4g}M"
-        if row.flag == "memory":
-            count += f" + {memory_parameters(model) / 1e6:.4g}M"
+        result = read_json(work / stage / "results.json")
+        if flag_name == "memory":
+            sizes = f"{base_parameters(arguments.large) / 1e6:.4g}M + {memory_parameters(model) / 1e6:.4g}M"
+        else:
+            sizes = f"{base_parameters(model) / 1e6:.4g}M"
         rows.append(
             {
-                "model": row.name,
-                "parameters": count,
-                "published": row.published,
-                "measured": result["perplexity"],
-                "tokens": result["tokens"],
-                "path": result["memory"] or result["model"],
-                "lmbda": result["lmbda"],
-                "knn_temp": result["knn_temp"],
+                **{"model": name, "parameters": sizes, "published": published, "measured": result["perplexity"]},
+                **{"tokens": result["tokens"], "path": result["memory"] or result["model"]},
+                **{"lmbda": result["lmbda"], "knn_temp": result["knn_temp"]},
             }
         )
     counts = {row["tokens"] for row in rows}
     if len(counts) > 1:
-        raise InputError(
-            f"{work}: the stages scored {sorted(counts)} tokens, expected one number; remove {work / 'done'}"
-        )
+        raise InputError(f"{work}: the stages scored {sorted(counts)} tokens, expected one number; remove {work}/done")
     title = ["Stand-ins: tiny models, trained here, in the places of the paper's.", ""] if arguments.standins else []
     lines = [*title, "| Model | #Params | PPL published | PPL measured |", "| --- | --- | --- | --- |"]
     for row in rows:
