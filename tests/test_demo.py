@@ -142,8 +142,7 @@ def test_a_seed_fixes_both_texts_and_leaves_the_callers_randomness_alone(joint):
 
 
 def test_with_lambda_0_both_sides_sample_the_same_text():
-    model = tiny_joint("mistral", lmbda=0.0)
-    made = both(model, Sampling(12, temperature=1.2))
+    made = both(tiny_joint("mistral", lmbda=0.0), Sampling(12, temperature=1.2))
     assert made[BASE] == made[JOINT] != []
 
 
@@ -167,23 +166,17 @@ def test_a_prompt_is_refused_when_empty_or_too_long_and_the_tokens_asked_for_fit
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("name", "values"),
     [
-        {"temperature": -1.0},
-        {"temperature": math.nan},
-        {"temperature": math.inf},
-        {"top_p": 0.0},
-        {"top_p": 1.1},
-        {"top_p": math.nan},
-        {"num_beams": 0},
-        {"max_new_tokens": 0},
-        {"seed": -1},
-        {"seed": 1 << 64},
+        ("temperature", (-1.0, math.nan, math.inf)),
+        ("top_p", (0.0, 1.1, math.nan)),
+        *(("num_beams", (0,)), ("max_new_tokens", (0,)), ("seed", (-1, 1 << 64))),
     ],
 )
-def test_a_sampling_setting_out_of_range_is_named(wrong):
-    with pytest.raises(InputError, match=f"^--{next(iter(wrong))} .*expected"):
-        Sampling(**wrong).check()
+def test_a_sampling_setting_out_of_range_is_named(name, values):
+    for value in values:
+        with pytest.raises(InputError, match=f"^--{name} .*expected"):
+            Sampling(**{name: value}).check()
 
 
 def test_a_character_made_of_several_tokens_is_shown_when_it_is_whole():

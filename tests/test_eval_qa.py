@@ -17,6 +17,7 @@ from tiny_models import tiny_base, tiny_memory
 from downstream.scoring import Evaluator, cut
 from downstream.tasks import TASKS, Prompt
 from models import MLPMemory
+from utils.files import FolderLock
 
 NQ = [
     {"question": "who wrote it", "answer": ["James", "the first"]},
@@ -127,11 +128,10 @@ def test_halueval_prompts_follow_the_instruction():
     assert hallucinated.text == "Judge.\n\n#Question#: Which?\n#Answer#: that\n#Your Judgement#:"
 
 
-def test_generation_settings_are_the_benchmarks():
+def test_a_generated_text_is_cut_at_the_benchmarks_stop_characters():
     assert (TASKS["nq"].max_new_tokens, TASKS["nq"].stop) == (15, "\n")
     assert (TASKS["webqa"].max_new_tokens, set(TASKS["webqa"].stop)) == (100, {"\n", ".", ","})
-    assert cut(" one. two\nthree", "\n") == " one. two"
-    assert cut(" one. two\nthree", "\n.,") == " one"
+    assert [cut(" one. two\nthree", stop) for stop in ("\n", "\n.,")] == [" one. two", " one"]
     assert cut("\nthree", "\n") == ""
 
 
@@ -245,23 +245,6 @@ def test_an_end_token_that_the_tokenizer_appends_is_left_out(tokenizer):
 # The command
 
 
-@pytest.mark.parametrize("flags", ["base", "joint"])
-def test_results_do_not_depend_on_the_batch_size(world, tmp_path, flags):
-    more = joint_flags(world) if flags == "joint" else ()
-    truth = (*TRUTH_FLAGS, world / "truth.csv", "--prompt_file", world / "demonstrations.txt")
-    for task in (("--task", "nq", "--dataset_name", world / "nq.jsonl"), truth):
-        results, lines = zip(
-            *(
-                ask(world, tmp_path / f"{task[1]}{size}", *task, *more, "--per_device_eval_batch_size", size)
-                for size in (1, 4)
-            ),
-            strict=True,
-        )
-        for name, value in results[0]["metrics"].items():
-            assert results[1]["metrics"][name] == pytest.approx(value, abs=1e-5)
-        assert [line.get("prediction") for line in lines[0]] == [line.get("prediction") for line in lines[1]]
-
-
 def test_the_memory_changes_the_scores_and_lambda_zero_gives_the_bases(world, tmp_path):
     task = ("--task", "halueval_plain", "--dataset_name", world / "halu.jsonl")
     scores = {}
@@ -331,13 +314,9 @@ def test_every_file_format_gives_the_same_rows(world, tmp_path):
 
 
 def test_triviaqa_answers_are_value_and_aliases():
-    column = TASKS["triviaqa"].columns["answers"]
-    cell = {
-        "value": "Sunset Boulevard",
-        "aliases": ["Sunset Blvd", "Sunset Boulevard"],
-        "normalized_aliases": ["sunset blvd"],
-    }
-    assert column.read(cell) == ["Sunset Boulevard", "Sunset Blvd", "sunset blvd"]
+    names = {"aliases": ["Sunset Blvd", "Sunset Boulevard"], "normalized_aliases": ["sunset blvd"]}
+    answers = TASKS["triviaqa"].columns["answers"].read({"value": "Sunset Boulevard", **names})
+    assert answers == ["Sunset Boulevard", "Sunset Blvd", "sunset blvd"]
 
 
 # Going on after an interruption
@@ -456,8 +435,6 @@ def test_a_memory_of_another_base_is_refused(world, tmp_path):
 
 
 def test_an_output_folder_in_use_is_refused(world, tmp_path):
-    from utils.files import FolderLock
-
     with FolderLock(tmp_path):
         line = refused_here("downstream.eval_qa", *base_flags(world, tmp_path), "--dataset_name", world / "nq.jsonl")
     assert "another run" in line

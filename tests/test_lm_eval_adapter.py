@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, command, refused_here, run
 from qa_models import plain_greedy, plain_log_probs, save_models
 
@@ -134,7 +135,7 @@ OWN_ROWS = {
     "mr": [{"text": "a fine film", "label": 1}, {"text": "dull", "label": 0}],
     "cr": [{"text": "it works", "label": 1}, {"text": "it broke", "label": 0}],
     "rotten_tomatoes": [{"text": "a fine film", "label": 1}, {"text": "dull", "label": 0}],
-    "hyperpartisan": [{"text": "they lie!", "label": "true"}, {"text": "it rained", "label": "false"}],
+    "hyperpartisan": [{"text": "they lie!", "label": "true"}, {"text": "it rained", "label": "mainstream"}],
     "ag_news": [{"text": "shares fell", "label": 2}, {"text": "they won", "label": 1}],
     "yahoo_answers": [{"question_title": "why?", "question_content": "is it so", "topic": 9}],
 }
@@ -158,21 +159,11 @@ def test_every_general_task_runs_on_rows_of_its_datasets_columns(world, tmp_path
 
 def test_the_group_holds_the_nine_tasks_of_the_paper():
     from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._yaml_loader import load_yaml
 
     manager = TaskManager(include_path=str(OWN))
-    members = load_yaml(OWN / "mlpmem_general.yaml")["task"]
+    members = yaml.safe_load((OWN / "mlpmem_general.yaml").read_text())["task"]
     assert len(members) == 9
     assert all(manager.match_tasks([name]) == [name] for name in members)
-
-
-def test_labels_of_hyperpartisan_news_are_read_in_every_spelling():
-    from jinja2 import Template
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    target = Template(load_yaml(OWN / "hyperpartisan.yaml")["doc_to_target"])
-    assert [target.render(label=label) for label in (True, 1, "true", "hyperpartisan")] == ["1"] * 4
-    assert [target.render(label=label) for label in (False, 0, "false", "mainstream")] == ["0"] * 4
 
 
 @pytest.mark.parametrize(
