@@ -134,10 +134,7 @@ class _LastCapture(HiddenCapture):
 
 @torch.no_grad()
 def hidden_states(
-    model: nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    layer_position: int = -1,
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, layer_position: int = -1
 ) -> torch.Tensor:
     """Captured hidden states (batch, time, hidden) of `input_ids` (batch, time), in the model's dtype, without gradient.
 

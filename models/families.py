@@ -33,10 +33,7 @@ def memory_class(config: PretrainedConfig) -> type[MLPStack]:
 
 
 def load_memory(
-    path: str | os.PathLike,
-    *,
-    dtype: torch.dtype | None = torch.float32,
-    device: torch.device | str | None = None,
+    path: str | os.PathLike, *, dtype: torch.dtype | None = torch.float32, device: torch.device | str | None = None
 ) -> MLPStack:
     """Load the memory at `path` (a folder, or a hub name), in eval mode.
 

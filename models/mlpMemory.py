@@ -290,10 +290,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        **kwargs: Any,
+        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Any:
         """`GenerationMixin.generate`, all of it, on the joint distribution.
 

@@ -133,11 +133,7 @@ class MLPStack:
 
     @classmethod
     def from_pretrained(
-        cls,
-        path: str | os.PathLike,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        cls, path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> MLPStack:
         """Load a memory of this class from a folder or the hub, in eval mode.
 

@@ -126,10 +126,7 @@ def init_from_base(memory: nn.Module, base: nn.Module, scale: BaseScale, layer_p
 
 @torch.no_grad()
 def measure_scale(
-    base: nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    layer_position: int = -1,
+    base: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, layer_position: int = -1
 ) -> BaseScale:
     """Typical sizes around the captured block over `input_ids` (batch, time): a few hundred tokens of real text do."""
     block = captured_block(base, layer_position)
