@@ -15,6 +15,7 @@ from models.capture import (
     final_norm,
     hidden_and_head_input,
     hidden_states,
+    logit_scale,
 )
 
 pytestmark = pytest.mark.unit
@@ -48,15 +49,6 @@ def test_states_equal_those_of_a_full_forward_with_padding_on_either_side(base):
         assert torch.equal(hidden_states(base, ids, mask)[mask.bool()], expected[mask.bool()])
 
 
-def test_states_of_a_cached_continuation_are_captured_for_the_new_tokens_only(base):
-    ids = some_ids()
-    whole = hidden_states(base, ids)
-    with torch.no_grad():
-        cache = base(ids[:, :8], use_cache=True).past_key_values
-    rest = captured_by_a_full_forward(base, -1, input_ids=ids[:, 8:], past_key_values=cache)
-    torch.testing.assert_close(rest, whole[:, 8:], rtol=1e-4, atol=1e-4)
-
-
 def test_nothing_after_the_captured_input_runs(base):
     ran = []
     later = [captured_module(base, 0), decoder_blocks(base)[1], final_norm(base), base.get_output_embeddings()]
@@ -85,10 +77,17 @@ def test_states_and_logits_at_selected_positions_are_those_of_a_full_forward_the
     torch.testing.assert_close(base_logits(base, head_input), base(ids).logits[positions], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "scale"), [("gemma2", {}, 1), ("granite", {"logits_scaling": 6.0}, 1 / 6)]
+)
+def test_the_factor_on_the_logits_is_found_in_bfloat16(family, changes, scale):
+    assert logit_scale(tiny_base(family, **changes).to(torch.bfloat16)) == pytest.approx(scale, rel=1e-3)
+
+
 def test_a_family_that_does_something_else_to_its_logits_is_refused():
     base = tiny_base("llama")
     base.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits.square()))
-    with pytest.raises(ValueError, match="'llama': scales its logits in a way"):
+    with pytest.raises(ValueError, match="'llama': what it does to its logits"):
         base_logits(base, torch.zeros(1, 32))
 
 

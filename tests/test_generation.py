@@ -131,19 +131,6 @@ def test_each_row_of_a_padded_batch_samples_from_its_own_distribution(llama):
         assert chi_square_deviation(drawn, expected[row - 1]) > LIMIT
 
 
-@pytest.mark.parametrize("ways", [{}, {"cache_implementation": "static"}, {"num_beams": 3}])
-def test_any_number_of_sampled_texts_comes_back_for_each_prompt(llama, ways):
-    ids, mask = left_padded(PROMPTS)
-    settings = {"do_sample": True, "max_new_tokens": 4, "num_return_sequences": 3, "pad_token_id": 0, **ways}
-    made = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        made.append(llama.generate(ids, attention_mask=mask, eos_token_id=None, **settings))
-    assert made[0].shape == (3 * len(PROMPTS), ids.shape[1] + 4)
-    assert torch.equal(made[0][:, : ids.shape[1]], ids.repeat_interleave(3, dim=0))
-    assert torch.equal(*made)
-
-
 def test_tokens_guessed_ahead_change_nothing(llama):
     prompt = torch.tensor([[5, 9, 13, 5, 9, 13, 5, 9]])
     settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

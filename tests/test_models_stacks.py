@@ -286,17 +286,14 @@ def test_weights_are_read_strictly(llama):
             load_memory(llama)
 
 
-def test_another_familys_class_refuses_the_memory(llama):
-    with pytest.raises(ValueError, match="holds a memory of the llama family, expected one for GPT2MLPModel"):
-        GPT2MLPModel.from_pretrained(llama)
-
-
 def test_what_is_no_memory_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         load_memory(tmp_path / "absent")
     with pytest.raises(ValueError, match="holds no MLP memory"):
         load_memory(tmp_path)
     (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="holds a memory of the llama family, expected one for GPT2MLPModel"):
+        GPT2MLPModel.from_pretrained(GOLDEN / "llama" / "memory")
     with pytest.raises(ValueError, match="is a file"):
         load_memory(tmp_path / "file")
     (tmp_path / "config.json").write_text("{")

@@ -84,17 +84,13 @@ def test_later_blocks_hand_their_input_on(world):
         assert torch.equal(block(world.states), world.states)
 
 
-def test_an_earlier_layer_starts_from_its_own_mlp(world):
+def test_an_earlier_layer_starts_from_its_own_mlp_and_the_base_is_left_as_it_was(world):
+    before = {name: value.clone() for name, value in world.base.state_dict().items()}
     memory = tiny_memory(world.base)
     scale = measure_scale(world.base, some_ids(4, 32), layer_position=0)
     init_from_base(memory, world.base, scale, layer_position=0)
     first = next(iter(memory.blocks[0].mlp.parameters()))
     assert torch.equal(first, next(iter(captured_module(world.base, 0).parameters())))
-
-
-def test_the_base_is_left_as_it_was(world):
-    before = {name: value.clone() for name, value in world.base.state_dict().items()}
-    init_from_base(tiny_memory(world.base), world.base, world.scale)
     assert all(torch.equal(value, before[name]) for name, value in world.base.state_dict().items())
 
 
