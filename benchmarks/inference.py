@@ -128,13 +128,9 @@ def bare_products(memory: Any, device: str) -> Callable[[], None]:
     import torch
     import torch.nn.functional as F
 
-    from benchmarks.training_step import is_matrix, matrix_shape
+    from benchmarks.training_step import matrices
 
-    weights = []
-    for module in memory.modules():
-        if is_matrix(module):
-            weight = module.weight.detach()
-            weights.append(weight if matrix_shape(module) == tuple(weight.shape) else weight.t().contiguous())
+    weights = [weight.contiguous() for weight in matrices(memory)]
     inputs = [torch.randn(1, weight.shape[1], device=device, dtype=weight.dtype) for weight in weights]
 
     @torch.inference_mode()

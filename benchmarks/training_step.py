@@ -101,10 +101,9 @@ def bare_products(trainer: Any, rows: int, dtype: Any) -> Callable[[], None]:
 
     layers = []  # of each: weight, input, output, the gradients of weight and, unless it is the first, of input
     for number, block in enumerate(memory.blocks):
-        # (out, in) whatever the family's layer class stores
-        shapes = [matrix_shape(module) for module in block.modules() if is_matrix(module)]
-        for place, (out, width) in enumerate(shapes):
-            needs_input = number > 0 or place == len(shapes) - 1
+        weights = matrices(block)
+        for place, (out, width) in enumerate(weight.shape for weight in weights):
+            needs_input = number > 0 or place == len(weights) - 1
             weight, x = random(out, width), random(micro, width)
             grads = torch.empty_like(weight), torch.empty_like(x) if needs_input else None
             layers.append((weight, x, random(micro, out), random(micro, out), *grads))
@@ -132,15 +131,10 @@ def bare_products(trainer: Any, rows: int, dtype: Any) -> Callable[[], None]:
     return run
 
 
-def is_matrix(module: Any) -> bool:
-    weight = getattr(module, "weight", None)
-    return weight is not None and weight.ndim == 2
-
-
-def matrix_shape(module: Any) -> tuple[int, int]:
-    """(out, in) of a Linear, or of GPT-2's Conv1D, which stores its weight the other way round."""
-    shape = tuple(module.weight.shape)
-    return shape if hasattr(module, "out_features") else shape[::-1]
+def matrices(module: Any) -> list[Any]:
+    """The weights (out, in) of a module's products: of each Linear, and of GPT-2's Conv1D, which stores (in, out)."""
+    found = [each for each in module.modules() if getattr(getattr(each, "weight", None), "ndim", 0) == 2]
+    return [each.weight.detach() if hasattr(each, "out_features") else each.weight.detach().t() for each in found]
 
 
 def plain_rate(setting: Setting, source: Any) -> float:

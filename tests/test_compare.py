@@ -14,29 +14,10 @@ from conftest import command, make_base, refused, refused_here
 pytest.importorskip("peft", reason="the extra `compare` is not installed")
 pytest.importorskip("bm25s", reason="the extra `compare` is not installed")
 
-WORDS = [
-    "river",
-    "village",
-    "painter",
-    "album",
-    "bridge",
-    "castle",
-    "valley",
-    "island",
-    "station",
-    "museum",
-    "garden",
-    "engine",
-]
+WORDS = ("river", "village", "painter", "album", "bridge", "castle", "valley", "island", "station", "museum", "garden")
 SIZES = {
-    "max_cases": 20,
-    "max_eval_tokens": 320,
-    "speed_prompts": 2,
-    "new_tokens": 3,
-    "rag_chunk": 16,
-    "rag_query": 24,
-    "choose_windows": 2,
-    "passage_tokens": 40,
+    **{"max_cases": 20, "max_eval_tokens": 320, "speed_prompts": 2, "new_tokens": 3, "rag_chunk": 16},
+    **{"rag_query": 24, "choose_windows": 2, "passage_tokens": 40},
 }
 
 
@@ -68,55 +49,43 @@ def work(tmp_path_factory):
     (folder / "embedded" / "web.txt").write_text("\n".join(f"Buy {a} and {b} now!" for a in WORDS for b in WORDS))
     text = folder / "embedded" / "wiki.txt"
     text.write_text("@@".join(article(number) for number in range(60)))
-    windows, dstore = folder / "windows", folder / "dstore"
+    windows, dstore, targets = folder / "windows", folder / "dstore", folder / "targets"
+    index, memory = dstore / "train.index", folder / "memory"
+    stored = {split: dstore / f"dstore_llama_{split}_32.arrow" for split in ("train", "validation", "test")}
+    base = ("--model_name_or_path", model, "--dataset_name", windows, "--report_to", "none")
+
     command(
-        "utils.preprocess_dataset",
-        *("--dataset_name", text, "--tokenizer_path", model, "--output_dir", windows, "--document_separator", "@@"),
-        *("--block_size", 64, "--stride", 64, "--validation_fraction", 0.2, "--test_fraction", 0.2),
+        *("utils.preprocess_dataset", "--dataset_name", text, "--tokenizer_path", model, "--output_dir", windows),
+        *("--document_separator", "@@", "--block_size", 64, "--stride", 64),
+        *("--validation_fraction", 0.2, "--test_fraction", 0.2),
     )
-    for split in ("train", "validation", "test"):
-        command(
-            "train_base",
-            *("--model_name_or_path", model, "--dataset_name", windows, "--do_eval", "--eval_subset", split),
-            *("--save_knnlm_dstore", "--dstore_dir", dstore, "--output_dir", folder / "embed", "--report_to", "none"),
-            *(() if split == "train" else ("--save_logprob",)),
-        )
-    paths = {split: dstore / f"dstore_llama_{split}_32.arrow" for split in ("train", "validation", "test")}
-    index = dstore / "train.index"
+    for split in stored:
+        save = ("--do_eval", "--save_knnlm_dstore", "--dstore_dir", dstore, "--output_dir", folder / "embed")
+        save += () if split == "train" else ("--save_logprob",)
+        command("train_base", *base, "--eval_subset", split, *save)
+    made = ("--dstore_path", stored["train"], "--index_path", index)
+    command("knn_utils.build_index", *made, "--index_factory", "IVF4,Flat")
+    search = ("--k", 16, "--probe", 4)
+    settings = ("--output_path", targets, "--ignore_first", "True", "--knn_temp", 4, "--batch_size", 256)
+    command("knn_utils.saveKNNMulti", *made, *search, *settings)
     command(
-        "knn_utils.build_index", "--dstore_path", paths["train"], "--index_path", index, "--index_factory", "IVF4,Flat"
+        *("train_mlpmem_offline", *base, "--knn_save_path", targets, "--knn_dstore_path", stored["train"]),
+        *("--validation_split_name", "none", "--output_dir", memory, "--init_from_base", "--memory_layers", 1),
+        *("--num_train_epochs", 1, "--seed", 3, "--num_warmup_steps", 2, "--per_device_train_batch_size", 4),
+        *("--learning_rate", 1e-2, "--mixed_precision", "no"),
     )
-    search = ("--index_file", index, "--k", 16, "--probe", 4)
-    targets = folder / "targets"
-    command(
-        "knn_utils.saveKNNMulti",
-        *("--dstore_path", paths["train"], "--index_path", index, "--output_path", targets, "--ignore_first", "True"),
-        *("--k", 16, "--probe", 4, "--knn_temp", 4, "--batch_size", 256),
-    )
-    command(
-        "train_mlpmem_offline",
-        *("--model_name_or_path", model, "--dataset_name", windows, "--knn_save_path", targets),
-        *("--knn_dstore_path", paths["train"], "--validation_split_name", "none", "--output_dir", folder / "memory"),
-        *("--init_from_base", "--memory_layers", 1, "--num_train_epochs", 1, "--seed", 3, "--num_warmup_steps", 2),
-        *("--per_device_train_batch_size", 4, "--learning_rate", 1e-2, "--mixed_precision", "no"),
-    )
-    for split, grid in (("validation", (0.2, 0.5)), ("test", None)):
-        chosen = {
-            name: ("--lmbda", *grid) if grid else ("--choose_on", folder / f"{name}_validation" / "results.json")
-            for name in ("knnlm", "joint")
-        }
-        command(
-            "train_base",
-            *("--do_eval", "--knn", "--dataset_name", windows, "--eval_subset", split, "--dstore_path", paths[split]),
-            *("--val_file", paths["train"], *search, "--output_dir", folder / f"knnlm_{split}"),
-            *("--report_to", "none", *chosen["knnlm"]),
-        )
-        command(
-            "evaluate_joint",
-            *("--do_test", "--model_name_or_path", model, "--knn_generator_path", folder / "memory" / "epoch_1"),
-            *("--dataset_name", windows, "--dataset_split_name", split, "--output_dir", folder / f"joint_{split}"),
-            *("--report_to", "none", *chosen["joint"]),
-        )
+    for split in ("validation", "test"):
+        for name in ("knnlm", "joint"):
+            output = ("--output_dir", folder / f"{name}_{split}")
+            chosen = ("--choose_on", folder / f"{name}_validation" / "results.json")
+            chosen = ("--lmbda", 0.2, 0.5) if split == "validation" else chosen
+            if name == "knnlm":
+                near = ("--knn", "--dstore_path", stored[split], "--val_file", stored["train"], "--index_file", index)
+                flags = ("--dataset_name", windows, "--report_to", "none", "--do_eval", "--eval_subset", split, *near)
+                command("train_base", *flags, *search, *output, *chosen)
+            else:
+                flags = ("--do_test", "--dataset_split_name", split, "--knn_generator_path", memory / "epoch_1")
+                command("evaluate_joint", *base, *flags, *output, *chosen)
     return folder
 
 
