@@ -34,6 +34,7 @@ from knn_utils.planner import (
 )
 from utils.cli import flag, parse
 from utils.errors import InputError, command, one_line
+from utils.files import sha256_file
 from utils.units import size_text
 
 # Rows that are read for each comparison, in so many blocks spread over the data.
@@ -68,7 +69,9 @@ class PreflightArguments(Sizes):
     knn_save_path: str | None = flag(None, "kNN targets")
     knn_generator_path: str | None = flag(None, "memory")
     layer_position: int | None = flag(None, "block that everything should have been captured at; default: any, but one")
-    verify: bool = flag(False, "also compare the checksums of datastore and kNN targets, which reads all of them")
+    verify: bool = flag(
+        False, "also compare the checksums of datastore, index and kNN targets, which reads all of them"
+    )
     output_dir: str | None = flag(None, "folder that the stages will write to: its disk has to suffice")
     device_memory_gb: float | None = flag(None, "memory of each device, to be compared; default: this machine's")
     measure: str | None = flag(None, "model to measure rates with on this machine: a few windows and searches")
@@ -250,6 +253,9 @@ def look_at_index(arguments: PreflightArguments, chain: Chain) -> None:
         chain.state("rows", files.record["rows"], path)
         if not same_rows(made_from.get("fingerprint"), Datastore.open(arguments.dstore_path)):
             raise InputError(f"{path}: was built from other rows than {arguments.dstore_path}; build it again")
+    for shard, recorded in zip(files.shards, files.record["shards"], strict=True):
+        if arguments.verify and sha256_file(shard.path) != recorded["sha256"]:
+            raise InputError(f"{shard.path}: does not match its checksum, a byte was changed; build it again")
     size = size_text(sum(shard.bytes for shard in files.shards))
     chain.facts.append(f"index {path}: {files.record['rows']} rows, {len(files.shards)} files, {size}")
 

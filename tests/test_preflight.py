@@ -162,6 +162,17 @@ def test_files_that_do_not_belong_together_are_refused(llama_world, capsys, tmp_
         assert expected in refused(capsys, *flat(files(llama_world) | changed))
 
 
+def test_a_changed_byte_of_an_index_is_found_on_request(llama_world, capsys, tmp_path):
+    index = tmp_path / llama_world.index.name
+    content = bytearray(llama_world.index.read_bytes())
+    content[-1] ^= 1
+    index.write_bytes(content)
+    record = llama_world.index.with_name(index.name + ".json")
+    (tmp_path / record.name).write_bytes(record.read_bytes())
+    preflight(capsys, "--index_path", index)
+    assert "checksum" in refused(capsys, "--index_path", index, "--verify")
+
+
 def test_other_labels_are_refused(llama_world, capsys, tmp_path):
     from knn_utils.datastore import Datastore, datastore_batch
     from knn_utils.parts import write_single_file
