@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
@@ -28,7 +28,7 @@ from .joint_files import (
     resize_to_memory,
     save_joint,
 )
-from .stack import shifted_nll
+from .stack import check_fit, shifted_nll
 
 logger = logging.get_logger(__name__)
 
@@ -334,23 +334,3 @@ def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Ten
     if isinstance(logits_to_keep, int):
         return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
     return hidden[:, logits_to_keep.to(hidden.device)]
-
-
-def check_fit(base_config: PretrainedConfig, memory: nn.Module) -> None:
-    """Raises ValueError when a memory cannot belong to a base: family, hidden size or vocabulary differ."""
-    base = base_config.get_text_config()
-    vocabulary = memory.lm_head.weight.shape[0]
-    hint = "use the memory that was trained for this base"
-    if memory.config.model_type != base.model_type:
-        raise ValueError(
-            f"the memory is for the {memory.config.model_type} family, the base is {base.model_type}; {hint}"
-        )
-    if memory.input_dim != base.hidden_size:
-        raise ValueError(
-            f"the memory reads hidden states of size {memory.input_dim}, the base's hidden size is {base.hidden_size}; {hint}"
-        )
-    if vocabulary != base.vocab_size:
-        raise ValueError(
-            f"the memory's vocabulary has {vocabulary} tokens, the base's {base.vocab_size}; {hint}, with the base's "
-            "embeddings resized to its tokenizer"
-        )

@@ -210,6 +210,26 @@ def memory_config(base_config: PretrainedConfig, layers: int) -> PretrainedConfi
     return config
 
 
+def check_fit(base_config: PretrainedConfig, memory: nn.Module) -> None:
+    """Raises ValueError when a memory cannot belong to a base: family, hidden size or vocabulary differ."""
+    base = base_config.get_text_config()
+    vocabulary = memory.lm_head.weight.shape[0]
+    hint = "use the memory that was trained for this base"
+    if memory.config.model_type != base.model_type:
+        raise ValueError(
+            f"the memory is for the {memory.config.model_type} family, the base is {base.model_type}; {hint}"
+        )
+    if memory.input_dim != base.hidden_size:
+        raise ValueError(
+            f"the memory reads hidden states of size {memory.input_dim}, the base's hidden size is {base.hidden_size}; {hint}"
+        )
+    if vocabulary != base.vocab_size:
+        raise ValueError(
+            f"the memory's vocabulary has {vocabulary} tokens, the base's {base.vocab_size}; {hint}, with the base's "
+            "embeddings resized to its tokenizer"
+        )
+
+
 def find_memory(path: str | os.PathLike) -> Path:
     """The folder in or below `path` (a folder, or a hub name) that holds a memory's config and weights.
 

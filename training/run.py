@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, set_seed
 
-from models import memory_class
+from models.families import memory_class
 from models.stack import memory_config as stack_config
 from models.starts import init_from_base, init_lm_head, measure_scale
 from training.arguments import DEFAULT_LAYERS, PRESETS, TrainerArguments

@@ -137,7 +137,7 @@ def model_fingerprint(model: Any) -> str:
 
 def open_memory(path: str | os.PathLike, *, dtype: torch.dtype, device: torch.device | str | None = None) -> Any:
     """A trained memory, in evaluation mode, from any published layout. Raises InputError in one line."""
-    from models import load_memory
+    from models.families import load_memory
 
     if os.path.exists(path) and not os.path.isdir(path):
         raise InputError(f"--knn_generator_path {path}: is a file, expected the memory's folder or hub name")
@@ -159,7 +159,7 @@ def open_memory_of(base: Any, path: str | os.PathLike, *, layer_position: int, d
         InputError: no such block, no memory in `path`, or one of another base.
     """
     from models.capture import captured_module
-    from models.mlpMemory import check_fit
+    from models.stack import check_fit
 
     try:
         device = next(captured_module(base, layer_position).parameters()).device
