@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command, refused, refused_here, run
+from safetensors.torch import load_file, save_file
 
 from knn_utils.datastore import Datastore, datastore_batch
 from knn_utils.parts import write_single_file
 from training.rows import epoch_order
+from utils.errors import InputError
 
 
 def record(folder):
@@ -67,9 +74,47 @@ def test_gradient_accumulation_and_micro_batches_do_not_change_the_losses(llama_
     assert losses(tmp_path / "pieces") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
 
 
-def test_a_killed_run_continues_to_the_same_losses_and_weights(llama_world, tmp_path):
-    from safetensors.torch import load_file
+def test_plain_and_fused_losses_train_to_the_same_weights(llama_world, tmp_path):
+    ends = {}
+    for name in ("plain", "fused"):
+        offline(llama_world, tmp_path / name, "--loss", name, "--learning_rate", 1e-3)
+        ends[name] = load_file(tmp_path / name / "epoch_1" / "model.safetensors")
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "fused"), rel=1e-5)
+    for name, value in ends["fused"].items():
+        # Six steps move a weight by up to 6e-3.
+        assert (value - ends["plain"][name]).norm() < 1e-4 * value.numel() ** 0.5
 
+
+def test_validation_by_the_base_gives_the_figures_of_a_stored_datastore(llama_world, tmp_path):
+    offline(llama_world, tmp_path / "base", "--max_train_steps", 2)
+    stored = ("--validation_dstore_path", llama_world.dstore("validation"))
+    offline(llama_world, tmp_path / "stored", "--max_train_steps", 2, *stored)
+    mine, other = (record(tmp_path / name)["log"][-1]["validation"] for name in ("base", "stored"))
+    assert mine == pytest.approx(other, rel=1e-5) and mine["tokens"] == 703
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_checkpoint_that_does_not_reach_the_disk_is_told_and_those_before_it_stay(
+    llama_world, tmp_path, monkeypatch, number
+):
+    from training import trainer
+
+    sync_tree = trainer.sync_tree
+
+    def failing(folder):
+        if "epoch_2" in folder.name:
+            raise OSError(number, "cannot be written")
+        sync_tree(folder)
+
+    monkeypatch.setattr(trainer, "sync_tree", failing)
+    with pytest.raises(InputError if number == errno.ENOSPC else OSError) as raised:
+        offline(llama_world, tmp_path, "--num_train_epochs", 2)
+    assert number != errno.ENOSPC or ("epoch_2" in str(raised.value) and "no space left" in str(raised.value))
+    assert {path.name for path in tmp_path.glob("*epoch_*")} == {"epoch_1"}
+    assert (tmp_path / "epoch_1" / "state" / "optimizer.bin").exists()
+
+
+def test_a_killed_run_continues_to_the_same_losses_and_weights(llama_world, tmp_path):
     more = ("--knn_dstore_path", llama_world.dstore("train"), "--checkpointing_steps", 2, "--num_train_epochs", 4)
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     command("train_mlpmem_offline", *llama_world.trainer(undisturbed, *more))
@@ -135,6 +180,95 @@ def test_seed_is_drawn_and_kept_when_none_is_given(llama_world, tmp_path):
     seed = record(tmp_path)["settings"]["seed"]
     command("train_mlpmem_offline", *arguments[:at], *arguments[at + 2 :])
     assert record(tmp_path)["settings"]["seed"] == seed
+
+
+class Payload:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = str(mark)
+
+    def __reduce__(self) -> tuple:
+        return open, (self.mark, "w")
+
+
+def disguises(mark: Path) -> list[bytes]:
+    """The payload as a plain pickle and in torch's archive."""
+    plain = pickle.dumps({"state": Payload(mark)})
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("archive/data.pkl", plain)
+        file.writestr("archive/version", "3\n")
+        file.writestr("archive/byteorder", "little")
+    return [plain, archive.getvalue()]
+
+
+@pytest.fixture(scope="module")
+def trained(llama_world, tmp_path_factory) -> Path:
+    """A finished epoch, from whose checkpoint a longer run can go on."""
+    output = tmp_path_factory.mktemp("trained") / "run"
+    command("train_mlpmem_offline", *large_steps(llama_world, output))
+    return output
+
+
+def large_steps(world, output: Path, *more: object) -> list[object]:
+    stored = ("--knn_dstore_path", world.dstore("train"), "--validation_split_name", "none")
+    return world.trainer(output, *stored, "--per_device_train_batch_size", 64, *more)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "schedule.bin", "random_states_0.pkl", "model.safetensors"])
+def test_a_pickle_in_a_training_state_is_not_run(llama_world, trained, tmp_path, name):
+    for number, content in enumerate(disguises(tmp_path / "mark")):
+        checkpoint = tmp_path / f"epoch_{number + 1}"
+        shutil.copytree(trained / "epoch_1", checkpoint)
+        target = checkpoint / name if name == "model.safetensors" else checkpoint / "state" / name
+        assert target.exists()
+        target.write_bytes(content)
+        goes_on = large_steps(
+            llama_world,
+            tmp_path / f"out{number}",
+            *("--num_train_epochs", 2, "--resume_from_checkpoint", checkpoint),
+        )
+        if name == "random_states_0.pkl":  # which a run can do without
+            command("train_mlpmem_offline", *goes_on)
+        else:
+            assert str(checkpoint) in refused_here("train_mlpmem_offline", *goes_on)
+        assert not (tmp_path / "mark").exists()
+
+
+def test_a_checkpoint_holds_the_weights_once_and_older_ones_that_hold_them_twice_go_on_alike(
+    llama_world, trained, tmp_path
+):
+    assert not list((trained / "epoch_1" / "state").glob("*.safetensors"))
+    weights = load_file(trained / "epoch_1" / "model.safetensors")
+    older = tmp_path / "older" / "epoch_1"
+    shutil.copytree(trained / "epoch_1", older)
+    save_file({f"memory.{name}": value for name, value in weights.items()}, older / "state" / "model.safetensors")
+    save_file({name: value * 0 for name, value in weights.items()}, older / "model.safetensors")  # not read
+    ends = {}
+    for name, checkpoint in (("new", trained / "epoch_1"), ("old", older)):
+        output = tmp_path / name
+        goes_on = ("--num_train_epochs", 2, "--resume_from_checkpoint", checkpoint)
+        command("train_mlpmem_offline", *large_steps(llama_world, output, *goes_on))
+        ends[name] = load_file(output / "epoch_2" / "model.safetensors")
+    for name, value in ends["new"].items():
+        assert torch.equal(value, ends["old"][name]) and not torch.equal(value, weights[name])
+
+
+@pytest.mark.parametrize("content", ["", "{", "\0"])
+def test_a_folder_with_a_damaged_record_is_refused(llama_world, tmp_path, content):
+    (tmp_path / "training.json").write_text(content)
+    assert str(tmp_path) in refused_here("train_mlpmem_offline", *large_steps(llama_world, tmp_path))
+
+
+@pytest.mark.parametrize("step", [10**9, -1, None])
+def test_an_absurd_step_in_a_checkpoint_is_refused(llama_world, trained, tmp_path, step):
+    shutil.copytree(trained / "epoch_1", tmp_path / "epoch_1")
+    path = tmp_path / "epoch_1" / "state" / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": step}))
+    goes_on = ("--num_train_epochs", 2, "--resume_from_checkpoint", tmp_path / "epoch_1")
+    line = refused_here("train_mlpmem_offline", *large_steps(llama_world, tmp_path / "out", *goes_on))
+    assert str(tmp_path / "epoch_1") in line
 
 
 class TestRefused:
