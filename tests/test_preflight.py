@@ -173,19 +173,6 @@ def test_a_changed_byte_of_an_index_is_found_on_request(llama_world, capsys, tmp
     assert "checksum" in refused(capsys, "--index_path", index, "--verify")
 
 
-def test_other_labels_are_refused(llama_world, capsys, tmp_path):
-    from knn_utils.datastore import Datastore, datastore_batch
-    from knn_utils.parts import write_single_file
-
-    store = Datastore.open(llama_world.dstore("train"))
-    vals = store.vals().copy()
-    vals[-2] = (vals[-2] + 1) % 276
-    batch = datastore_batch(np.array(store.keys()), vals)
-    write_single_file(tmp_path / "other.arrow", batch.schema, [batch])
-    line = refused(capsys, *flat(files(llama_world) | {"--dstore_path": tmp_path / "other.arrow"}))
-    assert f"row {store.rows - 2}" in line
-
-
 def test_a_disk_that_is_too_small_is_told_before(capsys):
     line = refused(capsys, "--tokens", 5_000_000_000_000, *PLAN, "--output_dir", "not/there/yet")
     assert "--output_dir" in line and "TB" in line and "free" in line
