@@ -97,16 +97,16 @@ def test_validation_by_the_base_gives_the_figures_of_a_stored_datastore(llama_wo
 def test_a_checkpoint_that_does_not_reach_the_disk_is_told_and_those_before_it_stay(
     llama_world, tmp_path, monkeypatch, number
 ):
-    from training import trainer
+    from utils import files
 
-    sync_tree = trainer.sync_tree
+    sync_tree = files.sync_tree
 
     def failing(folder):
         if "epoch_2" in folder.name:
             raise OSError(number, "cannot be written")
         sync_tree(folder)
 
-    monkeypatch.setattr(trainer, "sync_tree", failing)
+    monkeypatch.setattr(files, "sync_tree", failing)
     with pytest.raises(InputError if number == errno.ENOSPC else OSError) as raised:
         offline(llama_world, tmp_path, "--num_train_epochs", 2)
     assert number != errno.ENOSPC or ("epoch_2" in str(raised.value) and "no space left" in str(raised.value))

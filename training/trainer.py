@@ -29,19 +29,11 @@ from tqdm import tqdm
 from training.arguments import RECORD, STATE, STATE_RECORD, TrainerArguments
 from training.rows import Rows, WindowRows, epoch_order
 from training.validation import Validation
+from utils import files
 from utils.cal_loss import fused_linear_distillation_loss, sparse_distillation_loss
 from utils.errors import InputError, one_line
 from utils.evaluation import label_log_probabilities
-from utils.files import (
-    TEMPORARY_PREFIX,
-    FolderLock,
-    ensure_folder,
-    read_json,
-    remove_temporary,
-    sync_folder,
-    sync_tree,
-    write_json,
-)
+from utils.files import read_json, write_json
 from utils.loading import say
 from utils.made_with import require_same
 
@@ -300,36 +292,34 @@ class MemoryTrainer:
         It gets its name when it is on the disk, and what only older ones were resumed from is deleted after that, so
         that a kill loses nothing. Raises InputError where the disk has no space for it.
         """
-        temporary, final = self.output / f"{TEMPORARY_PREFIX}{name}", self.output / name
+        temporary, final = self.output / f"{files.TEMPORARY_PREFIX}{name}", self.output / name
         try:
             self._write(temporary)
             if self.accelerator.is_main_process:
-                sync_tree(temporary)
+                files.sync_tree(temporary)
                 shutil.rmtree(final, ignore_errors=True)
                 temporary.rename(final)
-                sync_folder(self.output)
+                files.sync_folder(self.output)
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise full_disk(error, self.output, name, self.checkpoint_bytes) or error from None
         if self.accelerator.is_main_process:
             for older in checkpoints(self.output):
                 if older != final:
-                    gone = older if older.name.startswith("step_") else older / STATE
-                    shutil.rmtree(gone, ignore_errors=True)
+                    shutil.rmtree(older if older.name.startswith("step_") else older / STATE, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def _write(self, folder: Path) -> None:
-        state = folder / STATE
         if self.accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
-            state.mkdir(parents=True)
+            (folder / STATE).mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(state), safe_serialization=True)
+        self.accelerator.save_state(str(folder / STATE), safe_serialization=True)
         weights = self.accelerator.get_state_dict(self.model)
         if self.accelerator.is_main_process:
             weights = {key.removeprefix("memory."): value for key, value in weights.items()}
             self.memory.save_pretrained(folder / self.subfolder, state_dict=weights)
-            torch.save(self.scheduler.state_dict(), state / "schedule.bin")
+            torch.save(self.scheduler.state_dict(), folder / STATE / "schedule.bin")
             write_json(folder / STATE_RECORD, self._described(training_seconds=self.training_seconds))
         self.accelerator.wait_for_everyone()
 
@@ -337,8 +327,8 @@ class MemoryTrainer:
         """Lock the output folder and refuse another run's; where the main process does, the others end with it."""
         record = self.output / RECORD
         if self.accelerator.is_main_process:
-            held.enter_context(FolderLock(ensure_folder(self.output)))
-            remove_temporary(self.output)
+            held.enter_context(files.FolderLock(files.ensure_folder(self.output)))
+            files.remove_temporary(self.output)
             if self.arguments.overwrite:
                 record.unlink(missing_ok=True)
                 for folder in checkpoints(self.output):
@@ -352,8 +342,7 @@ class MemoryTrainer:
 
     def _resume(self) -> None:
         """Continue from the checkpoint that --resume_from_checkpoint names, else from the output's latest."""
-        named = self.arguments.named_checkpoint()
-        folder = named or latest_checkpoint(self.output)
+        folder = self.arguments.named_checkpoint() or latest_checkpoint(self.output)
         if folder is None:
             return
         if not (folder / STATE_RECORD).exists():
@@ -361,13 +350,12 @@ class MemoryTrainer:
                 f"--resume_from_checkpoint {folder}: holds no training state ({STATE_RECORD}); "
                 "name an epoch_N or step_N folder of a run that was interrupted"
             )
-        state = folder / STATE
         try:
             saved = read_json(folder / STATE_RECORD)
             if saved["steps_per_epoch"] != self.steps_per_epoch or not 0 <= saved["step"] <= self.total_steps:
                 raise InputError("it was made with another number of windows per step")
-            self.accelerator.load_state(str(state))
-            self.scheduler.load_state_dict(torch.load(state / "schedule.bin", weights_only=True))
+            self.accelerator.load_state(str(folder / STATE))
+            self.scheduler.load_state_dict(torch.load(folder / STATE / "schedule.bin", weights_only=True))
             self.step, self.log, self.training_seconds = saved["step"], saved["log"], saved["training_seconds"]
         except Exception as error:
             raise InputError(f"--resume_from_checkpoint {folder}: cannot be used ({one_line(error, 200)})") from None
