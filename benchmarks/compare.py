@@ -12,14 +12,10 @@ before is kept; the same command again continues. Needs the extra `compare`.
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from downstream.recall import ANSWER_WORDS
 from utils.cli import flag, parse

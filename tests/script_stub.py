@@ -56,3 +56,11 @@ def flags(call: list[str]) -> dict[str, str]:
         elif name:
             found[name] = f"{found[name]} {word}".strip()
     return found
+
+
+def ran(folder: Path, script: object, *words: object, cwd: Path = ROOT, **environment: object) -> tuple[str, list]:
+    """(what a script printed, the stub's calls) of a run that succeeds; running again in `folder` adds to the calls."""
+    program = stub_python(folder)
+    done = shell("bash", script, *words, cwd=cwd, PYTHON=program, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, calls(program)

@@ -259,6 +259,7 @@ def test_the_adapter_with_the_lowest_validation_loss_is_kept_and_changes_the_bas
     assert len(list(output.glob("work/lora-*/adapter_model.safetensors"))) == 1
 
 
+@pytest.mark.unit
 def test_differences_from_the_base_are_paired():
     from benchmarks.compare_table import add_differences
 

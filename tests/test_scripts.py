@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, command, make_base
-from script_stub import calls, flags, shell, stub_python
+from script_stub import calls, flags, ran, shell, stub_python
 from tiny_models import tiny_memory
 from transformers import AutoModelForCausalLM
 
@@ -47,42 +47,35 @@ def printed(text: str) -> list[str]:
 
 @pytest.mark.parametrize("script", PAPER)
 def test_without_settings_a_script_passes_the_values_of_the_paper(script, tmp_path):
-    program = stub_python(tmp_path)
-    done = shell("bash", script, PYTHON=program)
-    assert done.returncode == 0, done.stderr
-    (call,) = calls(program)
+    text, (call,) = ran(tmp_path, script)
     found = flags(call)
     assert {name: found.get(name) for name in PAPER[script]} == PAPER[script]
-    (line,) = printed(done.stdout)
-    assert line.split()[0] == str(program) and line.split()[-1] == call[-1]
+    (line,) = printed(text)
+    assert line.split()[0] == str(tmp_path / "python-stub") and line.split()[-1] == call[-1]
 
 
 def test_the_pipeline_passes_the_values_of_the_paper_and_hands_each_file_to_the_next_stage(tmp_path):
-    program = stub_python(tmp_path / "stub")
     stores = tmp_path / "dstore"
     (stores / "dstore_gpt2_train_1600.arrow").mkdir(parents=True)
-    done = shell("bash", "scripts/save_pipeline.sh", PYTHON=program, DSTORE_DIR=stores)
-    assert done.returncode == 0, done.stderr
-    save, build, search = (flags(call) for call in calls(program))
+    text, found = ran(tmp_path / "stub", "scripts/save_pipeline.sh", DSTORE_DIR=stores)
+    save, build, search = map(flags, found)
     assert save["--eval_subset"] == "train" and "--save_knnlm_dstore" in save
     assert (build["--ncentroids"], build["--code_size"], build["--probe"]) == ("4096", "64", "32")
     wanted = {"--k": "1024", "--knn_temp": "16", "--probe": "32", "--batch_size": "16000", "--ignore_first": "True"}
     assert wanted.items() <= search.items()
     assert build["--dstore_path"] == search["--dstore_path"] == str(stores / "dstore_gpt2_train_1600.arrow")
     assert search["--index_path"] == str(stores / "train_1600.index")
-    assert len(printed(done.stdout)) == 3
+    assert len(printed(text)) == 3
 
 
 def test_settings_come_from_the_environment_and_further_flags_from_the_command_line(tmp_path):
-    program = stub_python(tmp_path)
     settings = {"MODEL": "my model", "KNN_PATH": "memory", "DATASET": "windows", "LAMBDA": "0.1 0.2", "SUBSET": "dev"}
-    done = shell("bash", "scripts/evaluate_joint.sh", "--max_eval_samples", 5, PYTHON=program, **settings)
-    assert done.returncode == 0, done.stderr
-    found = flags(calls(program)[0])
+    text, (call,) = ran(tmp_path, "scripts/evaluate_joint.sh", "--max_eval_samples", 5, **settings)
+    found = flags(call)
     assert found["--model_name_or_path"] == "my model" and found["--knn_generator_path"] == "memory"
     assert found["--lmbda"] == "0.1 0.2" and found["--dataset_split_name"] == "dev"
     assert found["--max_eval_samples"] == "5"
-    assert "my\\ model" in printed(done.stdout)[0]
+    assert "my\\ model" in printed(text)[0]
 
 
 # The quickstart and the tests' script make an environment first; common.sh is a part of the others.
@@ -97,25 +90,19 @@ def test_scripts_run_from_their_own_folder_and_from_any_other_and_print_what_the
     settings |= {"WEB_TEXT": "web.txt", "WIKI_TEXT": "wiki.txt"}
     found = []
     for name, word, folder in (("mine", script.name, script.parent), ("other", script, tmp_path)):
-        program = stub_python(tmp_path / name)
-        done = shell("bash", word, cwd=folder, PYTHON=program, **settings)
-        assert done.returncode == 0, done.stderr
-        found.append(calls(program))
+        text, called = ran(tmp_path / name, word, cwd=folder, **settings)
+        found.append(called)
         for marks in (tmp_path / "out").rglob("done"):
             shutil.rmtree(marks)
         # A command of a script that another one calls is printed by both.
-        assert len(printed(done.stdout)) >= len(found[-1]) > 0
+        assert len(printed(text)) >= len(called) > 0
     assert [len(call) for call in found[0]] == [len(call) for call in found[1]]
     assert flags(found[0][0]) == flags(found[1][0])
 
 
 def test_several_processes_are_launched_where_a_configuration_is_named(tmp_path):
-    program = stub_python(tmp_path)
-    done = shell(
-        "bash", "scripts/train_mlpmem_offline.sh", PYTHON=program, ACCELERATE_CONFIG="accelerate_config/cpu.yaml"
-    )
-    assert done.returncode == 0, done.stderr
-    (call,) = calls(program)
+    config = {"ACCELERATE_CONFIG": "accelerate_config/cpu.yaml"}
+    _, (call,) = ran(tmp_path, "scripts/train_mlpmem_offline.sh", **config)
     assert call[:5] == ["-m", "accelerate.commands.launch", "--config_file", "accelerate_config/cpu.yaml", "-m"]
 
 
@@ -136,11 +123,9 @@ def test_bad_settings_end_a_script_with_the_line_of_the_command(tmp_path):
     assert stopped == "stopped in stage: evaluate base (exit status 2)"
 
 
-def reproduction(tmp_path: Path, **settings: object):
-    """A run of the table's script with stubbed stages; (finished process, the stub's calls)."""
-    program = stub_python(tmp_path / "stub")
-    done = shell("bash", "scripts/reproduce_wikitext103.sh", PYTHON=program, OUTPUT=tmp_path / "out", **settings)
-    return done, calls(program)
+def reproduction(tmp_path: Path, **settings: object) -> tuple[str, list[list[str]]]:
+    """A run of the table's script with stubbed stages: (what it printed, the stub's calls)."""
+    return ran(tmp_path / "stub", "scripts/reproduce_wikitext103.sh", OUTPUT=tmp_path / "out", **settings)
 
 
 def modules(found: list[list[str]]) -> list[str]:
@@ -148,8 +133,7 @@ def modules(found: list[list[str]]) -> list[str]:
 
 
 def test_the_table_of_the_paper_takes_the_published_models_and_continues_where_it_stopped(tmp_path):
-    done, found = reproduction(tmp_path)
-    assert done.returncode == 0, done.stderr
+    _, found = reproduction(tmp_path)
     assert modules(found) == [
         *("preprocess_dataset", "train_base", "train_base", "train_base"),
         *("evaluate_joint", "downstream.reproduction"),
@@ -163,23 +147,21 @@ def test_the_table_of_the_paper_takes_the_published_models_and_continues_where_i
     assert (joint["--lmbda"], joint["--knn_temp"]) == ("0.25", "1")
     assert joint["--knn_generator_path"] == "Rubin-Wei/MLPMemory-gpt2-large"
     again, found = reproduction(tmp_path)
-    assert again.returncode == 0 and modules(found[6:]) == ["downstream.reproduction"]
-    assert "done before" in again.stdout
+    assert modules(found[6:]) == ["downstream.reproduction"] and "done before" in again
 
 
 def test_a_changed_setting_runs_its_stage_and_those_after_it_again(tmp_path):
     reproduction(tmp_path)
-    done, found = reproduction(tmp_path, BATCH_SIZE_EVAL=2, NUM_PROC=2)
-    assert done.returncode == 0 and modules(found[6:]) == modules(found[:6])
-    done, found = reproduction(tmp_path, BATCH_SIZE_EVAL=2, NUM_PROC=2, LAMBDA=0.5)
+    _, found = reproduction(tmp_path, BATCH_SIZE_EVAL=2, NUM_PROC=2)
+    assert modules(found[6:]) == modules(found[:6])
+    _, found = reproduction(tmp_path, BATCH_SIZE_EVAL=2, NUM_PROC=2, LAMBDA=0.5)
     assert modules(found[12:]) == ["evaluate_joint", "downstream.reproduction"]
 
 
 def test_the_table_with_training_takes_the_teacher_for_the_targets_and_the_student_for_the_rest(tmp_path):
     for side in ("teacher", "student"):
         (tmp_path / "out" / "work" / side / "dstore_gpt2_train_8.arrow").mkdir(parents=True)
-    done, found = reproduction(tmp_path, TRAIN=1, XL="xl", LARGE="large", WINDOWS="windows")
-    assert done.returncode == 0, done.stderr
+    _, found = reproduction(tmp_path, TRAIN=1, XL="xl", LARGE="large", WINDOWS="windows")
     wanted = ["train_base", "knn_utils.build_index", "knn_utils.saveKNNMulti", "train_base", "train_mlpmem_offline"]
     assert modules(found)[:2] == ["knn_utils.preflight"] * 2 and modules(found)[5:10] == wanted
     save, _, search, student, train = (flags(call) for call in found[5:10])
@@ -227,22 +209,21 @@ def test_the_table_stands_measured_beside_published(tmp_path):
 
 
 def test_the_stand_ins_train_from_scratch_then_continue_then_make_the_table(tmp_path):
-    program = stub_python(tmp_path / "stub")
     for side in ("teacher", "student"):
         (tmp_path / "out" / "work" / side / "dstore_gpt2_train_8.arrow").mkdir(parents=True)
     texts = {"WEB_TEXT": "web.txt", "WIKI_TEXT": "wiki.txt"}
-    done = shell("bash", "scripts/standins.sh", PYTHON=program, OUTPUT=tmp_path / "out", **texts)
-    assert done.returncode == 0, done.stderr
-    trained = [flags(call) for call in calls(program) if "--do_train" in call]
+    _, found = ran(tmp_path / "stub", "scripts/standins.sh", OUTPUT=tmp_path / "out", **texts)
+    trained = [flags(call) for call in found if "--do_train" in call]
     sizes = ("small", "large", "xl")
     assert ["--from_scratch" in call for call in trained] == [True, False] * 3
     starts = [Path(call["--model_name_or_path"]).name for call in trained]
     assert starts == [name for size in sizes for name in (size, f"{size}-vanilla")]
-    assert modules(calls(program))[-1] == "downstream.reproduction"
-    table = flags(calls(program)[-1])
+    assert modules(found)[-1] == "downstream.reproduction"
+    table = flags(found[-1])
     assert table["--standins"] == "1" and table["--small"].endswith("small-finetuned")
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_every_setting_that_a_script_reads_is_listed_at_its_top(script):
     text = script.read_text()
