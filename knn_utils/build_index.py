@@ -35,7 +35,6 @@ from knn_utils.faiss_files import (
     faiss_reason,
     find_index,
     gpu_count,
-    is_comparable,
     read_faiss,
     read_record,
     record_path,
@@ -248,10 +247,7 @@ class IndexBuild:
         if self.path.exists() and not self.arguments.overwrite:
             if record is not None:
                 there = {"rows": record["rows"], "datastore": record["datastore"].get("fingerprint")}
-                here = {
-                    "rows": store.rows,
-                    "datastore": self.fingerprint if is_comparable(there["datastore"]) else None,
-                }
+                here = {"rows": store.rows, "datastore": self.fingerprint}
                 remedy = "give another --index_path, --overwrite to replace it, or --extend if the datastore has grown"
                 require_same(self.path, record["settings"] | there, self.settings | here, remedy)
             if read_record(self.path) is None:
