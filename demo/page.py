@@ -22,16 +22,16 @@ HEADINGS = {"base": "Base", "memory": "Memory", "mixture": "Base + memory"}
 
 @dataclass(frozen=True)
 class ShownToken:
-    """An inspected token with the texts that go with its numbers.
+    """An inspected token, the texts of it and of its candidates by token id, and the nearest training passages (None
+    where no datastore is at hand)."""
 
-    `candidates`: for each of SOURCES [(text, probability, whether it is the token that came)]. `passages`: None where
-    no datastore is at hand.
-    """
-
-    text: str
     inspected: InspectedToken
-    candidates: dict[str, list[tuple[str, float, bool]]]
+    texts: dict[int, str]
     passages: list[Passage] | None = None
+
+    @property
+    def text(self) -> str:
+        return self.texts[self.inspected.token_id]
 
 
 def asset(name: str) -> str:
@@ -152,10 +152,11 @@ def token_details(identity: str, token: ShownToken, active: bool) -> str:
 
 def _candidates(name: str, token: ShownToken) -> str:
     rows = "".join(
-        f"<li{' class=mlpm-chosen' if chosen else ''}><code>{escape(visible(text))}</code>"
+        f"<li{' class=mlpm-chosen' if candidate == token.inspected.token_id else ''}>"
+        f"<code>{escape(visible(token.texts[candidate]))}</code>"
         f'<span class="mlpm-bar"><i style="width:{100 * probability:.1f}%"></i></span>'
         f'<span class="mlpm-number">{probability:.1%}</span></li>'
-        for text, probability, chosen in token.candidates[name]
+        for candidate, probability in token.inspected.top[name]
     )
     return f'<div class="mlpm-list mlpm-from-{name}"><h4>{HEADINGS[name]}</h4><ol>{rows}</ol></div>'
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from demo import page
-from demo.inspection import SOURCES, inspect_tokens
+from demo.inspection import inspect_tokens
 from demo.pair import Sampling
 from demo.passages import Passages
 from demo.streams import BASE, JOINT, RunningText, encode_prompt, side_by_side, text_after
@@ -127,13 +127,7 @@ class Viewer:
         shown = []
         for token, nearest in zip(inspected, passages, strict=True):
             before = whole[: token.position]
-            names = {
-                each: text_after(self.tokenizer, before, [each], special=True)
-                for each in {token.token_id, *(each for source in SOURCES for each, _ in token.top[source])}
-            }
-            candidates = {
-                source: [(names[each], probability, each == token.token_id) for each, probability in token.top[source]]
-                for source in SOURCES
-            }
-            shown.append(page.ShownToken(names[token.token_id], token, candidates, nearest))
+            named = {token.token_id, *(candidate for top in token.top.values() for candidate, _ in top)}
+            texts = {each: text_after(self.tokenizer, before, [each], special=True) for each in named}
+            shown.append(page.ShownToken(token, texts, nearest))
         return shown

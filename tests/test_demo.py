@@ -76,6 +76,7 @@ def test_inspection_from_a_later_token_is_the_tail_of_the_whole(joint):
     assert torch.allclose(later, hidden[4:], atol=1e-5)
 
 
+@pytest.mark.unit
 def test_a_mixture_lowers_no_token_below_its_bound_and_with_lambda_0_moves_none():
     model = tiny_joint("gpt2", lmbda=0.3)
     tokens, _ = inspect_tokens(model, list(range(2, 40)), 1)
@@ -141,6 +142,7 @@ def test_a_seed_fixes_both_texts_and_leaves_the_callers_randomness_alone(joint):
     assert both(joint, Sampling(10, temperature=1.5, top_p=0.95, seed=8)) != first
 
 
+@pytest.mark.unit
 def test_with_lambda_0_both_sides_sample_the_same_text():
     made = both(tiny_joint("mistral", lmbda=0.0), Sampling(12, temperature=1.2))
     assert made[BASE] == made[JOINT] != []
@@ -173,12 +175,14 @@ def test_a_prompt_is_refused_when_empty_or_too_long_and_the_tokens_asked_for_fit
         *(("num_beams", (0,)), ("max_new_tokens", (0,)), ("seed", (-1, 1 << 64))),
     ],
 )
+@pytest.mark.unit
 def test_a_sampling_setting_out_of_range_is_named(name, values):
     for value in values:
         with pytest.raises(InputError, match=f"^--{name} .*expected"):
             Sampling(**{name: value}).check()
 
 
+@pytest.mark.unit
 def test_a_character_made_of_several_tokens_is_shown_when_it_is_whole():
     tokenizer = byte_tokenizer()
     prompt, ids = tokenizer("x").input_ids, tokenizer("é€").input_ids
@@ -192,6 +196,7 @@ def test_a_character_made_of_several_tokens_is_shown_when_it_is_whole():
     assert running.text(ended=True).startswith("é€") and len(running.text(ended=True)) > 2
 
 
+@pytest.mark.unit
 def test_text_after_keeps_the_blank_in_front_of_a_word():
     tokenizer = byte_tokenizer()
     ids = tokenizer("Where is the moon?").input_ids
@@ -201,6 +206,7 @@ def test_text_after_keeps_the_blank_in_front_of_a_word():
     assert text_after(tokenizer, ids, [tokenizer.eos_token_id], special=True) == "<eos>"
 
 
+@pytest.mark.unit
 def test_nothing_in_a_text_moves_the_terminals_cursor():
     assert printable("a\x1b[2Jb\r\nc\td\x07\x9b") == "a·[2Jb\nc    d··"
 
@@ -252,6 +258,7 @@ def test_without_flags_the_last_memory_of_the_quickstart_is_shown_at_its_best_mi
     assert (pair.lmbda, pair.knn_temp, pair.prompt, pair.base) == (0.1, 1.2, "Why?", "other")
 
 
+@pytest.mark.unit
 def test_the_mistral_preset_is_the_originals_example():
     pair = choose_pair(PairArguments(preset="mistral"))
     assert (pair.base, pair.memory) == ("mistralai/Mistral-7B-v0.3", "Rubin-Wei/MLPMemory-Mistral-wikipedia")
@@ -485,12 +492,8 @@ def test_a_stopped_run_shows_and_inspects_what_was_made(viewer):
 def test_what_comes_from_a_model_or_a_corpus_is_never_markup(viewer):
     evil = '<script>alert(1)</script>"&'
     token = inspect_tokens(viewer.joint, [5, 6], 1)[0][0]
-    shown = page.ShownToken(
-        evil,
-        token,
-        {name: [(evil, 0.5, True)] for name in SOURCES},
-        [Passage(evil, evil, evil, 6, 1.5, 0)],
-    )
+    texts = dict.fromkeys({6, *(each for top in token.top.values() for each, _ in top)}, evil)
+    shown = page.ShownToken(token, texts, [Passage(evil, evil, evil, 6, 1.5, 0)])
     html = [
         page.inspector({"base": (evil, [shown]), "joint": (evil, [shown])}, 0.5),
         page.running_text("base", evil, evil, evil, running=True),
@@ -514,12 +517,14 @@ def test_what_comes_from_a_model_or_a_corpus_is_never_markup(viewer):
         ("é" * 200, "… " + "é" * 160),
     ],
 )
+@pytest.mark.unit
 def test_a_prompt_is_shown_by_the_end_of_its_last_line(prompt, shown):
     assert page.prompt_end(prompt) == shown
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.1, 0.6, 1.0])
 @pytest.mark.parametrize("moved", [-30.0, -0.3, 0.0, 0.3, 30.0])
+@pytest.mark.unit
 def test_the_colour_of_a_move_has_its_sign_and_is_full_at_the_ends_of_the_legend(moved, lmbda):
     value = page.strength(moved, lmbda)
     assert -1 <= value <= 1 and (value >= 0) == (moved >= 0)
@@ -530,6 +535,7 @@ def test_the_colour_of_a_move_has_its_sign_and_is_full_at_the_ends_of_the_legend
     ("nats", "text"),
     [(0.0, "×1"), (math.log(2.5), "×2.5"), (math.log(0.75), "×0.75"), (math.log(250), "×250"), (800, "×1000 and more")],
 )
+@pytest.mark.unit
 def test_a_factor_has_two_or_three_digits(nats, text):
     assert page.factor(nats) == text
 

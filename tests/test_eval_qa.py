@@ -99,12 +99,14 @@ def prompts(task, row, text=""):
 
 @pytest.mark.parametrize("task", ["nq", "hotpotqa"])
 @pytest.mark.parametrize("question", ["Who wrote it", "Who wrote it?", "who wrote it"])
+@pytest.mark.unit
 def test_short_questions_get_a_question_mark_and_a_small_first_letter(task, question):
     (prompt,) = prompts(task, {"question": question, "answers": "James"})
     assert prompt == Prompt("Answer these questions:\nQuestion: who wrote it?\nAnswer:")
 
 
 @pytest.mark.parametrize("task", ["webqa", "triviaqa"])
+@pytest.mark.unit
 def test_open_questions_stand_as_they_are_before_one_more_question_mark(task):
     (prompt,) = prompts(task, {"question": "who sings i can't take my eyes off of you?", "answers": ["Frankie Valli"]})
     assert prompt.text == (
@@ -112,6 +114,7 @@ def test_open_questions_stand_as_they_are_before_one_more_question_mark(task):
     )
 
 
+@pytest.mark.unit
 def test_truthfulqa_answers_are_closed_with_a_period_and_follow_the_demonstrations():
     row = {"question": "Is it?", "best": "No", "true": "No; It is not.;", "false": ["Yes", " Of course "]}
     (prompt,) = prompts("truthfulqa", row, "Rules.\n\nQ: A?\nA: B.")
@@ -119,6 +122,7 @@ def test_truthfulqa_answers_are_closed_with_a_period_and_follow_the_demonstratio
     assert prompt.continuations == (" No.", " It is not.", " Yes.", " Of course.")
 
 
+@pytest.mark.unit
 def test_halueval_prompts_follow_the_instruction():
     row = {"question": "Which?", "right": "this", "hallucinated": "that"}
     (choice,) = prompts("halueval", row, "Judge.")
@@ -128,6 +132,7 @@ def test_halueval_prompts_follow_the_instruction():
     assert hallucinated.text == "Judge.\n\n#Question#: Which?\n#Answer#: that\n#Your Judgement#:"
 
 
+@pytest.mark.unit
 def test_a_generated_text_is_cut_at_the_benchmarks_stop_characters():
     assert (TASKS["nq"].max_new_tokens, TASKS["nq"].stop) == (15, "\n")
     assert (TASKS["webqa"].max_new_tokens, set(TASKS["webqa"].stop)) == (100, {"\n", ".", ","})
@@ -313,6 +318,7 @@ def test_every_file_format_gives_the_same_rows(world, tmp_path):
         assert list(found.select(0, None)) == expected, name
 
 
+@pytest.mark.unit
 def test_triviaqa_answers_are_value_and_aliases():
     names = {"aliases": ["Sunset Blvd", "Sunset Boulevard"], "normalized_aliases": ["sunset blvd"]}
     answers = TASKS["triviaqa"].columns["answers"].read({"value": "Sunset Boulevard", **names})

@@ -11,6 +11,7 @@ from conftest import command, refused_here
 from downstream.recall import cases_of, choose_cases
 
 
+@pytest.mark.unit
 def test_rule_takes_the_words_after_is_a_and_the_first_year():
     article = "Paradox, Colorado\n\nParadox is an unincorporated community that was founded in 1877 by farmers.\nMore."
     cases = list(cases_of(article))
@@ -56,6 +57,7 @@ def test_bad_input_ends_in_one_line(llama_world, tmp_path, flag, value, told):
     assert told in refused_here("downstream.recall", *(text for pair in flags.items() for text in pair))
 
 
+@pytest.mark.unit
 def test_cases_are_spread_over_the_articles():
     articles = [f"Thing {n}\n\nThing {n} is a small thing of kind {n}." for n in range(100)]
     chosen = choose_cases(articles, 10)
