@@ -67,8 +67,9 @@ def continuation(model: Any, tokenizer: Any, input_ids: torch.Tensor, sampling: 
     # Only a beam that has ended is padded, and its padding is not shown.
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     options = sampling.options() | {"pad_token_id": next(token for token in pads if token is not None)}
-    at_once = 1 if sampling.num_beams == 1 else sampling.max_new_tokens
-    if at_once == 1:
+    at_once = sampling.max_new_tokens
+    if sampling.num_beams == 1:
+        at_once = 1
         # The cache makes each call go on where the one before ended.
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         options |= {"past_key_values": cache, "cache_implementation": None}
