@@ -87,8 +87,6 @@ def fetch(packed: Packed, folder: Path) -> Path:
 
 def convert_model(gguf: Path, output: Path) -> None:
     """Write the GGUF model as an ordinary float32 checkpoint with its tokenizer."""
-    import copy
-
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -98,7 +96,7 @@ def convert_model(gguf: Path, output: Path) -> None:
     with quiet:
         packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    config = copy.deepcopy(packed.config)
+    config = packed.config
     # The weights are plain float32 now; with this entry the saved folder would claim to be GGUF.
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import gc
 import math
 import os
 import sys
@@ -56,6 +57,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             else:
                 distributed.note_lone_process()
             main()
+            if main.__module__ == "__main__":
+                gc.freeze()  # else Python's exit looks through all modules' objects once more, for a second
         except KeyboardInterrupt:
             leave(EXIT_INTERRUPTED, "interrupted; run the same command again to continue")
         except (InputError, OSError) as error:
