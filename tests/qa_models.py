@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tiny_models import tiny_base, tiny_memory
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 CONTEXT = 512
@@ -19,16 +18,10 @@ WORDS = [
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level pairs with merges over blanks, a beginning and an end token, no padding token; nothing is put before."""
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=["<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(WORDS, trainer)
+    trained = ByteLevelBPETokenizer()
+    special = ["<bos>", "<eos>"]
+    trained.train_from_iterator(WORDS, 330, min_frequency=0, show_progress=False, special_tokens=special)
+    tokenizer = Tokenizer.from_str(trained.to_str())
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
 
 
