@@ -137,6 +137,7 @@ def test_knn_lm_wrapper_leaves_no_trace(llama_world):
     assert torch.equal(mixed, whole)
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("family", FAMILIES)
 def test_label_log_probabilities_agree_with_golden_logits(family):
     expected = load_file(GOLDEN / family / "expected.safetensors")

@@ -202,6 +202,7 @@ def test_two_runs_on_one_output_do_not_mix(tmp_path, text, capsys):
     assert "another run is writing here" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl", "no/such/folder", "folder/"])
 def test_a_missing_source_is_named(refuse, tmp_path, name):
     assert f"{tmp_path}/{name}: no such file or folder" in refuse(f"{tmp_path}/{name}")
@@ -211,6 +212,7 @@ def test_a_name_that_the_hub_does_not_have_is_one_line(refuse):
     assert "someone/nothing: no such file or folder here" in refuse("someone/nothing")
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
 def test_an_empty_file_is_refused(refuse, tmp_path, name):
     path = tmp_path / name
@@ -233,6 +235,7 @@ BAD_FILES = {
 }
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_a_file_that_is_not_what_its_name_says_is_refused(refuse, tmp_path, name):
     content, expected = BAD_FILES[name]
@@ -291,6 +294,7 @@ BAD_FLAGS = {
 }
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("case", BAD_FLAGS)
 def test_a_bad_flag_is_refused_in_one_line(refuse, text, case):
     more, expected = BAD_FLAGS[case]
