@@ -61,6 +61,15 @@ def join() -> Any:
     return PartialState(cpu=on_cpu, timeout=PATIENCE)
 
 
+def part() -> None:
+    """Close the connection that `join` opened: left to Python's own end, its threads may abort the process."""
+    if started_together():
+        import torch
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def decided_by_main(decide: Callable[[], _T]) -> _T:
     """What `decide` returns on the main process, on all of them: for what is read from files that change."""
     from accelerate import PartialState

@@ -57,6 +57,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             else:
                 distributed.note_lone_process()
             main()
+            distributed.part()
             if main.__module__ == "__main__":
                 gc.freeze()  # else Python's exit looks through all modules' objects once more, for a second
         except KeyboardInterrupt:
