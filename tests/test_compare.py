@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import command, make_base, refused, refused_here
+from qa_models import byte_tokenizer
 
 pytest.importorskip("peft", reason="the extra `compare` is not installed")
 pytest.importorskip("bm25s", reason="the extra `compare` is not installed")
@@ -19,19 +20,6 @@ SIZES = {
     **{"max_cases": 20, "max_eval_tokens": 320, "speed_prompts": 2, "new_tokens": 3, "rag_chunk": 16},
     **{"rag_query": 24, "choose_windows": 2, "passage_tokens": 40},
 }
-
-
-def save_tokenizer(folder) -> None:
-    """One token for each byte, and an end of text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={token: number for number, token in enumerate(["<end>", *alphabet])}, merges=[])
-    )
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
 
 
 def article(number: int) -> str:
@@ -44,8 +32,8 @@ def article(number: int) -> str:
 def work(tmp_path_factory):
     """What `scripts/quickstart.sh` leaves, of a tiny model and 60 articles."""
     folder = tmp_path_factory.mktemp("quickstart") / "work"
-    model = make_base("llama", folder / "embedded" / "model", vocabulary=257)
-    save_tokenizer(model)
+    model = make_base("llama", folder / "embedded" / "model", vocabulary=len(byte_tokenizer()))
+    byte_tokenizer().save_pretrained(model)
     (folder / "embedded" / "web.txt").write_text("\n".join(f"Buy {a} and {b} now!" for a in WORDS for b in WORDS))
     text = folder / "embedded" / "wiki.txt"
     text.write_text("@@".join(article(number) for number in range(60)))
@@ -97,8 +85,9 @@ def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=257, max_position_embeddings=256, **sizes)).save_pretrained(folder)
-    save_tokenizer(folder)
+    config = BertConfig(vocab_size=len(byte_tokenizer()), max_position_embeddings=256, **sizes)
+    BertModel(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 
