@@ -17,7 +17,7 @@ from torch import Tensor
 from knn_utils.datastore import Datastore, KNNTargets, TargetRows, check_belongs
 from training.arguments import TrainerArguments
 from utils.errors import InputError
-from utils.evaluation import count_rows, predicted_positions, window_values
+from utils.evaluation import count_rows, predicted_positions
 from utils.loading import model_fingerprint
 
 CHECKED_WINDOWS = 2048
@@ -96,7 +96,8 @@ class WindowRows:
         for first in range(0, len(self.counts), CHECKED_WINDOWS):
             last = min(first + CHECKED_WINDOWS, len(self.counts))
             start, stop = self.range_of(first)[0], self.range_of(last - 1)[1]
-            mine, theirs = window_values(self.windows, first, last), read(start, stop)
+            labels = torch.from_numpy(np.asarray(self.windows[first:last]["labels"]))  # (windows, time)
+            mine, theirs = predicted_positions(labels)[1].numpy(), read(start, stop)
             if len(mine) != len(theirs):
                 raise InputError(f"windows {first} to {last - 1}: labels do not agree with their dstore_range")
             if len(differ := np.flatnonzero(mine != theirs)):

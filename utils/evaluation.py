@@ -195,12 +195,6 @@ def count_rows(windows: Any) -> np.ndarray:
     return ranges[:, 1] - ranges[:, 0]
 
 
-def window_values(windows: Any, start: int, stop: int) -> np.ndarray:
-    """The datastore values that windows [start, stop) stand for, in order, int32."""
-    labels = np.asarray(windows[start:stop]["labels"])[:, 1:]  # (windows, time - 1)
-    return labels[labels != -100].astype(np.int32)
-
-
 def check_token_ids(windows: Any, vocabulary: int, path: object) -> None:
     """Refuse windows whose token ids lie outside a model's vocabulary. Raises InputError naming the window."""
     import pyarrow.compute as pc
