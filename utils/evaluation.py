@@ -46,6 +46,7 @@ def base_label_log_probabilities(base: Any, final: Tensor, labels: Tensor) -> Te
     """The base's log-probabilities (rows,) of `labels` from the input of its head (rows, hidden)."""
     from models.capture import base_logits
 
+    labels = labels.to(final.device)
     return _by_blocks(lambda rows: base_logits(base, final[rows]), base.config.vocab_size, labels, (1.0,))[:, 0]
 
 
