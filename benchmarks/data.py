@@ -131,8 +131,7 @@ def memory_of_targets(setting: Setting, dstore: Any, changes: dict[str, Any]) ->
     """Peak anonymous memory with a quarter of the query rows, with all, and with token ids up to two billion."""
     import numpy as np
 
-    from knn_utils.datastore import datastore_batch
-    from knn_utils.parts import write_single_file
+    from knn_utils.parts import datastore_batch, write_single_file
 
     quarter, large = setting.folder / "quarter.arrow", setting.folder / "large_values.npy"
     rows = max(dstore.rows // 4, 1)

@@ -3,7 +3,7 @@
 Both are Arrow IPC streams. A datastore row is (keys float16[dim], vals int32[, logprob float32]); a kNN-target row is
 (id_cnt int32, token_id list<int32>, prob list<float16>, label int32[, distance float32]). Files are memory-mapped, and
 rows that lie in one record batch are views of the map (read-only). Files of other writers, whose numbers are wider or
-whose lists are of another kind, are read too. parts.py says which files make up an output, and writes them.
+whose lists are of another kind, are read too. manifest.py says which files make up an output, parts.py writes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from knn_utils.parts import KINDS, Part, find_parts
+from knn_utils.manifest import KINDS, Part, find_parts
 from utils.errors import InputError
 from utils.files import sha256_file
 from utils.made_with import check_layer
@@ -61,52 +61,6 @@ class TargetRows:
     prob: np.ndarray
     label: np.ndarray
     distance: np.ndarray | None = None
-
-
-def _array(values: np.ndarray, dtype: type, what: str, length: int) -> pa.Array:
-    """An Arrow array on a NumPy buffer, not copied when it is contiguous."""
-    if values.dtype != dtype or values.shape != (length,):
-        raise ValueError(f"{what}: {values.dtype} {values.shape}, expected {np.dtype(dtype)} ({length},)")
-    return pa.Array.from_buffers(pa.from_numpy_dtype(dtype), length, [None, pa.py_buffer(np.ascontiguousarray(values))])
-
-
-def datastore_batch(keys: np.ndarray, vals: np.ndarray, logprob: np.ndarray | None = None) -> pa.RecordBatch:
-    """A record batch of datastore rows on the arrays' own memory.
-
-    `keys` float16 (n, dim), `vals` int32 (n,), `logprob` float32 (n,) or None. Raises ValueError for other dtypes or
-    shapes. The arrays must not change until the batch is written.
-    """
-    if keys.ndim != 2:
-        raise ValueError(f"keys: {keys.shape}, expected (rows, dim)")
-    rows, dim = keys.shape
-    flat = _array(keys.reshape(-1), np.float16, "keys", rows * dim)
-    columns = [pa.FixedSizeListArray.from_arrays(flat, dim), _array(vals, np.int32, "vals", rows)]
-    if logprob is not None:
-        columns.append(_array(logprob, np.float32, "logprob", rows))
-    return pa.RecordBatch.from_arrays(columns, schema=datastore_schema(dim, logprob is not None))
-
-
-def targets_batch(rows: TargetRows) -> pa.RecordBatch:
-    """A record batch of kNN targets on the arrays' own memory.
-
-    Raises ValueError for other dtypes or shapes, and for counts that do not sum to the entries (fewer than 2^31 in a
-    batch). The arrays must not change until the batch is written.
-    """
-    count, entries = len(rows.id_cnt), len(rows.token_id)
-    offsets = np.zeros(count + 1, np.int64)
-    np.cumsum(rows.id_cnt, out=offsets[1:])
-    if offsets[-1] != entries or entries > np.iinfo(np.int32).max:
-        raise ValueError(f"id_cnt sums to {offsets[-1]}, there are {entries} entries; expected as many, below 2^31")
-    bounds = _array(offsets.astype(np.int32), np.int32, "offsets", count + 1)
-    columns = [
-        _array(rows.id_cnt, np.int32, "id_cnt", count),
-        pa.ListArray.from_arrays(bounds, _array(rows.token_id, np.int32, "token_id", entries)),
-        pa.ListArray.from_arrays(bounds, _array(rows.prob, np.float16, "prob", entries)),
-        _array(rows.label, np.int32, "label", count),
-    ]
-    if rows.distance is not None:
-        columns.append(_array(rows.distance, np.float32, "distance", count))
-    return pa.RecordBatch.from_arrays(columns, schema=targets_schema(rows.distance is not None))
 
 
 def _map_file(path: Path) -> pa.Buffer:
@@ -363,41 +317,6 @@ class KNNTargets(_Rows):
             else:
                 found.append(view[first:last])
         return found
-
-
-def load_values(path: str | os.PathLike) -> np.ndarray:
-    """The values of the indexed datastore (`--val_path`): int32 (rows,), memory-mapped where possible.
-
-    `path` is a .npy file, a datastore (file or folder), or a name ending in .pkl, which is never opened: it stands for
-    the .npy beside it, or for the values in the datastore beside it. Raises InputError for anything else.
-    """
-    path = Path(path)
-    npy = path.with_suffix(".npy")
-    if path.suffix == ".npy" or (path.suffix == ".pkl" and npy.is_file()):
-        return _load_npy(npy)
-    if path.suffix == ".pkl":  # beside dstore_{model_type}_{subset}_{dim}.arrow
-        ending = f"_{path.stem.removesuffix('_vals')}"
-        beside = path.parent.glob("dstore_*.arrow")
-        found = [store for store in beside if store.stem.rpartition("_")[0].endswith(ending)]
-        if len(found) != 1:
-            raise InputError(
-                f"{path}: pickles are not read, and {npy.name} is not beside it; "
-                "name the .npy that build_index writes, or the indexed datastore"
-            )
-        path = found[0]
-    return Datastore.open(path).vals()
-
-
-def _load_npy(path: Path) -> np.ndarray:
-    try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-        if values.dtype.kind not in "iu" or not values.size or values.shape not in ((values.size,), (values.size, 1)):
-            raise ValueError(f"{values.dtype} {values.shape}, expected whole numbers (rows,)")
-        if values.dtype != np.int32 and (values.min() < 0 or values.max() > np.iinfo(np.int32).max):
-            raise ValueError("it holds numbers beyond int32")
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: not the values of a datastore ({error}); build the index again") from None
-    return values.reshape(-1).astype(np.int32, copy=False)
 
 
 def check_belongs(

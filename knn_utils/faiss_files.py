@@ -1,4 +1,4 @@
-"""Index files: which FAISS files make up an index, what they were made from; reading, writing, and GPUs.
+"""Index files: which FAISS files make up an index, what they were made from, the values of their rows; GPUs.
 
 An index is one FAISS file with a record `<name>.json` beside it, or a folder of shards (`shard-00000.index` …) with
 the record `index.json` in it; shard s holds the datastore rows from `first_row` on, in order. A FAISS file without a
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from knn_utils.datastore import Datastore
 from utils.errors import InputError, one_line
 from utils.files import read_json
 
@@ -212,3 +213,38 @@ def set_probe(index: Any, probe: int) -> None:
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
         ivf.nprobe = min(probe, ivf.nlist)
+
+
+def load_values(path: str | os.PathLike) -> np.ndarray:
+    """The values of the indexed datastore (`--val_path`): int32 (rows,), memory-mapped where possible.
+
+    `path` is a .npy file, a datastore (file or folder), or a name ending in .pkl, which is never opened: it stands for
+    the .npy beside it, or for the values in the datastore beside it. Raises InputError for anything else.
+    """
+    path = Path(path)
+    npy = path.with_suffix(".npy")
+    if path.suffix == ".npy" or (path.suffix == ".pkl" and npy.is_file()):
+        return _load_npy(npy)
+    if path.suffix == ".pkl":  # beside dstore_{model_type}_{subset}_{dim}.arrow
+        ending = f"_{path.stem.removesuffix('_vals')}"
+        beside = path.parent.glob("dstore_*.arrow")
+        found = [store for store in beside if store.stem.rpartition("_")[0].endswith(ending)]
+        if len(found) != 1:
+            raise InputError(
+                f"{path}: pickles are not read, and {npy.name} is not beside it; "
+                "name the .npy that build_index writes, or the indexed datastore"
+            )
+        path = found[0]
+    return Datastore.open(path).vals()
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+        if values.dtype.kind not in "iu" or not values.size or values.shape not in ((values.size,), (values.size, 1)):
+            raise ValueError(f"{values.dtype} {values.shape}, expected whole numbers (rows,)")
+        if values.dtype != np.int32 and (values.min() < 0 or values.max() > np.iinfo(np.int32).max):
+            raise ValueError("it holds numbers beyond int32")
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: not the values of a datastore ({error}); build the index again") from None
+    return values.reshape(-1).astype(np.int32, copy=False)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knn_utils.datastore import Datastore, load_values
+from knn_utils.datastore import Datastore
 from knn_utils.distribution import dense_probability, hit_tokens, label_probability
+from knn_utils.faiss_files import load_values
 from knn_utils.search import KNNSearcher
 from utils.errors import InputError, check_fraction, check_positive
 from utils.made_with import check_layer

@@ -1,8 +1,7 @@
 """A datastore or kNN targets on disk: a folder of parts that ends with a complete manifest, written by one process or many.
 
 A part is written under a temporary name, synced, renamed, and only then recorded. What is not recorded is written again,
-so a kill at any moment costs at most the parts under way. Readers find here the files of such a folder, of one stream,
-of loose shards and of a folder saved by `datasets`.
+so a kill at any moment costs at most the parts under way. The rows come as record batches on NumPy's own memory.
 """
 
 from __future__ import annotations
@@ -18,12 +17,14 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from knn_utils.datastore import TargetRows, datastore_schema, targets_schema
+from knn_utils.manifest import FORMAT, MANIFEST_NAME, part_name, part_sizes, plan_of, read_manifest
 from utils.errors import InputError
 from utils.files import (
     TEMPORARY_PREFIX,
@@ -38,26 +39,8 @@ from utils.files import (
 from utils.made_with import changes, require_same
 from utils.units import size_text
 
-FORMAT = ["mlpmemory-parts", 1]
-MANIFEST_NAME = "manifest.json"
-KINDS = {"datastore": "a datastore", "knn_targets": "kNN targets"}
-
 _OWN_NAME = re.compile(r"manifest\.json|part-[0-9]{5,}\.(arrow|json)")
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One Arrow file of an output. `rows` and `sha256` are None where nothing recorded them."""
-
-    path: Path
-    rows: int | None = None
-    sha256: str | None = None
-
-
-def part_name(number: int, suffix: str = ".arrow") -> str:
-    """File name of part `number`; with `.json`, of its record, which is there until the manifest is complete."""
-    return f"part-{number:05d}{suffix}"
 
 
 def plan_parts(rows: int, rows_per_part: int, existing: Sequence[int] = ()) -> list[int]:
@@ -71,87 +54,50 @@ def plan_parts(rows: int, rows_per_part: int, existing: Sequence[int] = ()) -> l
     return [*existing, *(min(rows_per_part, left - start) for start in range(0, left, rows_per_part))]
 
 
-def plan_of(manifest: dict) -> list[int]:
-    """Rows of each part that a manifest plans, whether the part is there or not."""
-    return manifest["part_rows"] if "part_rows" in manifest else [part["rows"] for part in manifest["parts"]]
+def _array(values: np.ndarray, dtype: type, what: str, length: int) -> pa.Array:
+    """An Arrow array on a NumPy buffer, not copied when it is contiguous."""
+    if values.dtype != dtype or values.shape != (length,):
+        raise ValueError(f"{what}: {values.dtype} {values.shape}, expected {np.dtype(dtype)} ({length},)")
+    return pa.Array.from_buffers(pa.from_numpy_dtype(dtype), length, [None, pa.py_buffer(np.ascontiguousarray(values))])
 
 
-def read_manifest(folder: str | os.PathLike, kind: str) -> dict:
-    """The manifest of an output folder.
+def datastore_batch(keys: np.ndarray, vals: np.ndarray, logprob: np.ndarray | None = None) -> pa.RecordBatch:
+    """A record batch of datastore rows on the arrays' own memory.
 
-    Keys: `kind`, `complete`, `rows`, `columns`, `settings` (what made the rows), `info`, `history` (of extensions),
-    `parts` (a record {"file", "rows", "bytes", "sha256"} each; while incomplete those of earlier runs) and, while
-    incomplete, `part_rows`. Raises InputError for anything else, and for an output of another kind.
+    `keys` float16 (n, dim), `vals` int32 (n,), `logprob` float32 (n,) or None. Raises ValueError for other dtypes or
+    shapes. The arrays must not change until the batch is written.
     """
-    path = Path(folder) / MANIFEST_NAME
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or [manifest.get(key) for key in ("format", "format_version")] != FORMAT:
-        raise InputError(f"{path}: is no manifest that this program reads (format {FORMAT}); name another folder")
-    if manifest["kind"] != kind:
-        held = KINDS.get(manifest["kind"], manifest["kind"])
-        raise InputError(f"{folder}: holds {held}, expected {KINDS[kind]}; name another folder")
-    return manifest
+    if keys.ndim != 2:
+        raise ValueError(f"keys: {keys.shape}, expected (rows, dim)")
+    rows, dim = keys.shape
+    flat = _array(keys.reshape(-1), np.float16, "keys", rows * dim)
+    columns = [pa.FixedSizeListArray.from_arrays(flat, dim), _array(vals, np.int32, "vals", rows)]
+    if logprob is not None:
+        columns.append(_array(logprob, np.float32, "logprob", rows))
+    return pa.RecordBatch.from_arrays(columns, schema=datastore_schema(dim, logprob is not None))
 
 
-def find_parts(path: str | os.PathLike, kind: str) -> tuple[list[Part], dict | None]:
-    """The Arrow files that stand for the datastore or kNN targets at `path`, in row order, and the manifest if any.
+def targets_batch(rows: TargetRows) -> pa.RecordBatch:
+    """A record batch of kNN targets on the arrays' own memory.
 
-    `path` is one file, a folder with a manifest, a `datasets.save_to_disk` folder (order of `state.json`) or a folder
-    of shards (order of the numbers in their names). Raises InputError when something is missing, when a folder is
-    incomplete, when a file has another size than recorded, and when files are not the shards of one table.
+    Raises ValueError for other dtypes or shapes, and for counts that do not sum to the entries (fewer than 2^31 in a
+    batch). The arrays must not change until the batch is written.
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder; expected {KINDS[kind]}")
-    if not path.is_dir():
-        return [Part(path)], None
-    if (path / MANIFEST_NAME).exists():
-        manifest = read_manifest(path, kind)
-        return _recorded_parts(path, manifest), manifest
-    if (path / "state.json").exists():
-        return [Part(path / entry["filename"]) for entry in read_json(path / "state.json")["_data_files"]], None
-    if (path / "dataset_dict.json").exists():
-        raise InputError(f"{path}: holds several splits; name one of them, such as {path}/train")
-    return _loose_shards(path, kind), None
-
-
-def part_sizes(folder: Path) -> dict[str, int]:
-    """Name and size of each file of a part that is in the folder."""
-    with os.scandir(folder) as entries:
-        return {entry.name: entry.stat().st_size for entry in entries if entry.name.startswith("part-")}
-
-
-def _recorded_parts(folder: Path, manifest: dict) -> list[Part]:
-    sizes, plan = part_sizes(folder), plan_of(manifest)
-    if not manifest["complete"]:
-        done = sum(part_name(number) in sizes for number in range(len(plan)))
-        raise InputError(
-            f"{folder}: is incomplete, {done} of {len(plan)} parts are there; "
-            "run the command that makes it again, it continues"
-        )
-    for record in manifest["parts"]:
-        if (found := sizes.get(record["file"])) != record["bytes"]:
-            raise InputError(
-                f"{folder / record['file']}: has {found or 'no'} bytes, the manifest records {record['bytes']}; "
-                "run the command that made it again, which writes this part anew"
-            )
-    return [Part(folder / record["file"], record["rows"], record["sha256"]) for record in manifest["parts"]]
-
-
-def _loose_shards(folder: Path, kind: str) -> list[Part]:
-    """Arrow files of a folder that nothing describes: shards of one table if their names differ in numbers only."""
-    names = [item.name for item in folder.glob("[!.]*.arrow") if item.is_file()]
-    if not names:
-        inside = sorted(item.name for item in folder.iterdir() if item.is_dir() and not item.name.startswith("."))
-        hint = f"it has the folders {', '.join(inside[:5])}: name one of them" if inside else "it was never written"
-        raise InputError(f"{folder}: no Arrow file in it, expected {KINDS[kind]}; {hint}")
-    if len({re.sub(r"[0-9]+", "#", name) for name in names}) > 1:
-        raise InputError(f"{folder}: its Arrow files are not the shards of one table; name one of them")
-    numbered = re.fullmatch(r".*-[0-9]+-of-([0-9]+)\.arrow", names[0])
-    if numbered and len(names) != int(numbered[1]):
-        raise InputError(f"{folder}: {len(names)} of {int(numbered[1])} shards are there; fetch the missing ones")
-    names.sort(key=lambda name: [int(number) for number in re.findall(r"[0-9]+", name)])
-    return [Part(folder / name) for name in names]
+    count, entries = len(rows.id_cnt), len(rows.token_id)
+    offsets = np.zeros(count + 1, np.int64)
+    np.cumsum(rows.id_cnt, out=offsets[1:])
+    if offsets[-1] != entries or entries > np.iinfo(np.int32).max:
+        raise ValueError(f"id_cnt sums to {offsets[-1]}, there are {entries} entries; expected as many, below 2^31")
+    bounds = _array(offsets.astype(np.int32), np.int32, "offsets", count + 1)
+    columns = [
+        _array(rows.id_cnt, np.int32, "id_cnt", count),
+        pa.ListArray.from_arrays(bounds, _array(rows.token_id, np.int32, "token_id", entries)),
+        pa.ListArray.from_arrays(bounds, _array(rows.prob, np.float16, "prob", entries)),
+        _array(rows.label, np.int32, "label", count),
+    ]
+    if rows.distance is not None:
+        columns.append(_array(rows.distance, np.float32, "distance", count))
+    return pa.RecordBatch.from_arrays(columns, schema=targets_schema(rows.distance is not None))
 
 
 class _HashedFile(io.BufferedWriter):

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from knn_utils.datastore import datastore_batch, datastore_schema
-from knn_utils.parts import MANIFEST_NAME, PartedOutput, plan_of, read_manifest, write_single_file
+from knn_utils.datastore import datastore_schema
+from knn_utils.manifest import MANIFEST_NAME, plan_of, read_manifest
+from knn_utils.parts import PartedOutput, datastore_batch, write_single_file
 from utils.distributed import decided_by_main
 from utils.errors import InputError
 from utils.evaluation import Scorer, check_token_ids, count_rows, predicted_positions, window_batches

@@ -116,8 +116,8 @@ class Job:
     """
 
     def __init__(self, arguments: TargetArguments, share: tuple[int, int]) -> None:
-        from knn_utils.datastore import Datastore, load_values
-        from knn_utils.faiss_files import find_index, is_comparable, rows_fingerprint, same_rows
+        from knn_utils.datastore import Datastore
+        from knn_utils.faiss_files import find_index, is_comparable, load_values, rows_fingerprint, same_rows
         from knn_utils.search import KNNSearcher
         from utils.evaluation import chosen
 
@@ -225,7 +225,8 @@ def joined(blocks: Iterator[tuple[Any, ...]], count: int, bar: Any) -> Iterator[
     """Record batches of `count` blocks of targets each."""
     import numpy as np
 
-    from knn_utils.datastore import TargetRows, targets_batch
+    from knn_utils.datastore import TargetRows
+    from knn_utils.parts import targets_batch
 
     while group := list(itertools.islice(blocks, count)):
         rows = TargetRows(*(np.concatenate(column) for column in zip(*group, strict=True)))
@@ -259,7 +260,7 @@ def parts_of(rows: int, part_rows: int | None, existing: list[int] | None = None
 def planned(arguments: TargetArguments, job: Job) -> dict[str, Any]:
     """How the folder is to be written, given what is in it: `PartedOutput`'s part_rows, settings, extend, overwrite."""
     from knn_utils.faiss_files import is_comparable, same_rows
-    from knn_utils.parts import MANIFEST_NAME, plan_of, read_manifest
+    from knn_utils.manifest import MANIFEST_NAME, plan_of, read_manifest
 
     folder, rows, settings = Path(arguments.output_path), job.dstore.rows, job.settings
     anew = {"part_rows": parts_of(rows, arguments.part_rows), "settings": settings, "overwrite": arguments.overwrite}

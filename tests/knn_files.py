@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from knn_utils.datastore import datastore_batch, datastore_schema
-from knn_utils.parts import PartedOutput, plan_parts, write_single_file
+from knn_utils.datastore import datastore_schema
+from knn_utils.parts import PartedOutput, datastore_batch, plan_parts, write_single_file
 
 DIM = 16
 VOCABULARY = 50

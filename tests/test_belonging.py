@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import command, make_base, refused_here
 
-from knn_utils.datastore import Datastore, KNNTargets, TargetRows, targets_batch
-from knn_utils.parts import write_single_file
+from knn_utils.datastore import Datastore, KNNTargets, TargetRows
+from knn_utils.parts import targets_batch, write_single_file
 
 
 @pytest.fixture(scope="module")

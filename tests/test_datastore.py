@@ -13,17 +13,9 @@ import pyarrow as pa
 import pytest
 
 from knn_utils import datastore as arrow_files
-from knn_utils.datastore import (
-    Datastore,
-    KNNTargets,
-    TargetRows,
-    datastore_batch,
-    datastore_schema,
-    load_values,
-    targets_batch,
-    targets_schema,
-)
-from knn_utils.parts import PartedOutput, write_single_file
+from knn_utils.datastore import Datastore, KNNTargets, TargetRows, datastore_schema, targets_schema
+from knn_utils.faiss_files import load_values
+from knn_utils.parts import PartedOutput, datastore_batch, targets_batch, write_single_file
 from utils.errors import InputError
 
 pytestmark = pytest.mark.unit

@@ -20,8 +20,8 @@ import pytest
 from conftest import ROOT
 from warm import UNREADABLE, Command, kill_before, note_steps, pause_before, together
 
-from knn_utils.datastore import Datastore, datastore_batch
-from knn_utils.parts import write_single_file
+from knn_utils.datastore import Datastore
+from knn_utils.parts import datastore_batch, write_single_file
 from utils.files import FolderLock
 
 SEED = int(os.environ.get("FAULT_SEED", "5"))

@@ -11,7 +11,7 @@ import pytest
 from conftest import GOLDEN, command, refused_here
 
 from knn_utils.datastore import Datastore
-from knn_utils.parts import read_manifest
+from knn_utils.manifest import read_manifest
 from knn_utils.saveEmbedMulti import plan_windows, windows_of
 
 LINES = json.loads((GOLDEN / "preprocess" / "expected.json").read_text())["text"]

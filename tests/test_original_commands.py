@@ -359,8 +359,9 @@ def test_training_reads_the_files_of_the_original(llama_world, tmp_path):
     """One Arrow stream as datastore, `datasets` windows of another maker, several target shards, a .pkl name."""
     import datasets
 
-    from knn_utils.datastore import Datastore, KNNTargets, datastore_batch, load_values, targets_batch
-    from knn_utils.parts import write_single_file
+    from knn_utils.datastore import Datastore, KNNTargets
+    from knn_utils.faiss_files import load_values
+    from knn_utils.parts import datastore_batch, targets_batch, write_single_file
 
     world = llama_world
     store, found = Datastore.open(world.dstore("train")), KNNTargets.open(world.targets)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
-from knn_utils.datastore import Datastore, datastore_batch, datastore_schema
-from knn_utils.parts import PartedOutput, plan_parts, write_single_file
+from knn_utils.datastore import Datastore, datastore_schema
+from knn_utils.parts import PartedOutput, datastore_batch, plan_parts, write_single_file
 from utils.errors import InputError
 
 DIM = 4

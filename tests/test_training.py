@@ -21,8 +21,8 @@ import torch
 from conftest import ROOT, command, refused, refused_here, run
 from safetensors.torch import load_file, save_file
 
-from knn_utils.datastore import Datastore, datastore_batch
-from knn_utils.parts import write_single_file
+from knn_utils.datastore import Datastore
+from knn_utils.parts import datastore_batch, write_single_file
 from training.rows import epoch_order
 from utils.errors import InputError
 
