@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from utils.base_model import BaseArguments
-from utils.cli import flag, parse
-from utils.errors import InputError, check_grid, command
+from utils.cli import command, flag, parse
+from utils.errors import InputError, check_grid
+from utils.loading import BaseArguments
 
 
 @dataclass
@@ -48,11 +48,12 @@ class JointArguments(BaseArguments):
 def main() -> None:
     (arguments,) = parse(JointArguments, description=__doc__.split("\n")[0])
     if arguments.choose_on:
-        from utils.evaluation import chosen
+        from utils.results import chosen
 
         arguments.lmbda, arguments.knn_temp = chosen(arguments.choose_on)
     arguments.check()
-    from utils.loading import quiet_libraries, say
+    from utils.cli import say
+    from utils.loading import quiet_libraries
 
     quiet_libraries()
     if arguments.report_to != "none":
@@ -64,8 +65,9 @@ def evaluate(arguments: JointArguments) -> None:
     """Score the split, print its perplexities and write them to results.json."""
     import torch
 
-    from utils.evaluation import MixtureScore, label_log_probabilities, report_scores
+    from utils.evaluation import MixtureScore, label_log_probabilities
     from utils.loading import load_windows
+    from utils.results import report_scores
 
     started = time.time()
     dtype = arguments.dtype(bf16=arguments.bf16, fp16=arguments.fp16)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils.base_model import BaseArguments
-from utils.cli import flag, make_parser, note_unused, parse
-from utils.errors import InputError, check_grid, command
+from utils.cli import command, flag, make_parser, note_unused, parse
+from utils.errors import InputError, check_grid
+from utils.loading import BaseArguments
 
 DESCRIPTION = "Fine-tune, score or embed with a base language model."
 
@@ -64,7 +64,7 @@ def main() -> None:
 
     arguments, training = parse(StageArguments, TrainingArguments, description=DESCRIPTION)
     if arguments.choose_on:
-        from utils.evaluation import chosen
+        from utils.results import chosen
 
         arguments.lmbda, arguments.knn_temp = chosen(arguments.choose_on)
     check_arguments(arguments, training)
@@ -134,7 +134,8 @@ def check_arguments(arguments: StageArguments, training: Any) -> None:
 def save(base: Any, windows: Any, arguments: StageArguments, training: Any, dtype: Any) -> None:
     """Write the datastore of the split, and print its perplexity when the log-probabilities were kept."""
     from knn_utils.saveEmbedMulti import datastore_name, save_datastore
-    from utils.loading import model_fingerprint, say, windows_fingerprint
+    from utils.cli import say
+    from utils.loading import model_fingerprint, windows_fingerprint
 
     dim = base.config.hidden_size
     path = Path(arguments.dstore_dir) / datastore_name(base.config.model_type, arguments.eval_subset, dim)
@@ -167,7 +168,8 @@ def save(base: Any, windows: Any, arguments: StageArguments, training: Any, dtyp
 
 def evaluate(base: Any, windows: Any, arguments: StageArguments, training: Any) -> None:
     """Perplexity of the base, and with --knn of the kNN-LM over the grid, into results.json."""
-    from utils.evaluation import MixtureScore, report_scores
+    from utils.evaluation import MixtureScore
+    from utils.results import report_scores
 
     started = time.time()
     score = MixtureScore(arguments.lmbda, arguments.knn_temp)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from training.arguments import TrainerArguments
-from utils.cli import flag, parse
-from utils.errors import InputError, command
+from utils.cli import command, flag, parse
+from utils.errors import InputError
 
 
 @dataclass
@@ -26,7 +26,7 @@ def main() -> None:
     if not offline.knn_dstore_path:
         raise InputError("--knn_dstore_path: is required; train_mlpmem_online needs no datastore of the student")
     from training.rows import OfflineRows
-    from training.run import train_memory
+    from training.trainer import train_memory
 
     def make_rows(windows, config, open_base):
         return OfflineRows(windows, config, arguments, offline.knn_dstore_path)

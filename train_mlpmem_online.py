@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from training.arguments import TrainerArguments
-from utils.cli import flag, parse
-from utils.errors import command
+from utils.cli import command, flag, parse
 
 
 @dataclass
@@ -25,7 +24,7 @@ def main() -> None:
     arguments, online = parse(TrainerArguments, OnlineArguments, description="Train an MLP memory online.")
     arguments.check()
     from training.rows import OnlineRows
-    from training.run import train_memory
+    from training.trainer import train_memory
 
     def make_rows(windows, config, open_base):
         base = open_base()

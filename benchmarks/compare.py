@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from downstream.recall import ANSWER_WORDS
-from utils.cli import flag, parse
-from utils.errors import InputError, check_positive, command
+from utils.cli import command, flag, parse
+from utils.errors import InputError, check_positive
 
 METHODS = ["base", "knnlm", "rag_bm25", "rag_dense", "lora", "memory"]
 # In the order in which they are measured.
@@ -84,8 +84,9 @@ def main() -> None:
 def run(arguments: CompareArguments, output: Path) -> None:
     """Measure what is missing, method by method, and write the report."""
     from benchmarks.compare_methods import TITLES, Quickstart
+    from utils.cli import say
     from utils.files import FolderLock, ensure_folder, read_json, write_json
-    from utils.loading import quiet_libraries, say
+    from utils.loading import quiet_libraries
 
     quiet_libraries()
     work = Quickstart(arguments)
@@ -112,7 +113,7 @@ def run(arguments: CompareArguments, output: Path) -> None:
 def measure(work: Any, record: dict[str, Any], save: Any) -> None:
     """Measure the parts that `record` lacks, saving after each."""
     from benchmarks.compare_scores import measure_speed, score_facts, score_windows, speed_prompts
-    from utils.loading import say
+    from utils.cli import say
 
     flags, tokenizer = work.flags, work.tokenizer
     method = work.build(record["name"], record)
@@ -143,8 +144,8 @@ def report(work: Any, records: list[dict[str, Any]], output: Path) -> None:
     from benchmarks.compare_table import add_differences, markdown, plot
     from benchmarks.page import machine
     from downstream import recall
+    from utils.cli import say
     from utils.files import atomic_file, write_json
-    from utils.loading import say
 
     methods = {
         record["name"]: {name: value for name, value in record.items() if name != "identity"}

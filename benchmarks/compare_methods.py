@@ -17,10 +17,12 @@ import torch
 
 from benchmarks.compare_rag import bm25_search, bytes_of, dense_search, fetch_encoder, passages
 from benchmarks.compare_scores import Method, score_windows
-from utils.base_model import BaseArguments
+
+# As the table calls them, in the order in which they are measured.
+from utils.cli import say
 from utils.errors import InputError
 from utils.files import read_json
-from utils.loading import load_windows, say
+from utils.loading import BaseArguments, load_windows
 
 # As the table calls them, in the order in which they are measured.
 TITLES = {

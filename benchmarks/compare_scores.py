@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.inference import Clock, generate
 from downstream.recall import Case
 from downstream.scoring import context_length
-from utils.evaluation import perplexity, temperature_grid
+from utils.evaluation import temperature_grid
 
 SAMPLE_TOKENS = 48  # prompt for timing where there are no facts
 
@@ -87,7 +87,7 @@ def score_windows(method: Method, windows: Any, tokenizer: Any, chunk: int, quer
             likelihoods.append([total, count])
     tokens = sum(count for _, count in likelihoods)
     return {
-        "perplexity": perplexity(-sum(total for total, _ in likelihoods) / tokens),
+        "perplexity": math.exp(-sum(total for total, _ in likelihoods) / tokens),
         "accuracy": right / tokens,
         "tokens": tokens,
         "log_likelihood": likelihoods,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from utils.errors import command
+from utils.cli import command
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ def machine(device: str) -> dict[str, Any]:
     """What a figure depends on beside the code."""
     import torch
 
-    from utils.evaluation import versions
+    from utils.results import versions
 
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

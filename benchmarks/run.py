@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.setting import BenchmarkArguments, Setting
-from utils.cli import flag, parse
-from utils.errors import InputError, command
+from utils.cli import command, flag, parse
+from utils.errors import InputError
 from utils.files import ensure_folder, read_json, write_json
 
 # Each stage is a function of its name in this module. The chain comes first: the other stages use its files.

@@ -17,8 +17,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.setting import STEPS, BenchmarkArguments, Setting
-from utils.cli import flag, parse
-from utils.errors import InputError, command
+from utils.cli import command, flag, parse
+from utils.errors import InputError
 from utils.files import ensure_folder, read_json, write_json
 
 NAMES = {"embed": "embedding", "index": "index", "targets": "kNN targets", "train": "training", "joint": "evaluation"}

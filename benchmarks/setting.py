@@ -136,8 +136,7 @@ class Setting(BenchmarkArguments):
 
     def base(self, dtype: str = "float32") -> Any:
         """The base model, in evaluation mode, without gradients."""
-        from utils.base_model import BaseArguments
-        from utils.loading import quiet_libraries
+        from utils.loading import BaseArguments, quiet_libraries
 
         quiet_libraries()
         arguments = BaseArguments(self.model, torch_dtype=dtype)
@@ -150,7 +149,7 @@ class Setting(BenchmarkArguments):
 
         from models import memory_class
         from models.stack import memory_config
-        from utils.base_model import load_tokenizer
+        from utils.loading import load_tokenizer
 
         config = memory_config(AutoConfig.from_pretrained(self.model), self.memory_layers)
         tokenizer = load_tokenizer(self.model)
@@ -239,8 +238,8 @@ def make_windows(setting: Setting) -> None:
     import datasets
     import numpy as np
 
-    from utils.base_model import load_tokenizer
     from utils.files import atomic_folder
+    from utils.loading import load_tokenizer
     from utils.windows import WindowSizes, cut_windows
 
     sizes = WindowSizes(setting.block_size, setting.stride).check()

@@ -25,8 +25,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from demo.pair import Pair, PairArguments, choose_pair, open_pair
-from utils.cli import flag, parse
-from utils.errors import InputError, command
+
+# The browser enforces what the page is built to do: nothing is loaded from elsewhere.
+from utils.cli import command, flag, parse
+from utils.errors import InputError
 
 # The browser enforces what the page is built to do: nothing is loaded from elsewhere.
 CONTENT_POLICY = (
@@ -92,7 +94,7 @@ def open_passages(arguments: PageArguments, pair: Pair, joint: Any, tokenizer: A
     if arguments.passages == 0 or not any(places):
         return None
     from demo.passages import Passages
-    from utils.loading import say
+    from utils.cli import say
 
     belongs = {"dim": joint.config.hidden_size, "layer_position": joint.layer_position}
     try:

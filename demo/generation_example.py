@@ -24,8 +24,8 @@ from operator import itemgetter
 from typing import Any
 
 from demo.pair import PairArguments, Sampling, choose_pair, open_pair, short_name
-from utils.cli import parse
-from utils.errors import InputError, command, one_line
+from utils.cli import command, parse
+from utils.errors import InputError, one_line
 
 SMALLEST_WIDTH, LARGEST_WIDTH = 80, 160  # columns of a terminal on which two texts stand side by side; of both together
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.base_model import BaseArguments
 from utils.cli import flag
 from utils.errors import InputError, check_fraction, check_positive
+from utils.loading import BaseArguments
 
 QUICKSTART, MISTRAL = "quickstart", "mistral"
 

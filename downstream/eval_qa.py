@@ -22,8 +22,8 @@ if __package__ in (None, ""):
 
 from downstream.model import ModelArguments
 from downstream.tasks import TASKS, Prompt, Task, find_task
-from utils.cli import flag, note_unused, parse, required
-from utils.errors import InputError, check_positive, command
+from utils.cli import command, flag, note_unused, parse, required
+from utils.errors import InputError, check_positive
 
 
 @dataclass
@@ -68,8 +68,8 @@ def main() -> None:
     task = find_task(qa.task)
     started = time.time()
     from downstream.predictions import Predictions
-    from utils.evaluation import write_results
     from utils.files import read_json
+    from utils.results import write_results
 
     rows, dropped, data_settings = read_rows(qa, task)
     predictions = Predictions(qa.output_dir, {**data_settings, **model.settings()}, overwrite=qa.overwrite)

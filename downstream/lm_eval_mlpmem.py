@@ -24,8 +24,8 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from downstream.model import ModelArguments
-from utils.cli import flag, parse, required
-from utils.errors import InputError, check_positive, command, one_line
+from utils.cli import command, flag, parse, required
+from utils.errors import InputError, check_positive, one_line
 
 OWN_TASKS = Path(__file__).resolve().parent / "general_tasks"
 
@@ -68,8 +68,8 @@ def main() -> None:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
-    from utils.evaluation import write_results
     from utils.files import ensure_folder
+    from utils.results import write_results
 
     names = [name for entry in harness.tasks for name in entry.split(",") if name]
     folders = [path for path in (str(OWN_TASKS), harness.include_path) if path]

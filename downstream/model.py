@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.base_model import BaseArguments
 from utils.cli import flag
 from utils.errors import InputError, check_fraction, check_positive
+from utils.loading import BaseArguments
 
 
 @dataclass
@@ -76,7 +76,8 @@ def open_model(arguments: ModelArguments) -> tuple[Any, Any]:
         InputError: no model, no tokenizer or no memory there, or a memory of another base.
     """
     from models import MLPMemory
-    from utils.loading import quiet_libraries, say
+    from utils.cli import say
+    from utils.loading import quiet_libraries
 
     quiet_libraries()
     tokenizer = arguments.open_tokenizer(required=True)

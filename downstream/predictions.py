@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.errors import InputError
-from utils.files import FolderLock, ensure_folder, read_json, remove_temporary, write_json
-from utils.made_with import require_same
+from utils.files import FolderLock, ensure_folder, read_json, remove_temporary, require_same, write_json
 
 
 class Predictions:

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.base_model import BaseArguments
-from utils.cli import flag, parse
-from utils.errors import InputError, check_fraction, check_positive, command
+from utils.cli import command, flag, parse
+from utils.errors import InputError, check_fraction, check_positive
+from utils.loading import BaseArguments
 
 RULE = (
     "an article's title and its first sentence up to 'is a', 'was an', 'are the' and the like, answered by the next "
@@ -63,7 +63,7 @@ class RecallArguments(BaseArguments):
             if getattr(self, name) is None:
                 raise InputError(f"--{name}: is required")
         if self.choose_on:
-            from utils.evaluation import chosen
+            from utils.results import chosen
 
             (self.lmbda,), (self.knn_temp,) = chosen(self.choose_on)
         check_fraction("--lmbda", self.lmbda)
@@ -115,8 +115,9 @@ def main() -> None:
     arguments.check()
     from downstream.scoring import Evaluator
     from models import MLPMemory
-    from utils.evaluation import write_results
-    from utils.loading import quiet_libraries, say
+    from utils.cli import say
+    from utils.loading import quiet_libraries
+    from utils.results import write_results
 
     started = time.time()
     quiet_libraries()

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.cli import flag, parse
-from utils.errors import InputError, command
+from utils.cli import command, flag, parse
+from utils.errors import InputError
 
 
 @dataclass
@@ -29,9 +29,9 @@ def main() -> None:
     (arguments,) = parse(ReportArguments, description=__doc__.split("\n")[0])
     if arguments.work is None:
         raise InputError("--work: is required")
-    from utils.evaluation import versions
     from utils.files import atomic_file, ensure_folder, read_json, write_json
-    from utils.plots import draw_lambda, draw_training, figure_of, save_figure
+    from utils.plots import draw_training, figure_of, save_figure
+    from utils.results import versions
 
     work, output = Path(arguments.work), ensure_folder(arguments.output_dir)
     stages = ("knnlm_validation", "knnlm_test", "joint_validation", "joint_test", "recall")
@@ -126,6 +126,26 @@ def recall_line(results: dict[str, Any]) -> str:
         f"Facts of the trained articles completed ({results['recall_cases']} cases): base "
         f"{results['recall_base']:.1%}, base + memory {results['recall_memory']:.1%} ({gain:.1f} standard errors apart)."
     )
+
+
+def draw_lambda(axes: Any, grids: dict[str, list[dict[str, float]]], base: float, chosen: float) -> None:
+    """Perplexity against lambda, each mixture at its best temperature for each lambda, and the base alone.
+
+    What is much worse than the base leaves the picture, so that the gains fill it.
+    """
+    lowest = base
+    for name, grid in grids.items():
+        values = sorted({row["lmbda"] for row in grid})
+        best = [min(row["perplexity"] for row in grid if row["lmbda"] == value) for value in values]
+        axes.plot(values, best, "o-", label=name)
+        lowest = min(lowest, *best)
+    axes.axhline(base, color="black", linewidth=1, label="base")
+    axes.axvline(chosen, color="grey", linestyle=":", label="chosen")
+    axes.set_ylim(lowest - 0.3 * (base - lowest), base + 0.8 * max(base - lowest, 0.05 * base))
+    axes.set_xlabel("lambda")
+    axes.set_ylabel("perplexity")
+    axes.set_title("validation articles")
+    axes.legend()
 
 
 if __name__ == "__main__":

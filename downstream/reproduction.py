@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.cli import flag, parse
-from utils.errors import InputError, command
+from utils.cli import command, flag, parse
+from utils.errors import InputError
 
 
 @dataclass
@@ -44,7 +44,7 @@ def base_parameters(name: str) -> int:
     from transformers import AutoConfig
 
     from knn_utils.preflight import count_parameters
-    from utils.base_model import from_pretrained
+    from utils.loading import from_pretrained
 
     return count_parameters(from_pretrained(AutoConfig.from_pretrained, name, "--model_name_or_path"))
 
@@ -105,9 +105,9 @@ def table(arguments: ReproductionArguments) -> tuple[str, dict[str, Any]]:
 
 def main() -> None:
     (arguments,) = parse(ReproductionArguments, description=__doc__.split("\n")[0])
-    from utils.evaluation import versions
     from utils.files import atomic_file, write_json
     from utils.loading import quiet_libraries
+    from utils.results import versions
 
     quiet_libraries()
     text, results = table(arguments)

@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from downstream.tasks import Likelihood, Prompt
-from utils.loading import say
+from utils.cli import say
 
 # A common start shorter than this many tokens costs less than copying its cache to every batch.
 SHORTEST_SHARED_START = 32

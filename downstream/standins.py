@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.cli import flag, parse
-from utils.errors import InputError, command
+from utils.cli import command, flag, parse
+from utils.errors import InputError
 
 END = "<|endoftext|>"
 # (width, layers, attention heads)
@@ -41,8 +41,8 @@ def main() -> None:
             raise InputError(f"--texts {path}: no such file")
     from transformers import GPT2Config
 
+    from utils.cli import say
     from utils.files import atomic_folder
-    from utils.loading import say
 
     output = Path(arguments.output_dir)
     tokenizer = byte_pair_tokenizer(arguments.texts, arguments.vocabulary, arguments.positions)

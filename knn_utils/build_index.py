@@ -54,10 +54,19 @@ from knn_utils.index_training import (
     supported,
     training_sample,
 )
-from utils.cli import flag, parse, required
-from utils.errors import InputError, command
-from utils.files import FolderLock, atomic_file, ensure_folder, read_json, sha256_file, sync_folder, write_json
-from utils.made_with import check_layer, require_same
+from utils.cli import command, flag, parse, required
+from utils.errors import InputError
+from utils.files import (
+    FolderLock,
+    atomic_file,
+    check_layer,
+    ensure_folder,
+    read_json,
+    require_same,
+    sha256_file,
+    sync_folder,
+    write_json,
+)
 
 PLAN_NAME = "plan.json"
 CHECKPOINT_SECONDS = 600

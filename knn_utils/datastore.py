@@ -21,8 +21,7 @@ import pyarrow as pa
 
 from knn_utils.manifest import KINDS, Part, find_parts
 from utils.errors import InputError
-from utils.files import sha256_file
-from utils.made_with import check_layer
+from utils.files import check_layer, sha256_file
 
 # Files (each map holds a file descriptor) and record batches kept open; rows that a scorer reads at a time.
 OPEN_FILES, OPEN_BATCHES, SCORED_ROWS = 128, 64, 4096

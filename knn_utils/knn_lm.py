@@ -19,7 +19,7 @@ from knn_utils.distribution import dense_probability, hit_tokens, label_probabil
 from knn_utils.faiss_files import load_values
 from knn_utils.search import KNNSearcher
 from utils.errors import InputError, check_fraction, check_positive
-from utils.made_with import check_layer
+from utils.files import check_layer
 
 
 class Neighbours:

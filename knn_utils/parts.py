@@ -30,13 +30,14 @@ from utils.files import (
     TEMPORARY_PREFIX,
     FolderLock,
     atomic_file,
+    changes,
     ensure_folder,
     read_json,
     remove_temporary,
+    require_same,
     sync_folder,
     write_json,
 )
-from utils.made_with import changes, require_same
 from utils.units import size_text
 
 _OWN_NAME = re.compile(r"manifest\.json|part-[0-9]{5,}\.(arrow|json)")

@@ -245,7 +245,7 @@ def measure_rates(model: str, sizes: Sizes, disk: float, trust_remote_code: bool
     import torch
 
     from models.capture import hidden_states
-    from utils.base_model import BaseArguments
+    from utils.loading import BaseArguments
 
     opening = BaseArguments(model_name_or_path=model, trust_remote_code=trust_remote_code)
     base = opening.open_base(opening.open_tokenizer())

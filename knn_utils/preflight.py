@@ -32,8 +32,8 @@ from knn_utils.planner import (
     plan_text,
     total,
 )
-from utils.cli import flag, parse
-from utils.errors import InputError, command, one_line
+from utils.cli import command, flag, parse
+from utils.errors import InputError, one_line
 from utils.files import sha256_file
 from utils.units import size_text
 
@@ -169,7 +169,7 @@ def check_arguments(arguments: PreflightArguments) -> None:
 def look_at_model(arguments: PreflightArguments, chain: Chain) -> None:
     from transformers import AutoConfig
 
-    from utils.base_model import from_pretrained, load_tokenizer
+    from utils.loading import from_pretrained, load_tokenizer
 
     path, remote = arguments.model_name_or_path, {"trust_remote_code": arguments.trust_remote_code}
     config = from_pretrained(AutoConfig.from_pretrained, path, "--model_name_or_path", **remote)

@@ -8,7 +8,7 @@ those of a complete datastore become further parts of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from tqdm import tqdm
 from knn_utils.datastore import datastore_schema
 from knn_utils.manifest import MANIFEST_NAME, plan_of, read_manifest
 from knn_utils.parts import PartedOutput, datastore_batch, write_single_file
-from utils.distributed import decided_by_main
 from utils.errors import InputError
 from utils.evaluation import Scorer, check_token_ids, count_rows, predicted_positions, window_batches
 from utils.loading import windows_fingerprint
@@ -192,3 +191,14 @@ def save_datastore(
                     part.write(batch)
                     bar.update(batch.num_rows)
     return output.finish()
+
+
+def decided_by_main(decide: Callable[[], Any]) -> Any:
+    """What `decide` returns on the main process, on all of them: for what is read from files that change."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState()
+    if state.num_processes == 1:
+        return decide()
+    return broadcast_object_list([decide() if state.is_main_process else None])[0]

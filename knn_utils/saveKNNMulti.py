@@ -24,9 +24,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from utils.cli import flag, note_unused, parse, required
-from utils.errors import InputError, check_positive, command
-from utils.made_with import check_layer, require_same
+from utils.cli import command, flag, note_unused, parse, required
+from utils.errors import InputError, check_positive
+from utils.files import check_layer, require_same
 
 # Rows of a part: small datastores get several parts, large ones at most so many.
 LEAST_PART_ROWS, FEW_PARTS, SMALL_PART_ROWS, MOST_PARTS = 256, 8, 4096, 4096
@@ -119,7 +119,7 @@ class Job:
         from knn_utils.datastore import Datastore
         from knn_utils.faiss_files import find_index, is_comparable, load_values, rows_fingerprint, same_rows
         from knn_utils.search import KNNSearcher
-        from utils.evaluation import chosen
+        from utils.results import chosen
 
         self.arguments = arguments
         self.knn_temp = chosen(arguments.choose_on)[1][0] if arguments.choose_on else arguments.knn_temp

@@ -160,7 +160,7 @@ class KNNSearcher:
         self._refine_factor, self._datastore = refine_factor, datastore
         self.on_gpu = gpu and gpu_count() > 0
         if gpu and not self.on_gpu:
-            from utils.loading import say
+            from utils.cli import say
 
             say("--knn_gpu: FAISS sees no GPU here, the search runs on the CPU")
         # Neighbouring shards, so that processes in their order are rows in their order.

@@ -31,13 +31,10 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     if len(found) == 1:
         return found[0]
     name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
-    if not found:
-        raise ValueError(
-            f"model family '{name}': its decoder blocks have no .mlp module, so there is no hidden state to capture "
-            "and no memory stack for it; use a family whose blocks have one (gpt2, llama, mistral, qwen2, …)"
-        )
+    what = f"{len(found)} lists of blocks have an .mlp module" if found else "its decoder blocks have no .mlp module"
     raise ValueError(
-        f"model family '{name}': {len(found)} lists of blocks have an .mlp module; only plain decoders with one are supported"
+        f"model family '{name}': {what}, so there is no one hidden state to capture and no memory stack for it; use a "
+        "plain decoder whose blocks have one (gpt2, llama, mistral, qwen2, …)"
     )
 
 

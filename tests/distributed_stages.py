@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from utils.errors import command  # noqa: E402
+from utils.cli import command  # noqa: E402
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",

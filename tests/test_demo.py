@@ -359,7 +359,7 @@ def test_a_memory_for_another_base_is_refused(saved, tmp_path):
 
 @pytest.fixture(scope="module")
 def opened(llama_world):
-    from utils.base_model import BaseArguments
+    from utils.loading import BaseArguments
 
     arguments = BaseArguments(str(llama_world.base))
     tokenizer = arguments.open_tokenizer(required=True)

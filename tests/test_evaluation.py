@@ -11,7 +11,7 @@ import torch
 from conftest import FAMILIES, GOLDEN, command, refused, refused_here
 from safetensors.torch import load_file
 
-from utils.evaluation import label_log_probabilities, mixture_log_likelihood, predicted_positions
+from utils.evaluation import MixtureScore, label_log_probabilities, predicted_positions
 
 
 def results(folder):
@@ -146,9 +146,11 @@ def test_label_log_probabilities_agree_with_golden_logits(family):
     base = label_log_probabilities(expected["base_logits"][mask], head, labels)[:, 0]
     memory = label_log_probabilities(expected["memory_logits"][mask], head, labels, [1.0, 2.0])
     golden = json.loads((GOLDEN / "expected.json").read_text())[family]
-    sums = mixture_log_likelihood(base, memory, [0.25, 0.6])
-    assert -sums[0, 0].item() / len(labels) == pytest.approx(golden["loss_l025_t1"], abs=1e-4)
-    assert -sums[1, 1].item() / len(labels) == pytest.approx(golden["loss_l06_t2"], abs=1e-4)
+    score = MixtureScore([0.25, 0.6], [1.0, 2.0])
+    score.add(base, memory)
+    found = {(row["lmbda"], row["knn_temp"]): math.log(row["perplexity"]) for row in score.grid()}
+    assert found[0.25, 1.0] == pytest.approx(golden["loss_l025_t1"], abs=1e-4)
+    assert found[0.6, 2.0] == pytest.approx(golden["loss_l06_t2"], abs=1e-4)
 
 
 class TestRefused:

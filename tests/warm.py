@@ -23,7 +23,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("torch", "torch.distributed", "transformers.models.llama.modeling_llama", "accelerate", "datasets"),
-        *("matplotlib.figure", "training.run", "knn_utils.saveKNNMulti", "knn_utils.build_index"),
+        *("matplotlib.figure", "knn_utils.saveKNNMulti", "knn_utils.build_index"),
         *("training.rows", "utils.text_files", "models.mlpLlama", "train_base", "faiss"),
     ]
 )
@@ -112,7 +112,7 @@ def _run(
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    from utils.errors import command
+    from utils.cli import command
 
     main = importlib.import_module(module).main
     if user is not None:

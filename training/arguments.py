@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.base_model import BaseArguments
-from utils.cli import flag, note_unused
+from utils.cli import flag, note_unused, say, started_together
 from utils.errors import InputError, check_fraction, check_positive, one_line
 from utils.files import read_json
+from utils.loading import BaseArguments, default_device, fastest_dtype, keep_freed_memory
 
 RECORD = "training.json"  # of a run, in its output folder
 STATE = "state"  # what a checkpoint holds for resuming
@@ -133,17 +134,11 @@ class TrainerArguments(BaseArguments):
         """The run's seed; without --seed one is drawn, and a continued run keeps the one it began with."""
         if self.seed is not None:
             return self.seed
-        drawn = int.from_bytes(os.urandom(3), "little")
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # every process needs the same number
-        return self.previous_run().get("settings", {}).get("seed", 0 if several else drawn)
+        drawn = 0 if started_together() else int.from_bytes(os.urandom(3), "little")  # the same on every process
+        return self.previous_run().get("settings", {}).get("seed", drawn)
 
     def keep_precision(self) -> None:
-        """Set the precisions that flags, launcher or device would choose to those that a continued run began with.
-
-        The second start may be on another device. An explicit other --mixed_precision is refused with an InputError.
-        """
-        from utils.loading import say
-
+        """Set precisions that are left open to those that a continued run began with; refuse another with InputError."""
         began = self.previous_run().get("precision", {})
         if kept := began.get("mixed_precision"):
             if self.mixed_precision is None:
@@ -162,8 +157,6 @@ class TrainerArguments(BaseArguments):
         import torch
         from accelerate import Accelerator
 
-        from utils.loading import default_device, fastest_dtype, keep_freed_memory
-
         if default_device().type == "cpu":
             keep_freed_memory()
         self.keep_precision()
@@ -181,3 +174,67 @@ class TrainerArguments(BaseArguments):
                 f"--report_to {self.report_to}, --mixed_precision {precision}: {one_line(error)}"
             ) from None
         return accelerator
+
+
+def memory_config(arguments: TrainerArguments, base_config: Any, vocabulary: int) -> Any:
+    """The memory's config: the base's with the layer count (and, for llama3, the MLP's width) changed.
+
+    Raises InputError for a base without such a memory, or without block `layer_position`.
+    """
+    from models.families import memory_class
+    from models.stack import memory_config as config_of_layers
+
+    blocks = base_config.get_text_config().num_hidden_layers
+    if not -blocks <= arguments.layer_position < blocks:
+        raise InputError(f"--layer_position {arguments.layer_position}: the base has {blocks} decoder blocks")
+    preset = PRESETS[arguments.base_model_name]
+    fits = preset.family == base_config.model_type
+    try:
+        config = config_of_layers(base_config, arguments.memory_layers or (preset.layers if fits else DEFAULT_LAYERS))
+        memory_class(config)
+    except ValueError as error:
+        raise InputError(f"--model_name_or_path {arguments.model_name_or_path}: {one_line(error)}") from None
+    for name, value in preset.changes if fits else ():
+        setattr(config, name, value)
+    config.vocab_size = vocabulary
+    return config
+
+
+def build_memory(arguments: TrainerArguments, config: Any, open_base: Callable[[], Any], windows: Any) -> Any:
+    """A new memory in float32 with the start that the flags ask for.
+
+    Args:
+        config: from `memory_config`.
+        open_base: gives the base; called for --init_lm_head and --init_from_base only.
+        windows: a few of them, spread over the data, show the typical sizes around the captured block.
+    """
+    import numpy as np
+    import torch
+
+    from models.families import memory_class
+    from models.starts import init_from_base, init_lm_head, measure_scale
+
+    try:
+        memory = memory_class(config)(config).to(torch.float32)
+        if arguments.init_lm_head:
+            init_lm_head(memory, open_base())
+        if arguments.init_from_base:
+            numbers = np.linspace(0, len(windows) - 1, min(4, len(windows))).astype(int)
+            ids = torch.from_numpy(np.asarray(windows[numbers]["input_ids"]).astype(np.int64))
+            ids = ids.to(open_base().get_input_embeddings().weight.device)
+            scale = measure_scale(open_base(), ids, layer_position=arguments.layer_position)
+            init_from_base(memory, open_base(), scale, arguments.layer_position)
+    except ValueError as error:
+        raise InputError(f"--model_name_or_path {arguments.model_name_or_path}: {one_line(error)}") from None
+    return memory
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Complete checkpoint folders of a run."""
+    return [path for kind in ("epoch", "step") for path in output.glob(f"{kind}_[0-9]*") if path.is_dir()]
+
+
+def latest_checkpoint(output: Path) -> Path | None:
+    """The checkpoint with the highest step that can be resumed from."""
+    found = [path for path in checkpoints(output) if (path / STATE_RECORD).exists()]
+    return max(found, key=lambda path: read_json(path / STATE_RECORD)["step"], default=None)

@@ -1,8 +1,5 @@
-"""What a step trains on: rows with their kNN targets. Their hidden states come from a datastore (offline) or from the
-frozen base in the loop (online); the targets come from disk either way.
-
-Before training both check that targets, windows and datastore belong together, label by label.
-"""
+"""What a step trains on: rows with their kNN targets, which come from disk. Their hidden states come from a datastore
+(offline) or from the frozen base in the loop (online). Before training all is compared with the windows' labels."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor
 
 from knn_utils.datastore import Datastore, KNNTargets, TargetRows, check_belongs
+from models.capture import hidden_states
 from training.arguments import TrainerArguments
 from utils.errors import InputError
 from utils.evaluation import count_rows, predicted_positions
@@ -177,8 +175,6 @@ class OnlineRows(WindowRows):
         return (np.asarray(rows["input_ids"]), np.asarray(rows["labels"])), self.read_targets(windows)
 
     def rows(self, read: Any) -> Rows:
-        from models.capture import hidden_states
-
         (input_ids, labels), targets = read
         mask, _ = predicted_positions(torch.from_numpy(labels))
         pieces = []

@@ -1,4 +1,4 @@
-"""The loop of both trainers: which windows make a step, the step itself, validation, checkpoints, resuming.
+"""The run of both trainers: what it opens, which windows make a step, the step, validation, checkpoints, resuming.
 
 One `accelerate` loop serves CPU, one GPU, DDP and FSDP. A step takes the same windows, in the same order, on any number
 of processes; its loss is the mean over all its rows (paper, training objective: alpha·KL(kNN ‖ memory) +
@@ -11,12 +11,12 @@ A complete checkpoint is a folder `epoch_N` or `step_N`; the newest holds `state
 from __future__ import annotations
 
 import contextlib
-import errno
+import functools
 import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import AutoConfig, get_scheduler, set_seed
 
-from training.arguments import RECORD, STATE, STATE_RECORD, TrainerArguments
+from models.stack import find_memory, read_memory_state
+from training.arguments import (
+    RECORD,
+    STATE,
+    STATE_RECORD,
+    TrainerArguments,
+    build_memory,
+    checkpoints,
+    latest_checkpoint,
+    memory_config,
+)
 from training.rows import Rows, WindowRows, epoch_order
-from training.validation import Validation
+from training.validation import Validation, open_validation
 from utils import files
 from utils.cal_loss import fused_linear_distillation_loss, sparse_distillation_loss
+from utils.cli import say
 from utils.errors import InputError, one_line
 from utils.evaluation import label_log_probabilities
-from utils.files import read_json, write_json
-from utils.loading import say
-from utils.made_with import require_same
+from utils.files import read_json, require_same, write_json
+from utils.loading import from_pretrained, load_windows, quiet_libraries, windows_fingerprint
+from utils.plots import plot_training
 
 # What two runs must share for one to continue the other, beside the windows of a step and the data.
 IDENTITY = (
@@ -44,6 +56,56 @@ IDENTITY = (
 )
 # Rows that go through the stack at once: what keeps activations small on a CPU, a GPU busy.
 CPU_ROWS, GPU_ROWS = 1024, 16384
+
+
+def train_memory(
+    arguments: TrainerArguments, make_rows: Callable[[Any, Any, Callable[[], Any]], WindowRows], subfolder: str = ""
+) -> dict[str, Any]:
+    """Open everything, check that it belongs together, build the memory, train it. Returns the run's record.
+
+    Args:
+        make_rows: called with the windows, the memory's config and a function that gives the frozen base.
+        subfolder: where in a checkpoint the memory lies.
+    """
+    quiet_libraries()
+    windows = load_windows(arguments.dataset_name, arguments.dataset_split_name)
+    load, remote = AutoConfig.from_pretrained, {"trust_remote_code": arguments.trust_remote_code}
+    base_config = from_pretrained(load, arguments.require_base(), "--model_name_or_path", **remote)
+    tokenizer = arguments.open_tokenizer()
+    vocabulary = base_config.vocab_size if tokenizer is None else len(tokenizer)
+    config = memory_config(arguments, base_config, vocabulary)
+    arguments.seed = arguments.draw_seed()
+    accelerator = arguments.make_accelerator()
+
+    @functools.cache
+    def open_base() -> Any:
+        return arguments.open_base(tokenizer, device=accelerator.device).requires_grad_(False)
+
+    source = make_rows(windows, config, open_base)
+    validation = None
+    if not arguments.previous_run().get("complete"):
+        validation = open_validation(arguments, config.hidden_size, accelerator.num_processes, open_base)
+    set_seed(arguments.seed)
+    memory = build_memory(arguments, config, open_base, windows)
+    open_base.cache_clear()  # only the online rows still need it, and hold it
+    parameters = sum(weight.numel() for weight in memory.parameters())
+    say(
+        f"memory: {config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size}, "
+        f"{parameters / 1e6:.1f}M parameters; precision {accelerator.mixed_precision}, seed {arguments.seed}"
+    )
+    data = {
+        "rows": int(source.counts.sum()),
+        "windows": windows_fingerprint(windows),
+        **source.identity(),
+        "layers": config.num_hidden_layers,
+        "start": "base" if arguments.init_from_base else "head" if arguments.init_lm_head else "random",
+        "layer_position": arguments.layer_position,
+    }
+    trainer = MemoryTrainer(memory, source, arguments, data, accelerator, validation, subfolder)
+    record = trainer.train()
+    accelerator.end_training()
+    say(f"memory: {trainer.output / record['checkpoint']}")
+    return record
 
 
 class MemoryWithLoss(nn.Module):
@@ -87,8 +149,6 @@ class MemoryTrainer:
         validation: Validation | None = None,
         subfolder: str = "",
     ) -> None:
-        from transformers import get_scheduler
-
         self.memory, self.source, self.arguments, self.validation = memory, source, arguments, validation
         self.accelerator, self.subfolder, self.output = accelerator, subfolder, Path(arguments.output_dir)
         self.load_size = arguments.per_device_train_batch_size
@@ -250,7 +310,7 @@ class MemoryTrainer:
             every = self.arguments.checkpointing_steps
             if epoch_end or (every not in (None, "epoch") and self.step % int(every) == 0):
                 self.training_seconds += time.perf_counter() - started
-                self._save(f"epoch_{self._epochs()}" if epoch_end else f"step_{self.step}")
+                self._save(f"epoch_{math.ceil(self.step / self.steps_per_epoch)}" if epoch_end else f"step_{self.step}")
                 started, rows_done = time.perf_counter(), 0
         bar.close()
 
@@ -273,9 +333,6 @@ class MemoryTrainer:
         self.accelerator.log(flat, step=entry["step"])
 
     # -- checkpoints ------------------------------------------------------------------------------------
-
-    def _epochs(self) -> int:
-        return math.ceil(self.step / self.steps_per_epoch)
 
     def _described(self, **facts: Any) -> dict[str, Any]:
         """A record of the run so far; its precision is kept by a continued run, not compared."""
@@ -302,7 +359,7 @@ class MemoryTrainer:
                 files.sync_folder(self.output)
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise full_disk(error, self.output, name, self.checkpoint_bytes) or error from None
+            raise files.full_disk(error, self.output, name, self.checkpoint_bytes) or error from None
         if self.accelerator.is_main_process:
             for older in checkpoints(self.output):
                 if older != final:
@@ -361,12 +418,10 @@ class MemoryTrainer:
             raise InputError(f"--resume_from_checkpoint {folder}: cannot be used ({one_line(error, 200)})") from None
         say(f"continuing from {folder} at step {self.step} of {self.total_steps}")
         if self.step == self.total_steps and folder.parent.resolve() != self.output.resolve():
-            self._save(f"epoch_{self._epochs()}")  # the end of a run in another folder
+            self._save(f"epoch_{math.ceil(self.step / self.steps_per_epoch)}")  # the end of a run in another folder
 
     def _load_weights(self, models: list[nn.Module], state: str) -> None:
         """Hook of `accelerator.load_state`: the weights beside `state`, where it does not hold them itself."""
-        from models.stack import find_memory, read_memory_state
-
         if not list(Path(state).glob("*.safetensors")):
             models.clear()
             self.memory.load_state_dict(read_memory_state(find_memory(Path(state).parent)))
@@ -374,40 +429,11 @@ class MemoryTrainer:
     def _finish(self) -> dict[str, Any]:
         record = self._described(
             complete=True,
-            checkpoint=str(Path(f"epoch_{self._epochs()}") / self.subfolder),
+            checkpoint=str(Path(f"epoch_{math.ceil(self.step / self.steps_per_epoch)}") / self.subfolder),
             training_seconds=round(self.training_seconds, 2),
         )
         if self.accelerator.is_main_process:
-            from utils.plots import plot_training
-
             plot_training(self.log, self.output / "loss.png")
             write_json(self.output / RECORD, record)
         self.accelerator.wait_for_everyone()
         return record
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """Complete checkpoint folders of a run."""
-    return [path for kind in ("epoch", "step") for path in output.glob(f"{kind}_[0-9]*") if path.is_dir()]
-
-
-def latest_checkpoint(output: Path) -> Path | None:
-    """The checkpoint with the highest step that can be resumed from."""
-    found = [path for path in checkpoints(output) if (path / STATE_RECORD).exists()]
-    return max(found, key=lambda path: read_json(path / STATE_RECORD)["step"], default=None)
-
-
-def full_disk(error: Exception, output: Path, name: str, needed: int) -> InputError | None:
-    """What to tell of an `error` while checkpoint `name` was written; None where the disk has space for it.
-
-    Each library that writes has an error of its own for a full disk.
-    """
-    free = shutil.disk_usage(output).free
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    if not full and free >= needed:
-        return None
-    return InputError(
-        f"{output}: no space left on the device for checkpoint {name}, which needs about {needed / 1e6:.1f} MB "
-        f"({free / 1e6:.1f} MB are free); the checkpoints before it are kept: free some space and run the same command "
-        "again"
-    )

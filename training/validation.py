@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
 
 from knn_utils.datastore import SCORED_ROWS, open_scored_datastore, stored_rows
+from utils.cli import say
 from utils.errors import InputError
 from utils.evaluation import MixtureScore, Scorer, check_token_ids
-from utils.loading import load_windows, say
+from utils.loading import load_windows
 
 LAMBDAS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
@@ -68,8 +70,6 @@ def open_validation(arguments: Any, dim: int, processes: int, open_base: Callabl
     Raises:
         InputError: no log-probabilities in the datastore, another width or layer; hidden states that are not finite.
     """
-    import datasets
-
     if arguments.validation_dstore_path:
         path, layer = arguments.validation_dstore_path, arguments.layer_position
         datastore = open_scored_datastore(path, dim=dim, layer_position=layer)

@@ -1,16 +1,33 @@
-"""Command lines from dataclasses: a field is a flag, its `help` metadata the text, its default the default.
+"""A command: its flags from dataclasses, how it ends when its input is bad, and its processes where there are several.
 
-Imports no torch, so that `--help` answers at once.
+A field is a flag, its `help` metadata the text, its default the default. A launcher (accelerate launch, torchrun) starts
+several processes and sets WORLD_SIZE; `join` connects them, over NCCL where there are GPUs and over gloo where there are
+none. Torch is imported only then, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
+import gc
+import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import field
+from datetime import timedelta
 from typing import Any, NoReturn
 
-from utils.errors import EXIT_BAD_INPUT, one_line
+from utils.errors import InputError, one_line
+
+EXIT_BAD_INPUT = 2
+EXIT_LOST_PROCESS = 1
+EXIT_INTERRUPTED = 130
+# A process may work for days on its parts while the others wait for it at the end.
+PATIENCE = timedelta(days=7)
+# Time for the launcher to end this process, which has nothing of its own to say.
+GRACE_SECONDS = 2.0
+LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Socket Timeout")
 
 
 def flag(default: Any, text: str, **metadata: Any) -> Any:
@@ -55,15 +72,135 @@ def parse(*dataclass_types: type, description: str, arguments: Sequence[str] | N
     return tuple(instances)
 
 
-def given(name: str) -> bool:
-    """Whether this process's command line has the flag `--name`."""
-    return any(word == f"--{name}" or word.startswith(f"--{name}=") for word in sys.argv[1:])
-
-
 def note_unused(names: Sequence[str], why: str) -> None:
     """Say in one line each that the flags among `names` on the command line have no use, and `why`."""
-    from utils.loading import say
-
     for name in names:
-        if given(name):
+        if any(word.partition("=")[0] == f"--{name}" for word in sys.argv[1:]):
             say(f"--{name}: has no use {why}")
+
+
+def say(text: str) -> None:
+    """Print a line on the main process only."""
+    if process_number() == 0:
+        print(text, flush=True)
+
+
+def describe_os_error(error: OSError) -> str:
+    """A line for an operating-system failure: the path, what went wrong, what to do."""
+    path = error.filename or "a file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{path}: no space left on the device; free some space and run the same command again, finished parts are kept"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{path}: cannot be read or written ({error.strerror}); check the permissions or choose another folder"
+    return f"{path}: {error.strerror or error}"
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorator of an entry script's `main`: turns bad input into one line on stderr and exit status 2.
+
+    Handles `InputError`, operating-system errors on files, and Ctrl-C. Any other exception is a
+    fault of ours and keeps its traceback. `MLPMEM_TRACEBACK=1` keeps the traceback of all.
+    Where a launcher started several processes they are connected first, and one that fails ends them all.
+    """
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            if started_together():
+                join()
+            else:
+                note_lone_process()
+            main()
+            part()
+            if main.__module__ == "__main__":
+                gc.freeze()  # else Python's exit looks through all modules' objects once more, for a second
+        except KeyboardInterrupt:
+            leave(EXIT_INTERRUPTED, "interrupted; run the same command again to continue")
+        except (InputError, OSError) as error:
+            if os.environ.get("MLPMEM_TRACEBACK") or isinstance(error, BrokenPipeError):
+                raise
+            let_others_speak()
+            text = describe_os_error(error) if isinstance(error, OSError) and error.errno else error
+            leave(EXIT_BAD_INPUT, f"error: {one_line(text)}")
+        except RuntimeError as error:
+            if os.environ.get("MLPMEM_TRACEBACK") or not is_lost_connection(error):
+                raise
+            let_others_speak(lost=True)
+            line = "another process of this run has ended, its own line says why"
+            leave(EXIT_LOST_PROCESS, f"process {process_number()} ends: {line}")
+
+    return run
+
+
+def leave(status: int, line: str) -> None:
+    """Exit with `status` after `line` on stderr; a process of a distributed run does not wait for the others."""
+    sys.stdout.flush()
+    print(line, file=sys.stderr, flush=True)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        os._exit(status)
+    sys.exit(status)
+
+
+def started_together() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def process_number() -> int:
+    """This process's number among those of its run, 0 for the main one."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def note_lone_process() -> None:
+    """Say so where `accelerate launch` was asked for several, but started this one alone (--cpu, or no GPU)."""
+    counts = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    asked_for_several = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if asked_for_several and not any(name in os.environ for name in counts):
+        print(
+            "accelerate started one process only; for several on the CPU: "
+            "accelerate launch --config_file accelerate_config/cpu.yaml --num_processes N",
+            file=sys.stderr,
+        )
+
+
+def join() -> Any:
+    """Connect the processes of this run; returns accelerate's `PartialState`. One process alone needs no connection.
+
+    accelerate starts several processes on a machine without GPUs (`distributed_type: MULTI_GPU`), but takes each of
+    them for a run of its own unless it is told that the CPU is meant.
+    """
+    import torch
+    from accelerate import PartialState
+
+    on_cpu = started_together() and not torch.cuda.is_available()
+    if on_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    return PartialState(cpu=on_cpu, timeout=PATIENCE)
+
+
+def part() -> None:
+    """Close the connection that `join` opened: left to Python's own end, its threads may abort the process."""
+    if started_together():
+        import torch
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def let_others_speak(lost: bool = False) -> None:
+    """Before a process tells why it ends: time for the one that knows best to tell it, and for the launcher to end this.
+
+    What is wrong is mostly wrong for all, and the main process tells it at once. One that `lost` another always waits.
+    """
+    if lost or (started_together() and process_number() > 0):
+        time.sleep(GRACE_SECONDS)
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether `error` says that another process of this run has ended in the middle of an exchange."""
+    if not started_together():
+        return False
+    import torch
+
+    return isinstance(error, torch.distributed.DistError) or any(text in str(error) for text in LOST)

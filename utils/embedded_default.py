@@ -19,8 +19,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.cli import flag, parse
-from utils.errors import InputError, command
+from utils.cli import command, flag, parse
+from utils.errors import InputError
 from utils.files import atomic_file, atomic_folder, ensure_folder, sha256_file
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -113,7 +113,8 @@ def convert_model(gguf: Path, output: Path) -> None:
 def main() -> None:
     (arguments,) = parse(EmbeddedArguments, description=__doc__.split("\n")[0])
     output = ensure_folder(arguments.output_dir)
-    from utils.loading import quiet_libraries, say
+    from utils.cli import say
+    from utils.loading import quiet_libraries
 
     quiet_libraries()
     texts = {"wiki.txt": WIKI, "web.txt": WEB}

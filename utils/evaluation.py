@@ -5,11 +5,8 @@ Every token counts once, on any number of processes.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.errors import InputError
-from utils.files import ensure_folder, read_json, write_json
 
 PRODUCT_BYTES = 64 << 20  # logits of one product on a CPU
 CACHED_BYTES = 4 << 20  # of these, what stays in a core's cache while it is read several times
@@ -83,31 +79,11 @@ def temperature_grid(logits: Tensor, labels: Tensor, temperatures: Sequence[floa
     return torch.stack(columns, dim=-1)
 
 
-def mixture_log_likelihood(
-    base: Tensor, other: Tensor, lmbda: Sequence[float], *, other_is_probability: bool = False
-) -> Tensor:
-    """Sum over rows of log((1-lambda)·p_base + lambda·p_other), for each lambda and each column of `other`.
-
-    Args:
-        base: (rows,) log-probabilities of the labels under the base.
-        other: (rows, T) log-probabilities (or probabilities) of the labels under the memory or the kNN.
-
-    Returns:
-        (len(lmbda), T) float64.
-    """
-    base, other = base.double()[:, None], other.double()
-    if other_is_probability:
-        other = other.log()
-    sums = []
-    for value in lmbda:
-        keep = base + math.log1p(-value) if value < 1 else torch.full_like(base, -math.inf)
-        add = other + math.log(value) if value > 0 else torch.full_like(other, -math.inf)
-        sums.append(torch.logaddexp(keep, add).sum(0))
-    return torch.stack(sums)
-
-
 class MixtureScore:
-    """Running sums of one mixture's log-likelihood over a grid of lambda and temperature."""
+    """Running sums, over rows, of log((1-lambda)·p_base + lambda·p_other) for a grid of lambda and temperature.
+
+    `sums` (lambdas, temperatures), `base` and `tokens` (1,) are float64.
+    """
 
     def __init__(self, lmbda: Sequence[float], knn_temp: Sequence[float]) -> None:
         self.lmbda, self.knn_temp = list(lmbda), list(knn_temp)
@@ -116,13 +92,18 @@ class MixtureScore:
         self.tokens = torch.zeros(1, dtype=torch.float64)
 
     def add(self, base: Tensor, other: Tensor | None, *, other_is_probability: bool = False) -> None:
-        """Add rows: `base` (rows,) log-probabilities, `other` (rows, T) or None where only the base is scored."""
-        if other is not None:
-            self.sums += mixture_log_likelihood(
-                base, other, self.lmbda, other_is_probability=other_is_probability
-            ).cpu()
-        self.base += base.double().sum().cpu()
+        """Add rows: the labels' log-probabilities under the base, `base` (rows,), and under what is mixed in, `other`
+        (rows, temperatures), log-probabilities or probabilities; None where only the base is scored."""
+        base = base.double().cpu()
+        self.base += base.sum()
         self.tokens += base.numel()
+        if other is None:
+            return
+        other = other.double().cpu()
+        other = other.log() if other_is_probability else other
+        for number, value in enumerate(self.lmbda):
+            keep, add = (math.log(share) if share else -math.inf for share in (1 - value, value))
+            self.sums[number] += torch.logaddexp(base[:, None] + keep, other + add).sum(0)
 
     def reduce(self) -> None:
         """Add up the sums of all processes."""
@@ -134,13 +115,12 @@ class MixtureScore:
                 setattr(self, name, total.cpu())
 
     def base_perplexity(self) -> float:
-        return perplexity(-self.base.item() / self.tokens.item())
+        return _perplexity(self.base / self.tokens)
 
     def grid(self) -> list[dict[str, float]]:
         """One row for each combination: lmbda, knn_temp, perplexity."""
-        mean = -(self.sums / self.tokens)
         return [
-            {"lmbda": value, "knn_temp": temperature, "perplexity": perplexity(mean[i, j].item())}
+            {"lmbda": value, "knn_temp": temperature, "perplexity": _perplexity(self.sums[i, j] / self.tokens)}
             for i, value in enumerate(self.lmbda)
             for j, temperature in enumerate(self.knn_temp)
         ]
@@ -149,9 +129,8 @@ class MixtureScore:
         return min(self.grid(), key=lambda row: row["perplexity"])
 
 
-def perplexity(mean_nll: float) -> float:
-    """exp of a mean negative log-likelihood in nats; infinite where it overflows."""
-    return math.exp(mean_nll) if mean_nll < 700 else math.inf
+def _perplexity(mean_log_likelihood: Tensor) -> float:
+    return mean_log_likelihood.neg().exp().item()  # infinite where it overflows
 
 
 def window_batches(
@@ -255,72 +234,3 @@ class Scorer:
                 labels = labels.to(self.device)
                 captured, base = self.score(batch["input_ids"], mask, labels)
                 yield captured, base, labels
-
-
-def chosen(path: str) -> tuple[list[float], list[float]]:
-    """Lambda and temperature that were best in another split's results.json. Raises InputError."""
-    results = read_json(path)
-    if not isinstance(results, dict) or not isinstance(results.get("knn_temp"), (int, float)):
-        raise InputError(f"--choose_on {path}: is not the results.json of a mixture's evaluation")
-    return [float(results["lmbda"])], [float(results["knn_temp"])]
-
-
-def report_scores(
-    score: MixtureScore, mixture: str | None, output_dir: str | Path, started: float, **about: Any
-) -> None:
-    """Add up the processes' scores, print what they come to, and write `results.json` into `output_dir`.
-
-    It holds perplexity, lmbda and knn_temp (of the best mixture, or of the base), base_perplexity, tokens, grid (a row
-    for each combination), and `about`.
-
-    Args:
-        score: this process's sums.
-        mixture: what was mixed into the base, as "kNN-LM"; None where the base was scored alone.
-        started: `time.time()` at the command's start.
-        about: what was scored: `dataset` and `split`, and whatever else belongs into the results.
-
-    Raises:
-        InputError: no token was scored.
-    """
-    from accelerate import PartialState
-
-    from utils.loading import say
-
-    score.reduce()
-    tokens = int(score.tokens.item())
-    if tokens == 0:
-        raise InputError(f"--dataset_name {about['dataset']}: split {about['split']} holds no token to predict")
-    base = score.base_perplexity()
-    say(f"base: perplexity {base:.4f} ({tokens} tokens, token-weighted)")
-    best: dict[str, Any] = {"lmbda": 0.0, "knn_temp": None, "perplexity": base}
-    if mixture is not None:
-        best = score.best()
-        say(
-            f"{mixture}: perplexity {best['perplexity']:.4f} at lambda {best['lmbda']:g}, temperature "
-            f"{best['knn_temp']:g} ({tokens} tokens, token-weighted)"
-        )
-    grid = [] if mixture is None else score.grid()
-    if PartialState().is_main_process:
-        results = {**best, "base_perplexity": base, "tokens": tokens, "grid": grid, **about}
-        write_results(output_dir, results, started)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a figure depends on."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    faiss = ("faiss-cpu", "faiss-gpu-cu12")
-    for package in ("torch", "transformers", "datasets", "accelerate", *faiss, "numpy", "pyarrow"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def write_results(output_dir: str | Path, results: dict[str, Any], started: float) -> dict[str, Any]:
-    """Write `results.json` into `output_dir`, with the seconds since `started` and the versions."""
-    complete = {**results, "seconds": round(time.time() - started, 2), "versions": versions()}
-    folder = ensure_folder(output_dir)
-    write_json(folder / "results.json", complete)
-    return complete

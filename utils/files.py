@@ -1,18 +1,20 @@
-"""Files that are either whole or not there: temporary name, sync, rename. Locks that die with their owner."""
+"""Files that are either whole or not there: temporary name, sync, rename. Locks that die with their owner. And what made
+a file, compared with what is asked for now: the one place that refuses files of other settings."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.errors import InputError
+from utils.errors import InputError, one_line
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -73,20 +75,17 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes the place of `path`, on failure it is removed."""
     path = Path(path)
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    temporary, old = (path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}{mark}-{path.name}") for mark in ("", "-old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         sync_tree(temporary)
-        if path.exists():
-            old = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-old-{path.name}")
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
             os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, path)
+        os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
         sync_folder(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -159,3 +158,68 @@ class FolderLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Iterable[str] = ()) -> str:
+    """What differs between two records of settings, in words; '' where nothing does.
+
+    Values are compared as JSON holds them. Settings inside a setting are compared by themselves (`data.rows`).
+    """
+    there, here = (_flat(json.loads(json.dumps(each, default=str))) for each in (before, now))
+    skipped = set(ignored)
+    return "; ".join(
+        f"{name} {_shown(there.get(name))} there, {_shown(here.get(name))} now"
+        for name in sorted(there.keys() | here.keys())
+        if name.split(".")[0] not in skipped and there.get(name) != here.get(name)
+    )
+
+
+def require_same(
+    holder: object, before: Mapping[str, Any], now: Mapping[str, Any], remedy: str, ignored: Iterable[str] = ()
+) -> None:
+    """Refuse what was made with other settings. Raises InputError: `holder`, the differences, and the `remedy`."""
+    if differing := changes(before, now, ignored):
+        raise InputError(f"{holder}: was made with other settings ({one_line(differing, 400)}); {remedy}")
+
+
+def check_layer(made: Mapping[str, Any], path: object, layer_position: int | None) -> None:
+    """Refuse files (`made`: their recorded settings) of another block's hidden states than `layer_position`'s.
+
+    Nothing is refused where either is None: files of the original record no block. Raises InputError.
+    """
+    there = made.get("layer_position")
+    if None not in (there, layer_position) and there != layer_position:
+        raise InputError(
+            f"{path}: was made from hidden states of block {there}, but --layer_position is {layer_position}; "
+            f"give --layer_position {there}"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)
+
+
+def full_disk(error: Exception, output: Path, name: str, needed: int) -> InputError | None:
+    """What to tell of an `error` while checkpoint `name` was written; None where the disk has space for it.
+
+    Each library that writes has an error of its own for a full disk.
+    """
+    free = shutil.disk_usage(output).free
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if not full and free >= needed:
+        return None
+    return InputError(
+        f"{output}: no space left on the device for checkpoint {name}, which needs about {needed / 1e6:.1f} MB "
+        f"({free / 1e6:.1f} MB are free); the checkpoints before it are kept: free some space and run the same command "
+        "again"
+    )

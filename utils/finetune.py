@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.cli import say
 from utils.errors import InputError, one_line
 from utils.evaluation import check_token_ids
-from utils.files import TEMPORARY_PREFIX, ensure_folder, read_json, sync_file, sync_folder, write_json
-from utils.loading import load_windows, model_fingerprint, say, windows_fingerprint
-from utils.made_with import require_same
+from utils.files import TEMPORARY_PREFIX, ensure_folder, read_json, require_same, sync_file, sync_folder, write_json
+from utils.loading import load_windows, model_fingerprint, windows_fingerprint
 
 RECORD = "finetune.json"
 TRAIN_SPLIT = "train"

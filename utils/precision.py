@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from utils.errors import command
+from utils.cli import command
 
 
 def main() -> None:

@@ -23,10 +23,18 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import flag, parse, required
-from utils.errors import InputError, check_fraction, command
-from utils.files import TEMPORARY_PREFIX, FolderLock, atomic_folder, ensure_folder, read_json, sha256_file, write_json
-from utils.made_with import require_same
+from utils.cli import command, flag, parse, required
+from utils.errors import InputError, check_fraction
+from utils.files import (
+    TEMPORARY_PREFIX,
+    FolderLock,
+    atomic_folder,
+    ensure_folder,
+    read_json,
+    require_same,
+    sha256_file,
+    write_json,
+)
 
 FORMAT_VERSION = 1
 RECORD = "preprocess.json"
@@ -232,7 +240,7 @@ def make_windows(
     """Read, divide, cut and write everything; the folder `output` appears when all of it is there."""
     import datasets
 
-    from utils.loading import say
+    from utils.cli import say
     from utils.text_files import document_numbers, filter_documents, open_source
     from utils.windows import windows_of_split
 
@@ -323,8 +331,8 @@ def main() -> None:
     (arguments,) = parse(Arguments, description="Tokenize text and cut it into windows.")
     check_arguments(arguments)
 
-    from utils.base_model import load_tokenizer
-    from utils.loading import quiet_libraries, say
+    from utils.cli import say
+    from utils.loading import load_tokenizer, quiet_libraries
     from utils.windows import WindowSizes
 
     sizes = WindowSizes(arguments.block_size, arguments.stride, arguments.padding_index).check()

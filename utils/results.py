@@ -1,0 +1,80 @@
+"""What an evaluation leaves behind: its lines on the screen and its `results.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+from utils.cli import say
+from utils.errors import InputError
+from utils.evaluation import MixtureScore
+from utils.files import ensure_folder, read_json, write_json
+
+
+def chosen(path: str) -> tuple[list[float], list[float]]:
+    """Lambda and temperature that were best in another split's results.json. Raises InputError."""
+    results = read_json(path)
+    if not isinstance(results, dict) or not isinstance(results.get("knn_temp"), (int, float)):
+        raise InputError(f"--choose_on {path}: is not the results.json of a mixture's evaluation")
+    return [float(results["lmbda"])], [float(results["knn_temp"])]
+
+
+def report_scores(
+    score: MixtureScore, mixture: str | None, output_dir: str | Path, started: float, **about: Any
+) -> None:
+    """Add up the processes' scores, print what they come to, and write `results.json` into `output_dir`.
+
+    It holds perplexity, lmbda and knn_temp (of the best mixture, or of the base), base_perplexity, tokens, grid (a row
+    for each combination), and `about`.
+
+    Args:
+        score: this process's sums.
+        mixture: what was mixed into the base, as "kNN-LM"; None where the base was scored alone.
+        started: `time.time()` at the command's start.
+        about: what was scored: `dataset` and `split`, and whatever else belongs into the results.
+
+    Raises:
+        InputError: no token was scored.
+    """
+    from accelerate import PartialState
+
+    score.reduce()
+    tokens = int(score.tokens.item())
+    if tokens == 0:
+        raise InputError(f"--dataset_name {about['dataset']}: split {about['split']} holds no token to predict")
+    base = score.base_perplexity()
+    say(f"base: perplexity {base:.4f} ({tokens} tokens, token-weighted)")
+    best: dict[str, Any] = {"lmbda": 0.0, "knn_temp": None, "perplexity": base}
+    if mixture is not None:
+        best = score.best()
+        say(
+            f"{mixture}: perplexity {best['perplexity']:.4f} at lambda {best['lmbda']:g}, temperature "
+            f"{best['knn_temp']:g} ({tokens} tokens, token-weighted)"
+        )
+    grid = [] if mixture is None else score.grid()
+    if PartialState().is_main_process:
+        results = {**best, "base_perplexity": base, "tokens": tokens, "grid": grid, **about}
+        write_results(output_dir, results, started)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a figure depends on."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    faiss = ("faiss-cpu", "faiss-gpu-cu12")
+    for package in ("torch", "transformers", "datasets", "accelerate", *faiss, "numpy", "pyarrow"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def write_results(output_dir: str | Path, results: dict[str, Any], started: float) -> dict[str, Any]:
+    """Write `results.json` into `output_dir`, with the seconds since `started` and the versions."""
+    complete = {**results, "seconds": round(time.time() - started, 2), "versions": versions()}
+    folder = ensure_folder(output_dir)
+    write_json(folder / "results.json", complete)
+    return complete
