@@ -45,15 +45,7 @@ from knn_utils.faiss_files import (
     to_gpu,
     write_faiss,
 )
-from knn_utils.index_training import (
-    block_rows,
-    float_keys,
-    ivfpq,
-    make_index,
-    sample_size,
-    supported,
-    training_sample,
-)
+from knn_utils.index_training import block_rows, float_keys, ivfpq, make_index, sample_size, supported, training_sample
 from utils.cli import command, flag, parse, required
 from utils.errors import InputError
 from utils.files import (
