@@ -1,13 +1,12 @@
 """What a corpus of a given size takes: rows, bytes, memory and hours of each stage, from the windows to the memory.
 
-Bytes follow from the file formats and are exact but for what is marked. Times divide counted work by `Rates`: those of
-`RATES`, the one table of assumed ones, or what `measure_rates` finds on this machine.
+Bytes follow from the file formats. Times divide counted work by `Rates`, assumed ones or what `measure_rates` finds.
 """
 
 from __future__ import annotations
 
 import re
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +17,10 @@ from utils.cli import flag
 from utils.units import size_text, time_text
 
 BLOCK_SIZE, STRIDE = 1024, 512
-TRAINING_KEYS = 1_000_000
-KMEANS_ROUNDS = 10
+TRAINING_KEYS, KMEANS_ROUNDS = 1_000_000, 10
 # Bytes of a weight while it is trained: itself, its gradient, and Adam's two averages, float32 each.
 TRAINED_WEIGHT_BYTES = 16
-# What is measured: windows and their tokens; keys, lists and queries of an index, small enough for seconds, large
-# enough that scanning counts.
+# What is measured: small enough for seconds, large enough that scanning counts.
 WINDOWS, WINDOW_TOKENS = 4, 256
 KEYS, LISTS, QUERIES = 40_000, 64, 256
 
@@ -42,13 +39,6 @@ class Rates:
     hits: float
     disk: float
     origin: str = "assumed"
-
-
-# As reached in practice, not on data sheets: a large GPU in bf16, and two threads of a server's CPU.
-RATES = {
-    "gpu": Rates(flops=1e14, lookups=2e11, hits=2e8, disk=2e9),
-    "cpu": Rates(flops=2.5e11, lookups=6e9, hits=5e7, disk=1.2e9),
-}
 
 
 @dataclass
@@ -95,10 +85,6 @@ class Stage:
     traffic: int = 0
     seconds: float | None = None
     bound: str = ""
-
-    def takes(self, computing: float, rates: Rates) -> None:
-        """Set how long it takes where computing takes so long."""
-        self.seconds, self.bound = max((computing, "computing"), (self.traffic / rates.disk, "disk"))
 
 
 def datastore_rows(sizes: Sizes) -> int:
@@ -161,46 +147,44 @@ def checkpoint_bytes(sizes: Sizes) -> int:
     return weights * sizes.num_train_epochs + weights * 2
 
 
-def index_shape(sizes: Sizes) -> tuple[str, int, int]:
-    """The index's factory string, its inverted lists, and bytes of a key in it: whole float32 keys where it is flat."""
-    factory = sizes.index_factory or f"IVF{sizes.ncentroids},PQ{sizes.code_size}"
-    lists, codes = re.search(r"IVF(\d+)", factory), re.search(r"PQ(\d+)", factory)
-    return factory, int(lists[1]) if lists else 1, int(codes[1]) if codes else 4 * sizes.dim
-
-
 def make_plan(sizes: Sizes, rates: Rates | None = None) -> list[Stage]:
     """The stages from windows to a trained memory."""
-    rows, shares = datastore_rows(sizes), sizes.processes
-    keys = datastore_bytes(rows, sizes.dim)
-    factory, lists, key = index_shape(sizes)
-    index = index_bytes(rows, sizes.dim, key, lists)
-    targets = targets_bytes(rows, sizes.entries_per_row)
-    parameters = memory_parameters(sizes)
-    fed = window_count(sizes) * sizes.block_size
-    scanned = rows / lists * min(sizes.probe, lists)
-    steps = -(-window_count(sizes) // sizes.windows_per_step) * sizes.num_train_epochs
+    rows, shares, epochs = datastore_rows(sizes), sizes.processes, sizes.num_train_epochs
+    factory = sizes.index_factory or f"IVF{sizes.ncentroids},PQ{sizes.code_size}"
+    lists, codes = re.search(r"IVF(\d+)", factory), re.search(r"PQ(\d+)", factory)
+    nlist = int(lists[1]) if lists else 1
+    key_bytes = int(codes[1]) if codes else 4 * sizes.dim
+    windows, keys = windows_bytes(sizes), datastore_bytes(rows, sizes.dim)
+    index, targets = index_bytes(rows, sizes.dim, key_bytes, nlist), targets_bytes(rows, sizes.entries_per_row)
+    parameters, fed = memory_parameters(sizes), window_count(sizes) * sizes.block_size
+    scanned = rows / nlist * min(sizes.probe, nlist)
+    steps = -(-window_count(sizes) // sizes.windows_per_step) * epochs
     share = -(-index // shares)
-
-    windows = Stage("windows", window_count(sizes), windows_bytes(sizes), "one process, minutes")
-    embed = Stage("datastore", rows, keys, f"{fed:,} tokens through the base", int(sizes.base_parameters) * 2)
-    embed.traffic = keys + windows.bytes
-    build = Stage("index", rows, index, factory, share, keys + index)
-    what = f"{scanned:,.0f} codes scanned for a row, {sizes.entries_per_row:g} entries kept"
-    search = Stage("kNN targets", rows, targets, what, share, keys + targets)
-    what = f"{parameters / 1e6:,.0f}M weights, {sizes.num_train_epochs} epochs, {steps:,} steps"
-    train = Stage("memory", rows * sizes.num_train_epochs, checkpoint_bytes(sizes), what, training_memory(sizes))
-    train.traffic = (keys + targets) * sizes.num_train_epochs
-
+    search = f"{scanned:,.0f} codes scanned for a row, {sizes.entries_per_row:g} entries kept"
+    train = f"{parameters / 1e6:,.0f}M weights, {epochs} epochs, {steps:,} steps"
+    read_again = (keys + targets) * epochs
+    stages = [
+        Stage("windows", window_count(sizes), windows, "one process, minutes"),
+        Stage(
+            "datastore", rows, keys, f"{fed:,} tokens through the base", int(sizes.base_parameters) * 2, keys + windows
+        ),
+        Stage("index", rows, index, factory, share, keys + index),
+        Stage("kNN targets", rows, targets, search, share, keys + targets),
+        Stage("memory", rows * epochs, checkpoint_bytes(sizes), train, training_memory(sizes), read_again),
+    ]
     if rates is not None:
-        embed.takes(2.0 * sizes.base_parameters * fed / rates.flops / shares, rates)
-        assigning = 2.0 * sizes.dim * (lists + 256)
         sample = min(rows, TRAINING_KEYS) * KMEANS_ROUNDS  # on one process
-        build.takes(assigning * (sample + rows / shares) / rates.flops, rates)
-        coarse = 2.0 * lists * sizes.dim / rates.flops
-        code = key / rates.lookups if key < 4 * sizes.dim else 2.0 * sizes.dim / rates.flops
-        search.takes(rows * (scanned * code + sizes.k / rates.hits + coarse) / shares, rates)
-        train.takes(6.0 * parameters * rows * sizes.num_train_epochs / rates.flops / shares, rates)
-    return [windows, embed, build, search, train]
+        coarse = 2.0 * nlist * sizes.dim / rates.flops
+        code = key_bytes / rates.lookups if codes else 2.0 * sizes.dim / rates.flops
+        computing = (
+            2.0 * sizes.base_parameters * fed / rates.flops / shares,
+            2.0 * sizes.dim * (nlist + 256) * (sample + rows / shares) / rates.flops,
+            rows * (scanned * code + sizes.k / rates.hits + coarse) / shares,
+            6.0 * parameters * rows * epochs / rates.flops / shares,
+        )
+        for stage, seconds in zip(stages[1:], computing, strict=True):
+            stage.seconds, stage.bound = max((seconds, "computing"), (stage.traffic / rates.disk, "disk"))
+    return stages
 
 
 def total(stages: list[Stage]) -> dict[str, Any]:
@@ -211,10 +195,7 @@ def total(stages: list[Stage]) -> dict[str, Any]:
 
 def plan_text(stages: list[Stage]) -> str:
     """The plan as a Markdown table."""
-    lines = [
-        "| stage | rows | on disk | memory of a process | time | what |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = ["| stage | rows | on disk | memory of a process | time | what |", "| --- | --- | --- | --- | --- | --- |"]
     for stage in stages:
         memory = size_text(stage.memory) if stage.memory else "–"
         took = time_text(stage.seconds) + (" (disk)" if stage.bound == "disk" else "")
@@ -223,17 +204,10 @@ def plan_text(stages: list[Stage]) -> str:
     return "\n".join([*lines, f"| all | | {size_text(everything['bytes'])} | | {time_text(everything['seconds'])} | |"])
 
 
-# Measuring
-
-
-def timed(work: Callable[[], Any], rounds: int = 3) -> float:
-    """Seconds of the fastest of several rounds, after one that is not counted."""
-    times = []
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+def fastest(work: Callable[[], Any]) -> float:
+    """Seconds of the fastest of three rounds, after one that is not counted."""
+    work()
+    return min(timeit.repeat(work, number=1, repeat=3))
 
 
 def measure_rates(model: str, sizes: Sizes, disk: float, trust_remote_code: bool = False) -> Rates:
@@ -258,7 +232,7 @@ def measure_rates(model: str, sizes: Sizes, disk: float, trust_remote_code: bool
             return hidden_states(base, ids).cpu()
 
     parameters = sum(weight.numel() for weight in base.parameters())
-    flops = 2.0 * parameters * ids.numel() / timed(embed)
+    flops = 2.0 * parameters * ids.numel() / fastest(embed)
     lookups, hits = measure_search(embed().reshape(-1, base.config.hidden_size).float().numpy(), sizes)
     on_gpu = embeddings.device.type == "cuda"
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
@@ -284,10 +258,10 @@ def measure_search(keys: np.ndarray, sizes: Sizes) -> tuple[float, float]:
     seconds = {}
     for probe in (LISTS // 4, LISTS):
         index.nprobe = probe
-        seconds[probe] = timed(lambda: index.search(queries, k))
+        seconds[probe] = fastest(lambda: index.search(queries, k))
     # Two probes, so that what does not grow with the codes scanned (tables, the heap's start) is left out.
     scanned = KEYS * QUERIES * (1 - 0.25) * code
     lookups = scanned / max(seconds[LISTS] - seconds[LISTS // 4], 1e-9)
     distances, ids = index.search(queries, k)
     tokens = random.zipf(1.3, KEYS).clip(max=sizes.vocab - 1).astype(np.int32)[ids]
-    return lookups, QUERIES * k / timed(lambda: aggregate(distances, tokens, knn_temp=16.0, threshold=1e-8))
+    return lookups, QUERIES * k / fastest(lambda: aggregate(distances, tokens, knn_temp=16.0, threshold=1e-8))

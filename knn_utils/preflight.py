@@ -19,19 +19,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from knn_utils.planner import (
-    BLOCK_SIZE,
-    RATES,
-    STRIDE,
-    Rates,
-    Sizes,
-    Stage,
-    make_plan,
-    measure_rates,
-    memory_parameters,
-    plan_text,
-    total,
-)
+from knn_utils import planner
+from knn_utils.planner import Rates, Sizes, Stage, make_plan, measure_rates, plan_text, total
 from utils.cli import command, flag, parse
 from utils.errors import InputError, one_line
 from utils.files import sha256_file
@@ -39,14 +28,8 @@ from utils.units import size_text
 
 # Blocks of kNN targets, and rows of each, whose entries are counted.
 ENTRY_BLOCKS, ENTRY_ROWS = 8, 1024
-# The stages of the plan, and the flags that name their files.
-FILES = {
-    "windows": "dataset_name",
-    "datastore": "dstore_path",
-    "index": "index_path",
-    "kNN targets": "knn_save_path",
-    "memory": "knn_generator_path",
-}
+# Families whose MLP has two matrices and no gate.
+PLAIN = ("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "gpt_neox", "opt", "bloom", "phi", "falcon")
 # What the files state, in the words of a message.
 STATED = {
     "rows": "{} rows",
@@ -78,15 +61,9 @@ class PreflightArguments(Sizes):
     device_tflops: float | None = flag(
         None, "assumed rate of a device in matrix products, TFLOP/s as reached in practice, not the data sheet's"
     )
-    lookups_per_second: float = flag(
-        RATES["gpu"].lookups, "with --device_tflops, assumed: PQ table look-ups of a device"
-    )
-    hits_per_second: float = flag(
-        RATES["gpu"].hits, "with --device_tflops, assumed: neighbours of a device made into distributions"
-    )
-    disk_gb_per_second: float = flag(
-        RATES["gpu"].disk / 1e9, "assumed: what all processes together read or write, GB/s"
-    )
+    lookups_per_second: float = flag(2e11, "with --device_tflops, assumed: PQ table look-ups of a device")
+    hits_per_second: float = flag(2e8, "with --device_tflops, assumed: neighbours of a device made into distributions")
+    disk_gb_per_second: float = flag(2.0, "assumed: what all processes together read or write, GB/s")
     json: bool = flag(False, "print JSON in place of text")
 
 
@@ -99,16 +76,17 @@ class Chain:
         self.windows: Any = None
         self.entries_per_row: float | None = None
         self._stated: dict[str, tuple[Any, str]] = {}
-        self.state("layer", layer_position, "--layer_position")
+        self.state("--layer_position", layer=layer_position)
 
-    def state(self, name: str, value: Any, path: object) -> None:
+    def state(self, path: object, **facts: Any) -> None:
         """Take down what a file states. Raises InputError where a file before it states otherwise."""
-        if value is None:
-            return
-        known, source = self._stated.setdefault(name, (value, str(path)))
-        if value != known:
-            there, here = STATED[name].format(known), STATED[name].format(value)
-            raise InputError(f"{path}: {here}, but {there} in {source}; name files that were made from each other")
+        for name, value in facts.items():
+            if value is None:
+                continue
+            known, source = self._stated.setdefault(name, (value, str(path)))
+            if value != known:
+                there, here = STATED[name].format(known), STATED[name].format(value)
+                raise InputError(f"{path}: {here}, but {there} in {source}; name files that were made from each other")
 
     def stated(self, name: str) -> Any:
         """What the files state, None where none does."""
@@ -127,27 +105,20 @@ def main() -> None:
     for name, look in LOOKS.items():
         if getattr(arguments, name):
             look(arguments, chain)
-    described, stages = None, []
+    plan, text, stages = None, "", []
     if arguments.tokens is not None or (chain.windows is not None and chain.config is not None):
         sizes = sizes_of(arguments, chain)
         rates = rates_of(arguments, sizes)
         stages = make_plan(sizes, rates)
-        totals = total(stages) | {"memory_parameters": memory_parameters(sizes)}
-        described = {
-            "sizes": asdict(sizes),
-            "rates": rates and asdict(rates),
-            "stages": list(map(asdict, stages)),
-        } | totals
-    if arguments.json:
-        print(json.dumps({"checks": chain.facts, "plan": described}, indent=2))
-    else:
-        print("\n".join(chain.facts))
-        if stages:
-            print(f"\n{plan_text(stages)}\n\n{origin_of(rates, sizes)}")
+        plan = {"sizes": asdict(sizes), "rates": rates and asdict(rates), "stages": list(map(asdict, stages))}
+        plan |= total(stages) | {"memory_parameters": planner.memory_parameters(sizes)}
+        text = f"\n\n{plan_text(stages)}\n\n{origin_of(rates, sizes)}"
+    print(
+        json.dumps({"checks": chain.facts, "plan": plan}, indent=2) if arguments.json else "\n".join(chain.facts) + text
+    )
     if stages:
         # After the plan, which shows what is too large.
-        for fact in check_machine(arguments, stages):
-            print(fact, file=sys.stderr if arguments.json else sys.stdout)
+        print("\n".join(check_machine(arguments, stages)), file=sys.stderr if arguments.json else sys.stdout)
 
 
 def check_arguments(arguments: PreflightArguments) -> None:
@@ -157,7 +128,7 @@ def check_arguments(arguments: PreflightArguments) -> None:
             raise InputError(f"--{name} {value:g}: expected a number above 0")
     if arguments.measure and arguments.device_tflops:
         raise InputError("--measure and --device_tflops: expected one of them, measured or assumed")
-    if arguments.tokens is None and not any(getattr(arguments, name) for name in FILES.values()):
+    if arguments.tokens is None and not any(getattr(arguments, name) for name in FILES):
         raise InputError(
             "nothing to do: give --tokens for a plan, or files to check (--dataset_name, --dstore_path, …)"
         )
@@ -172,13 +143,13 @@ def look_at_model(arguments: PreflightArguments, chain: Chain) -> None:
     from utils.loading import from_pretrained, load_tokenizer
 
     path, remote = arguments.model_name_or_path, {"trust_remote_code": arguments.trust_remote_code}
-    config = from_pretrained(AutoConfig.from_pretrained, path, "--model_name_or_path", **remote)
-    chain.config = config.get_text_config()
+    chain.config = config = from_pretrained(
+        AutoConfig.from_pretrained, path, "--model_name_or_path", **remote
+    ).get_text_config()
     tokenizer = load_tokenizer(path, **remote)
-    chain.state("vocab", len(tokenizer) if tokenizer is not None else chain.config.vocab_size, path)
-    chain.state("dim", chain.config.hidden_size, path)
-    width, vocab = chain.stated("dim"), chain.stated("vocab")
-    chain.facts.append(f"model {path}: {chain.config.model_type}, {width} wide, {vocab} tokens")
+    vocab = len(tokenizer) if tokenizer is not None else config.vocab_size
+    chain.state(path, vocab=vocab, dim=config.hidden_size)
+    chain.facts.append(f"model {path}: {config.model_type}, {config.hidden_size} wide, {vocab} tokens")
 
 
 def look_at_windows(arguments: PreflightArguments, chain: Chain) -> None:
@@ -189,19 +160,16 @@ def look_at_windows(arguments: PreflightArguments, chain: Chain) -> None:
     chain.windows = load_windows(arguments.dataset_name, arguments.dataset_split_name)
     if chain.stated("vocab") is not None:
         check_token_ids(chain.windows, chain.stated("vocab"), arguments.dataset_name)
-    chain.state("rows", int(count_rows(chain.windows).sum()), path)
+    chain.state(path, rows=int(count_rows(chain.windows).sum()))
     chain.facts.append(f"windows {path}: {len(chain.windows)} windows, {chain.stated('rows')} rows")
 
 
 def look_at_datastore(arguments: PreflightArguments, chain: Chain) -> None:
     from knn_utils.datastore import Datastore
 
-    path = arguments.dstore_path
-    store = Datastore.open(path, verify=arguments.verify)
-    chain.state("rows", store.rows, path)
-    chain.state("dim", store.dim, path)
-    chain.state("layer", store.settings.get("layer_position"), path)
-    chain.facts.append(f"datastore {path}: {store.rows} rows of {store.dim}, as expected")
+    store = Datastore.open(arguments.dstore_path, verify=arguments.verify)
+    chain.state(store.path, rows=store.rows, dim=store.dim, layer=store.settings.get("layer_position"))
+    chain.facts.append(f"datastore {store.path}: {store.rows} rows of {store.dim}, as expected")
 
 
 def look_at_index(arguments: PreflightArguments, chain: Chain) -> None:
@@ -210,39 +178,34 @@ def look_at_index(arguments: PreflightArguments, chain: Chain) -> None:
 
     path = arguments.index_path
     files = find_index(path)
-    if files.record is None:
+    record = files.record
+    if record is None:
         chain.facts.append(f"index {path}: without a record, not compared")
         return
-    made_from = files.record["datastore"]
-    chain.state("dim", files.record["dim"], path)
-    chain.state("layer", made_from["settings"].get("layer_position"), path)
+    made_from = record["datastore"]
+    chain.state(path, dim=record["dim"], layer=made_from["settings"].get("layer_position"))
     if arguments.dstore_path:
-        chain.state("rows", files.record["rows"], path)
+        chain.state(path, rows=record["rows"])
         if not same_rows(made_from.get("fingerprint"), Datastore.open(arguments.dstore_path)):
             raise InputError(f"{path}: was built from other rows than {arguments.dstore_path}; build it again")
-    for shard, recorded in zip(files.shards, files.record["shards"], strict=True):
+    for shard, recorded in zip(files.shards, record["shards"], strict=True):
         if arguments.verify and sha256_file(shard.path) != recorded["sha256"]:
             raise InputError(f"{shard.path}: does not match its checksum, a byte was changed; build it again")
     size = size_text(sum(shard.bytes for shard in files.shards))
-    chain.facts.append(f"index {path}: {files.record['rows']} rows, {len(files.shards)} files, {size}")
+    chain.facts.append(f"index {path}: {record['rows']} rows, {len(files.shards)} files, {size}")
 
 
 def look_at_targets(arguments: PreflightArguments, chain: Chain) -> None:
-    import numpy as np
-
     from knn_utils.datastore import KNNTargets
 
-    path = arguments.knn_save_path
-    targets = KNNTargets.open(path, verify=arguments.verify)
-    chain.state("rows", targets.rows, path)
-    chain.state("layer", targets.settings.get("layer_position"), path)
+    targets = KNNTargets.open(arguments.knn_save_path, verify=arguments.verify)
+    chain.state(targets.path, rows=targets.rows, layer=targets.settings.get("layer_position"))
     # Of a few blocks of rows, spread over the data.
     starts = {targets.rows * part // ENTRY_BLOCKS for part in range(ENTRY_BLOCKS)}
     counts = [targets.read(start, min(start + ENTRY_ROWS, targets.rows)).id_cnt for start in starts]
-    chain.entries_per_row = float(np.concatenate(counts).mean())
-    chain.facts.append(
-        f"kNN targets {path}: {targets.rows} rows, {chain.entries_per_row:.1f} entries each, as expected"
-    )
+    chain.entries_per_row = float(sum(count.sum() for count in counts) / sum(map(len, counts)))
+    entries = f"{chain.entries_per_row:.1f} entries each"
+    chain.facts.append(f"kNN targets {targets.path}: {targets.rows} rows, {entries}, as expected")
 
 
 def look_at_memory(arguments: PreflightArguments, chain: Chain) -> None:
@@ -253,11 +216,11 @@ def look_at_memory(arguments: PreflightArguments, chain: Chain) -> None:
         config = read_memory_config(find_memory(path))
     except ValueError as error:
         raise InputError(f"--knn_generator_path {path}: {one_line(error)}") from None
-    chain.state("dim", config.hidden_size, path)
-    chain.state("vocab", config.vocab_size, path)
+    chain.state(path, dim=config.hidden_size, vocab=config.vocab_size)
     chain.facts.append(f"memory {path}: {config.num_hidden_layers} layers of {config.hidden_size}, fits")
 
 
+# By the flag that names the files.
 LOOKS = {
     "model_name_or_path": look_at_model,
     "dataset_name": look_at_windows,
@@ -266,6 +229,8 @@ LOOKS = {
     "knn_save_path": look_at_targets,
     "knn_generator_path": look_at_memory,
 }
+# Those of the plan's stages, in their order.
+FILES = tuple(LOOKS)[1:]
 
 
 # The plan
@@ -273,39 +238,32 @@ LOOKS = {
 
 def sizes_of(arguments: PreflightArguments, chain: Chain) -> Sizes:
     """The sizes of the flags, with what they leave open taken from the files and the model. Raises InputError."""
+    sizes = Sizes(**{item.name: getattr(arguments, item.name) for item in fields(Sizes)})
     config, windows = chain.config, chain.windows
-    dim, parameters = arguments.dim or chain.stated("dim"), arguments.base_parameters
-    if parameters is None and config is not None:
-        parameters = count_parameters(config)
-    vocab = arguments.vocab or chain.stated("vocab")
-    for name, value in (("dim", dim), ("vocab", vocab), ("base_parameters", parameters)):
-        if value is None:
+    sizes.dim, sizes.vocab = sizes.dim or chain.stated("dim"), sizes.vocab or chain.stated("vocab")
+    if sizes.base_parameters is None and config is not None:
+        sizes.base_parameters = count_parameters(config)
+    for name in ("dim", "vocab", "base_parameters"):
+        if getattr(sizes, name) is None:
             raise InputError(f"--{name}: is needed for the plan, or --model_name_or_path")
-    gated = arguments.gated if arguments.gated is not None else config is not None and not is_plain(config)
+    if sizes.gated is None:
+        sizes.gated = config is not None and config.model_type not in PLAIN
     own_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
-    block_size, stride, tokens = arguments.block_size, arguments.stride, arguments.tokens
+    sizes.intermediate = sizes.intermediate or own_width or 4 * sizes.dim
     if windows is not None:
-        block_size = block_size or len(windows[0]["input_ids"])
-        if tokens is None:
-            tokens = chain.stated("rows")
-            stride = stride or max(1, -(-tokens // len(windows)))
-    block_size = block_size or BLOCK_SIZE
-    entries = arguments.entries_per_row or chain.entries_per_row
-    if arguments.entries_per_row is None:
-        said = f"{entries:.1f}, measured on --knn_save_path" if entries else f"{arguments.k / 8:.1f}, assumed (k/8)"
-        chain.facts.append(f"entries of a row's target: {said}; --entries_per_row changes it")
-    found = {
-        "tokens": tokens,
-        "dim": dim,
-        "vocab": vocab,
-        "base_parameters": parameters,
-        "intermediate": arguments.intermediate or own_width or 4 * dim,
-        "gated": gated,
-        "entries_per_row": entries or arguments.k / 8,
-        "block_size": block_size,
-        "stride": min(stride or STRIDE, block_size),
-    }
-    return Sizes(**{item.name: getattr(arguments, item.name) for item in fields(Sizes)} | found)
+        sizes.block_size = sizes.block_size or len(windows[0]["input_ids"])
+        if sizes.tokens is None:
+            sizes.tokens = chain.stated("rows")
+            sizes.stride = sizes.stride or max(1, -(-sizes.tokens // len(windows)))
+    sizes.block_size = sizes.block_size or planner.BLOCK_SIZE
+    sizes.stride = min(sizes.stride or planner.STRIDE, sizes.block_size)
+    if sizes.entries_per_row is None:
+        sizes.entries_per_row = chain.entries_per_row or sizes.k / 8
+        origin = "measured on --knn_save_path" if chain.entries_per_row else "assumed (k/8)"
+        chain.facts.append(
+            f"entries of a row's target: {sizes.entries_per_row:.1f}, {origin}; --entries_per_row changes it"
+        )
+    return sizes
 
 
 def rates_of(arguments: PreflightArguments, sizes: Sizes) -> Rates | None:
@@ -316,11 +274,6 @@ def rates_of(arguments: PreflightArguments, sizes: Sizes) -> Rates | None:
     if not arguments.device_tflops:
         return None
     return Rates(arguments.device_tflops * 1e12, arguments.lookups_per_second, arguments.hits_per_second, disk)
-
-
-def is_plain(config: Any) -> bool:
-    """Whether a family's MLP has two matrices and no gate, as GPT-2's."""
-    return config.model_type in ("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "gpt_neox", "opt", "bloom", "phi", "falcon")
 
 
 def count_parameters(config: Any) -> int:
@@ -350,33 +303,27 @@ def origin_of(rates: Rates | None, sizes: Sizes) -> str:
 
 def check_machine(arguments: PreflightArguments, stages: list[Stage]) -> list[str]:
     """Lines on disk and device memory. Raises InputError where they do not suffice."""
-    needed, facts = sum(stage.bytes for stage in stages if getattr(arguments, FILES[stage.name]) is None), []
-    if arguments.output_dir is None:
-        facts.append(f"disk: {size_text(needed)} needed; name --output_dir to compare it with what is free")
-    else:
-        free = shutil.disk_usage(existing(arguments.output_dir)).free
+    needed = sum(stage.bytes for stage, name in zip(stages, FILES, strict=True) if getattr(arguments, name) is None)
+    facts = [f"disk: {size_text(needed)} needed; name --output_dir to compare it with what is free"]
+    if arguments.output_dir is not None:
+        folder = Path(arguments.output_dir).absolute()
+        free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.is_dir())).free
         if needed > free:
             raise InputError(
                 f"--output_dir {arguments.output_dir}: the plan needs {size_text(needed)} of disk, {size_text(free)} "
                 "are free; free some, name another disk, or train online (no datastore of the student)"
             )
-        facts.append(f"disk of {arguments.output_dir}: {size_text(needed)} needed, {size_text(free)} free")
+        facts = [f"disk of {arguments.output_dir}: {size_text(needed)} needed, {size_text(free)} free"]
     memory, source = device_memory(arguments)
     if memory is None:
         return facts
-    for stage in stages:
-        if stage.memory > memory:
-            raise InputError(
-                f"{stage.name}: needs about {size_text(stage.memory)} on each device, {source} has {size_text(memory)}; "
-                "use more processes, --sharded (FSDP), or fewer --micro_batch_rows"
-            )
+    largest = max(stages, key=lambda stage: stage.memory)
+    if largest.memory > memory:
+        raise InputError(
+            f"{largest.name}: needs about {size_text(largest.memory)} on each device, {source} has {size_text(memory)}; "
+            "use more processes, --sharded (FSDP), or fewer --micro_batch_rows"
+        )
     return [*facts, f"memory of a device: {size_text(memory)} ({source}), enough for every stage"]
-
-
-def existing(folder: str | Path) -> Path:
-    """`folder`, or the nearest folder above it that is there."""
-    folder = Path(folder).absolute()
-    return folder if folder.is_dir() else existing(folder.parent)
 
 
 def device_memory(arguments: PreflightArguments) -> tuple[int | None, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 from conftest import GOLDEN, command, make_base
 
@@ -71,29 +70,20 @@ def flat(flags):
     return [item for pair in flags.items() for item in pair]
 
 
-def test_planned_bytes_are_those_of_real_files(llama_world):
+def test_planned_bytes_are_those_of_real_files(llama_world, tmp_path):
     from knn_utils.datastore import KNNTargets
 
+    index = ("--index_path", tmp_path / "x.index", "--ncentroids", 16, "--code_size", 8)
+    command("knn_utils.build_index", "--dstore_path", llama_world.dstore("train"), *index)
     targets = KNNTargets.open(llama_world.targets)
     rows = targets.rows
     entries = float(targets.read(0, rows).id_cnt.mean())
     # Small files: Arrow's headers and padding weigh more than in large ones.
     assert size_of(llama_world.dstore("train"), "part-*.arrow") == pytest.approx(datastore_bytes(rows, 32), rel=0.12)
     assert size_of(llama_world.targets, "part-*.arrow") == pytest.approx(targets_bytes(rows, entries), rel=0.12)
+    assert (tmp_path / "x.index").stat().st_size == pytest.approx(index_bytes(rows, 32, 8, 16), rel=0.02)
     sizes = Sizes(**SIZES | {"tokens": 94 * 32, "block_size": 64, "stride": 32})
     assert size_of(llama_world.windows / "train", "*.arrow") == pytest.approx(windows_bytes(sizes), rel=0.12)
-
-
-def test_planned_index_is_as_large_as_a_real_one(tmp_path):
-    import faiss
-
-    keys = np.random.default_rng(0).normal(size=(3000, 32)).astype(np.float32)
-    index = faiss.index_factory(32, "IVF16,PQ8")
-    index.cp.min_points_per_centroid = 1
-    index.train(keys)
-    index.add(keys)
-    faiss.write_index(index, str(tmp_path / "index"))
-    assert (tmp_path / "index").stat().st_size == pytest.approx(index_bytes(3000, 32, 8, 16), rel=0.02)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -135,17 +125,15 @@ def test_more_processes_take_less_time_and_sharding_less_memory():
 
 
 def test_files_that_belong_together_pass_and_give_the_plans_sizes(llama_world, capsys):
-    found = preflight(capsys, *flat(files(llama_world)), "--k", 16, "--layers", 2)
+    flags = files(llama_world)
+    found = preflight(capsys, *flat(flags), "--k", 16, "--layers", 2)
     assert [fact.split()[0] for fact in found["checks"]][:5] == ["model", "windows", "datastore", "index", "kNN"]
     sizes = found["plan"]["sizes"]
     assert (sizes["dim"], sizes["vocab"], sizes["block_size"]) == (32, 276, 64)
     assert 1 < sizes["entries_per_row"] < 16
     assert any("measured on --knn_save_path" in fact for fact in found["checks"])
     assert found["plan"]["seconds"] is None
-
-
-def test_without_a_model_the_files_are_checked_and_nothing_is_planned(llama_world, capsys):
-    flags = {name: value for name, value in files(llama_world).items() if name != "--model_name_or_path"}
+    del flags["--model_name_or_path"]
     found = preflight(capsys, *flat(flags))
     assert len(found["checks"]) == 4 and found["plan"] is None
 
@@ -173,18 +161,6 @@ def test_a_changed_byte_of_an_index_is_found_on_request(llama_world, capsys, tmp
     assert "checksum" in refused(capsys, "--index_path", index, "--verify")
 
 
-def test_a_disk_that_is_too_small_is_told_before(capsys):
-    line = refused(capsys, "--tokens", 5_000_000_000_000, *PLAN, "--output_dir", "not/there/yet")
-    assert "--output_dir" in line and "TB" in line and "free" in line
-
-
-def test_a_device_that_is_too_small_is_told_before(capsys):
-    line = refused(
-        capsys, "--tokens", 10_000, *PLAN, "--device_memory_gb", 0.1, "--layers", 100, "--num_train_epochs", 1
-    )
-    assert "memory:" in line and "--sharded" in line
-
-
 def test_assumed_rates_are_called_assumed_and_measured_ones_measured(llama_world, capsys):
     command("knn_utils.preflight", "--tokens", 10_000, *PLAN)
     assert "rates assumed" in capsys.readouterr().out
@@ -203,6 +179,9 @@ def test_assumed_rates_are_called_assumed_and_measured_ones_measured(llama_world
         (("--tokens", 0), "--tokens 0"),
         (("--tokens", 10), "--dim"),
         (("--tokens", 10, "--dim", 8, "--vocab", 9), "--base_parameters"),
+        # More than the disk, more than a device.
+        (("--tokens", 5_000_000_000_000, *PLAN, "--output_dir", "not/there/yet"), "--output_dir not/there/yet"),
+        (("--tokens", 10_000, *PLAN, "--device_memory_gb", 0.1, "--layers", 100), "memory: needs about"),
         (("--tokens", 10, "--measure", "x", "--device_tflops", 1), "--measure"),
         (("--dataset_name", "nowhere"), "nowhere"),
         (("--index_path", "nowhere"), "nowhere"),
