@@ -12,17 +12,24 @@ before is kept; the same command again continues. Needs the extra `compare`.
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from downstream.recall import ANSWER_WORDS
-from utils.cli import command, flag, parse
+from benchmarks.compare_table import add_differences, markdown, plot
+from benchmarks.page import machine, put_in_page
+from downstream import recall
+from utils.cli import command, flag, parse, say
 from utils.errors import InputError, check_positive
+from utils.files import FolderLock, ensure_folder, read_json, write_json
 
-METHODS = ["base", "knnlm", "rag_bm25", "rag_dense", "lora", "memory"]
-# In the order in which they are measured.
+# As the table calls them; methods and their figures, in the order in which they are measured.
+METHODS = {
+    **{"base": "base", "knnlm": "kNN-LM", "rag_bm25": "RAG, BM25", "rag_dense": "RAG, dense"},
+    **{"lora": "LoRA", "memory": "MLP memory"},
+}
 PARTS = ("speed", "facts", "held_out", "web")
 # What all figures depend on beside the quickstart, and those of one method; a change of one measures it again.
 SIZES = ("answer_words", "max_cases", "max_eval_tokens", "speed_prompts", "new_tokens")
@@ -38,10 +45,10 @@ class CompareArguments:
     output_dir: str = flag(
         "results/compare", "folder of results.json, compare.md, compare.png and of each method's files"
     )
-    methods: list[str] = flag(METHODS, "which to measure; the report holds every method measured so far")
+    methods: list[str] = flag([*METHODS], "which to measure; the report holds every method measured so far")
     model_name_or_path: str | None = flag(None, "the base model; default: the quickstart's")
     web_text: str | None = flag(None, "text that nothing was trained on; default: the quickstart's embedded/web.txt")
-    answer_words: int = flag(ANSWER_WORDS, "words that answer a definition, as in downstream.recall")
+    answer_words: int = flag(recall.ANSWER_WORDS, "words that answer a definition, as in downstream.recall")
     max_cases: int = flag(400, "facts at most, taken evenly over the trained articles")
     max_eval_tokens: int = flag(20480, "tokens of held-out articles, and of web text, at most")
     speed_prompts: int = flag(8, "prompts (of facts) that speed is measured on")
@@ -72,81 +79,68 @@ class CompareArguments:
 def main() -> None:
     """Entry point of `python -m benchmarks.compare`."""
     (arguments,) = parse(CompareArguments, description=__doc__.split("\n")[0])
+    output = Path(arguments.output_dir)
     if arguments.page:
-        from benchmarks.compare_table import write_page
-
-        write_page(Path(arguments.page), Path(arguments.output_dir))
+        page = Path(arguments.page)
+        put_in_page(page, lambda: markdown(read_json(output / "results.json")))
+        shutil.copyfile(output / "compare.png", page.with_suffix(".png"))
         return
     arguments.check()
-    run(arguments, Path(arguments.output_dir))
+    run(arguments, output)
 
 
 def run(arguments: CompareArguments, output: Path) -> None:
     """Measure what is missing, method by method, and write the report."""
-    from benchmarks.compare_methods import TITLES, Quickstart
-    from utils.cli import say
-    from utils.files import FolderLock, ensure_folder, read_json, write_json
+    from benchmarks.compare_methods import Quickstart
     from utils.loading import quiet_libraries
 
     quiet_libraries()
     work = Quickstart(arguments)
     folder = ensure_folder(output / "methods")
-    common = work.identity() | {name: getattr(arguments, name) for name in SIZES}
+    common = work.identity | {name: getattr(arguments, name) for name in SIZES}
     with FolderLock(output):
-        for name in [name for name in METHODS if name in arguments.methods]:
-            path, title = folder / f"{name}.json", TITLES[name]
-            identity = common | {own: getattr(arguments, own) for own in OWN.get(name, ())}
-            record = read_json(path) if path.exists() else {}
-            if record.get("identity") != identity:
-                if record:
-                    say(f"{title}: the settings have changed, it is measured again")
-                record = {"name": name, "title": title, "identity": identity, "seconds": {}}
-            if all(part in record for part in PARTS):
-                say(f"{title}: measured before")
-                continue
-            measure(work, record, lambda path=path, record=record: write_json(path, record))
-        paths = [folder / f"{name}.json" for name in METHODS]
-        records = [read_json(path) for path in paths if path.exists()]
+        for name in METHODS:
+            if name in arguments.methods:
+                own = {flag: getattr(arguments, flag) for flag in OWN.get(name, ())}
+                measure(work, name, common | own, folder / f"{name}.json")
+        records = [read_json(path) for name in METHODS if (path := folder / f"{name}.json").exists()]
         report(work, [record for record in records if common.items() <= record["identity"].items()], output)
 
 
-def measure(work: Any, record: dict[str, Any], save: Any) -> None:
-    """Measure the parts that `record` lacks, saving after each."""
+def measure(work: Any, name: str, identity: dict[str, Any], path: Path) -> None:
+    """Measure what a method's record in the file `path` lacks, saving it after each part."""
+    from benchmarks.compare_methods import build
     from benchmarks.compare_scores import measure_speed, score_facts, score_windows, speed_prompts
-    from utils.cli import say
 
-    flags, tokenizer = work.flags, work.tokenizer
-    method = work.build(record["name"], record)
+    record, title = read_json(path) if path.exists() else {}, METHODS[name]
+    if record.get("identity") != identity:
+        if record:
+            say(f"{title}: the settings have changed, it is measured again")
+        record = {"name": name, "title": title, "identity": identity, "seconds": {}}
+    missing = [part for part in PARTS if part not in record]
+    if not missing:
+        say(f"{title}: measured before")
+        return
+    flags, tokenizer, method = work.flags, work.tokenizer, build(work, name)
     record |= {"bytes": method.bytes, "note": method.note, "settings": method.settings}
-    save()
-    prompts = speed_prompts(work.cases, work.held_out, tokenizer, flags.speed_prompts)
-    sizes = (flags.rag_chunk, flags.rag_query)
-    parts = {
-        "speed": lambda: measure_speed(method, prompts, tokenizer, flags.new_tokens),
-        "facts": lambda: score_facts(method, work.cases, tokenizer),
-        "held_out": lambda: score_windows(method, work.held_out, tokenizer, *sizes),
-        "web": lambda: score_windows(method, work.web, tokenizer, *sizes),
-    }
-    for part in PARTS:
-        if part in record:
-            continue
+    for part in missing:
         started = time.perf_counter()
-        record[part] = parts[part]()
-        record["seconds"][part] = round(time.perf_counter() - started, 1)
-        save()
+        if part == "speed":
+            prompts = speed_prompts(work.cases, work.held_out, tokenizer, flags.speed_prompts)
+            found = measure_speed(method, prompts, tokenizer, flags.new_tokens)
+        elif part == "facts":
+            found = score_facts(method, work.cases, tokenizer)
+        else:
+            found = score_windows(method, getattr(work, part), tokenizer, flags.rag_chunk, flags.rag_query)
+        record[part], record["seconds"][part] = found, round(time.perf_counter() - started, 1)
+        write_json(path, record)
         names = ("perplexity", "accuracy", "first_token_seconds", "tokens_per_second")
-        told = [f"{name} {record[part][name]:.4g}" for name in names if record[part].get(name) is not None]
-        say(f"{record['title']}: {part}, {', '.join(told)} ({record['seconds'][part]} s)")
+        told = [f"{name} {found[name]:.4g}" for name in names if found.get(name) is not None]
+        say(f"{title}: {part}, {', '.join(told)} ({record['seconds'][part]} s)")
 
 
 def report(work: Any, records: list[dict[str, Any]], output: Path) -> None:
     """Write results.json, compare.md and compare.png from the methods that are measured to their end."""
-    from benchmarks.compare_table import add_differences, markdown, plot
-    from benchmarks.page import machine
-    from downstream import recall
-    from utils.cli import say
-    from utils.files import atomic_file, write_json
-
     methods = {
         record["name"]: {name: value for name, value in record.items() if name != "identity"}
         for record in records
@@ -154,17 +148,11 @@ def report(work: Any, records: list[dict[str, Any]], output: Path) -> None:
     }
     add_differences(methods)
     rule = recall.RULE.format(words=work.flags.answer_words, shortest=recall.SHORTEST, longest=recall.LONGEST)
-    description = {
-        "model": work.name,
-        "train_tokens": work.training["data"].get("rows"),
-        "dtype": work.dtype,
-        "rule": rule,
-    }
-    results = {"description": description, "machine": machine("cpu"), "methods": methods}
-    write_json(output / "results.json", results)
+    description = {"model": work.name, "train_tokens": work.training["data"].get("rows"), "dtype": work.dtype}
+    results = {"description": description | {"rule": rule}, "machine": machine("cpu"), "methods": methods}
     text = markdown(results)
-    with atomic_file(output / "compare.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_json(output / "results.json", results)
+    (output / "compare.md").write_text(text + "\n", encoding="utf-8")
     plot(methods, output / "compare.png")
     say(f"\n{text}\n\n{output / 'results.json'}, {output / 'compare.md'}, {output / 'compare.png'}")
 

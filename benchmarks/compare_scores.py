@@ -32,23 +32,24 @@ class Method:
 
     Attributes:
         base: the language model that runs.
+        model: what answers, where it is not the base itself.
         passages: a text -> token ids to put before it; None where nothing is.
-        on: a context that gives the model that answers; None where it is the base.
+        around: a context in which the model answers.
         bytes: what the method adds on disk.
         note: what the table's reader has to know.
         settings: what is kept beside the figures.
     """
 
     base: Any
+    model: Any = None
     passages: Callable[[str], list[int]] | None = None
-    on: Callable[[], Any] | None = None
+    around: Callable[[], Any] = contextlib.nullcontext
     bytes: int = 0
     note: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def model(self) -> Any:
-        """A context manager that gives the model to call."""
-        return self.on() if self.on else contextlib.nullcontext(self.base)
+    def __post_init__(self) -> None:
+        self.model = self.base if self.model is None else self.model
 
     def before(self, text: str, ids: Tensor, more: int = 0) -> tuple[Tensor, int]:
         """`ids` (time,) with the passages for `text` before them; so that `more` tokens fit the context, the oldest of
@@ -78,11 +79,11 @@ def score_windows(method: Method, windows: Any, tokenizer: Any, chunk: int, quer
         perplexity, accuracy, tokens, and log_likelihood: a [sum, tokens] of each window.
     """
     likelihoods, right = [], 0
-    with method.model() as model:
+    with method.around():
         for window in windows:
             total = count = 0
             for ids, begin in pieces(method, window, tokenizer, chunk, query):
-                likelihood, hits = score(model, ids, begin)
+                likelihood, hits = score(method.model, ids, begin)
                 total, count, right = total + likelihood, count + len(ids) - begin, right + hits
             likelihoods.append([total, count])
     tokens = sum(count for _, count in likelihoods)
@@ -123,14 +124,14 @@ def score_facts(method: Method, cases: Sequence[Case], tokenizer: Any) -> dict[s
         accuracy and standard_error (None without cases), cases, and right: "1" or "0" for each case.
     """
     right = []
-    with method.model() as model:
+    with method.around():
         for case in cases:
             prompt, whole = (tokenizer(text)["input_ids"] for text in (case.prompt, case.prompt + case.answer))
             # As in `downstream.recall`: a tokenizer may merge over the boundary, then the answer starts earlier.
             begin = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
             ids, moved = method.before(case.prompt, torch.tensor(whole))
             begin = max(begin + moved, 1)
-            right.append(int(score(model, ids, begin)[1] == len(ids) - begin))
+            right.append(int(score(method.model, ids, begin)[1] == len(ids) - begin))
     share = sum(right) / len(cases) if cases else None
     error = math.sqrt(share * (1 - share) / len(cases)) if cases else None
     return {"accuracy": share, "standard_error": error, "cases": len(cases), "right": "".join(map(str, right))}
@@ -172,9 +173,9 @@ def generate_once(method: Method, prompt: str, tokenizer: Any, new_tokens: int) 
     """(seconds to the first token, tokens a second after it, prompt tokens) of one greedy generation."""
     device = method.base.get_input_embeddings().weight.device
     clock = Clock(device.type)
-    with method.model() as model:
+    with method.around():
         start = time.perf_counter()
         ids, _ = method.before(prompt, torch.tensor(tokenizer(prompt)["input_ids"]), new_tokens)
-        generate(model, ids[None].to(device), new_tokens + 1, streamer=clock)
+        generate(method.model, ids[None].to(device), new_tokens + 1, streamer=clock)
     # The prompt is put first, then each token.
     return clock.times[1] - start, new_tokens / (clock.times[-1] - clock.times[1]), len(ids)

@@ -1,17 +1,14 @@
-"""Table, plot and page of a comparison, from the records of the methods."""
+"""Table and plot of a comparison, from the records of the methods."""
 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.page import line, put_in_page
-from utils.errors import InputError
-from utils.files import atomic_file, read_json
+from benchmarks.page import line
 
 MARKERS = "osD^vP"
 
@@ -117,16 +114,3 @@ def plot(methods: dict[str, dict[str, Any]], path: Path) -> None:
     if methods:
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), fontsize=8)
     save_figure(figure, path)
-
-
-def write_page(page: Path, output: Path) -> None:
-    """Put the table of `output`/results.json between the marks of `page`, and the plot beside it.
-
-    Raises InputError where there are no results or no marks.
-    """
-    results = read_json(output / "results.json")
-    if "description" not in results:
-        raise InputError(f"--output_dir {output}: results.json is not of a comparison")
-    put_in_page(page, lambda: markdown(results))
-    with atomic_file(page.with_suffix(".png")) as temporary:
-        shutil.copyfile(output / "compare.png", temporary)

@@ -144,15 +144,15 @@ def test_mixtures_have_the_perplexity_that_the_stages_reported(work, compared):
 
 
 def test_facts_are_right_where_the_recall_command_says_so(work):
+    from benchmarks.compare_methods import build
     from benchmarks.compare_scores import score_facts
     from downstream.recall import recall
     from downstream.scoring import Evaluator
 
     opened = work_of(work)
     opened.joint["lmbda"] = 0.7
-    base, memory = opened.build("base", {}), opened.build("memory", {})
-    with memory.model() as joint:
-        expected = recall(Evaluator(joint, opened.tokenizer, 16), opened.cases, 0.7)
+    base, memory = build(opened, "base"), build(opened, "memory")
+    expected = recall(Evaluator(memory.model, opened.tokenizer, 16), opened.cases, 0.7)
     for name, method in (("base", base), ("memory", memory)):
         found = score_facts(method, opened.cases, opened.tokenizer)["right"]
         assert [flag == "1" for flag in found] == expected[name]
@@ -221,12 +221,12 @@ def test_passages_and_text_stay_within_the_context():
         assert method.before(" ", torch.arange(3))[0].tolist() == [0, 1, 2]
 
 
-def test_both_searches_find_the_article_that_a_text_is_from(encoder, tmp_path):
-    from benchmarks.compare_rag import bm25_search, dense_search, passages
+def test_both_searches_find_the_article_that_a_text_is_from(encoder):
+    from benchmarks.compare_methods import bm25_search, dense_search, passages
 
     articles = [article(number) for number in range(30)]
-    sparse, sparse_bytes = bm25_search(articles, tmp_path / "bm25")
-    dense, dense_bytes = dense_search(articles, encoder, tmp_path / "dense")
+    sparse, sparse_bytes = bm25_search(articles)
+    dense, dense_bytes = dense_search(articles, encoder)
     name = articles[17].split("\n")[0]
     assert sparse(f"{name} is a", 2)[0] == 17
     assert sparse("qqq zzz", 2) == []

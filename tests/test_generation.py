@@ -1,6 +1,7 @@
 """`MLPMemory.generate`: every way of generating on the joint distribution, and what it refuses."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -35,6 +36,12 @@ def left_padded(prompts):
     return ids, mask
 
 
+def greedy(model, ids, count=8, **settings):
+    """`count` greedy tokens after `ids` (batch, time), prompt included; no token ends the text unless one is named."""
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | settings
+    return model.generate(ids, max_new_tokens=count, **settings)
+
+
 def until_eos(tokens):
     tokens = tokens.tolist()
     return tokens[: tokens.index(EOS)] if EOS in tokens else tokens
@@ -55,11 +62,11 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_a_left_padded_batch_gives_row_by_row_what_single_prompts_give(joint, way):
     ids, mask = left_padded(PROMPTS)
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": EOS, **WAYS[way]}
-    together = joint.generate(ids, attention_mask=mask, **settings)
+    settings = {"eos_token_id": EOS, **WAYS[way]}
+    together = greedy(joint, ids, attention_mask=mask, **settings)
     each = settings.get("num_return_sequences", 1)
     for row, prompt in enumerate(PROMPTS):
-        alone = joint.generate(torch.tensor([prompt]), **settings)
+        alone = greedy(joint, torch.tensor([prompt]), **settings)
         for copy in range(each):
             from_batch = until_eos(together[row * each + copy, ids.shape[1] :])
             assert from_batch == until_eos(alone[copy, len(prompt) :])
@@ -67,9 +74,8 @@ def test_a_left_padded_batch_gives_row_by_row_what_single_prompts_give(joint, wa
 
 def test_beams_reorder_so_that_scores_are_those_of_full_forwards(joint):
     ids = some_ids(2, 6)
-    settings = {"max_new_tokens": 8, "length_penalty": 0.0, "eos_token_id": None, "pad_token_id": 0}
-    beams = {"do_sample": False, "num_beams": 5, "num_return_sequences": 2}
-    output = joint.generate(ids, return_dict_in_generate=True, output_scores=True, **settings, **beams)
+    beams = {"num_beams": 5, "num_return_sequences": 2, "length_penalty": 0.0}
+    output = greedy(joint, ids, return_dict_in_generate=True, output_scores=True, **beams)
     with torch.no_grad():
         log_probs = joint(output.sequences).logits[:, 5:-1]
     summed = log_probs.gather(-1, output.sequences[:, 6:, None]).sum((1, 2))
@@ -101,6 +107,7 @@ def with_settings(log_probs: torch.Tensor, temperature: float, top_p: float) -> 
 
 
 LIMIT = 3.1  # standard deviations: p = 0.001
+SAMPLED = {"do_sample": True, "top_k": 0, "max_new_tokens": 1, "pad_token_id": 0}
 
 
 @pytest.mark.parametrize(
@@ -113,8 +120,7 @@ def test_sampling_follows_the_joint_distribution(llama, lmbda, temperature, top_
     with torch.no_grad():
         expected = with_settings(llama(prompt).logits[0, -1], temperature, top_p)
     torch.manual_seed(0)
-    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 1, "num_return_sequences": 20_000, "pad_token_id": 0}
-    tokens = llama.generate(prompt, temperature=temperature, top_p=top_p, **settings)
+    tokens = llama.generate(prompt, temperature=temperature, top_p=top_p, num_return_sequences=20_000, **SAMPLED)
     llama.lmbda = 0.6
     assert chi_square_deviation(tokens[:, -1], expected) < LIMIT
 
@@ -122,83 +128,60 @@ def test_sampling_follows_the_joint_distribution(llama, lmbda, temperature, top_
 def test_each_row_of_a_padded_batch_samples_from_its_own_distribution(llama):
     ids, mask = left_padded(PROMPTS)
     torch.manual_seed(0)
-    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 1, "num_return_sequences": 5_000, "pad_token_id": 0}
-    tokens = llama.generate(ids, attention_mask=mask, **settings)[:, -1].view(len(PROMPTS), 5_000)
+    tokens = llama.generate(ids, attention_mask=mask, num_return_sequences=5_000, **SAMPLED)[:, -1]
     with torch.no_grad():
         expected = [llama(torch.tensor([prompt])).logits[0, -1].exp() for prompt in PROMPTS]
-    for row, drawn in enumerate(tokens):
+    for row, drawn in enumerate(tokens.view(len(PROMPTS), 5_000)):
         assert chi_square_deviation(drawn, expected[row]) < LIMIT
         assert chi_square_deviation(drawn, expected[row - 1]) > LIMIT
 
 
 def test_tokens_guessed_ahead_change_nothing(llama):
     prompt = torch.tensor([[5, 9, 13, 5, 9, 13, 5, 9]])
-    settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = llama.generate(prompt, **settings)
-    assert torch.equal(llama.generate(prompt, prompt_lookup_num_tokens=3, **settings), expected)
-    assert torch.equal(llama.generate(prompt, assistant_model=llama.base_lm, **settings), expected)
+    expected = greedy(llama, prompt)
+    assert torch.equal(greedy(llama, prompt, prompt_lookup_num_tokens=3), expected)
+    assert torch.equal(greedy(llama, prompt, assistant_model=llama.base_lm), expected)
 
 
 def test_streaming_yields_the_text_of_the_tokens(llama):
-    tokenizer = letter_tokenizer()
-    prompt = some_ids(1, 5)
-    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = tokenizer.decode(llama.generate(prompt, **settings)[0, 5:])
+    tokenizer, prompt = letter_tokenizer(), some_ids(1, 5)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
-    worker = threading.Thread(target=llama.generate, args=(prompt,), kwargs={"streamer": streamer, **settings})
+    worker = threading.Thread(target=greedy, args=(llama, prompt), kwargs={"streamer": streamer})
     worker.start()
     pieces = list(streamer)
     worker.join()
-    assert "".join(pieces) == expected
+    assert "".join(pieces) == tokenizer.decode(greedy(llama, prompt)[0, 5:])
     assert len(pieces) > 2
 
 
 def test_base_and_joint_may_generate_at_the_same_time(llama):
-    prompt = some_ids(1, 5)
-    settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    alone = [model.generate(prompt, **settings) for model in (llama, llama.base_lm)]
-    results = {}
-
-    def work(name, model):
-        results[name] = model.generate(prompt, **settings)
-
-    workers = [threading.Thread(target=work, args=each) for each in enumerate((llama, llama.base_lm))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert all(torch.equal(results[number], tokens) for number, tokens in enumerate(alone))
+    prompt, models = some_ids(1, 5), (llama, llama.base_lm)
+    alone = [greedy(model, prompt, 30) for model in models]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda model: greedy(model, prompt, 30), models))
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
-def test_stop_strings_end_the_text(llama):
-    tokenizer = letter_tokenizer()
-    prompt = some_ids(1, 5)
-    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    tokens = llama.generate(prompt, **settings)[0, 5:]
+def test_a_text_ends_with_a_stop_string_and_with_the_end_of_sequence_and_not_a_token_later(llama):
+    tokenizer, prompt = letter_tokenizer(), some_ids(1, 5)
+    tokens = greedy(llama, prompt)[0, 5:]
     stop = tokenizer.decode(tokens[2:4])
-    stopped = llama.generate(prompt, stop_strings=[stop], tokenizer=tokenizer, **settings)[0, 5:]
-    assert torch.equal(stopped, tokens[:4])
-
-
-def test_generation_ends_with_the_end_of_sequence_and_not_a_token_later(llama):
-    prompt = some_ids(1, 5)
-    free = llama.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 5:].tolist()
-    end = free[3]
-    tokens = llama.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=end, pad_token_id=0)[0, 5:].tolist()
-    assert tokens == free[: free.index(end) + 1]
+    assert torch.equal(greedy(llama, prompt, stop_strings=[stop], tokenizer=tokenizer)[0, 5:], tokens[:4])
+    end = tokens[3].item()
+    ended = greedy(llama, prompt, eos_token_id=end)[0, 5:]
+    assert torch.equal(ended, tokens[: tokens.tolist().index(end) + 1])
 
 
 def test_exactly_as_many_tokens_as_asked_for_are_made(joint):
     for count in (1, 2, 7):
-        made = joint.generate(some_ids(2, 6), max_new_tokens=count, eos_token_id=None, pad_token_id=0, do_sample=False)
-        assert made.shape == (2, 6 + count)
+        assert greedy(joint, some_ids(2, 6), count).shape == (2, 6 + count)
 
 
 def test_reading_a_prompt_computes_logits_at_its_last_position_only(joint):
     shapes = []
     heads = [joint.base_lm.get_output_embeddings(), joint.knn_generator.lm_head]
     handles = [head.register_forward_hook(lambda module, args, output: shapes.append(output.shape)) for head in heads]
-    joint.generate(some_ids(2, 9), max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
+    greedy(joint, some_ids(2, 9), 2)
     for handle in handles:
         handle.remove()
     assert shapes == [(2, 1, VOCABULARY)] * 4
@@ -209,7 +192,7 @@ def test_base_and_memory_may_differ_in_dtype(base_dtype, memory_dtype):
     base = tiny_base("llama")
     memory = tiny_memory(base).to(getattr(torch, memory_dtype))
     joint = MLPMemory(base.to(getattr(torch, base_dtype)), memory)
-    assert joint.generate(some_ids(2, 5), max_new_tokens=4, eos_token_id=None, pad_token_id=0).shape == (2, 9)
+    assert greedy(joint, some_ids(2, 5), 4).shape == (2, 9)
     with torch.no_grad():
         logits = joint(some_ids(2, 5)).logits
     assert logits.dtype == torch.float32
@@ -221,13 +204,9 @@ def test_base_and_memory_may_differ_in_dtype(base_dtype, memory_dtype):
 def test_base_and_memory_may_sit_on_different_devices():
     base = tiny_base("llama")
     memory = tiny_memory(base)
-    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = MLPMemory(base, memory).generate(some_ids(2, 5), **settings)
+    expected = greedy(MLPMemory(base, memory), some_ids(2, 5))
     joint = MLPMemory(base.to("cuda"), memory)
-    assert torch.equal(joint.generate(some_ids(2, 5).to("cuda"), **settings).cpu(), expected)
-
-
-# What is refused
+    assert torch.equal(greedy(joint, some_ids(2, 5).to("cuda")).cpu(), expected)
 
 
 def test_an_empty_prompt_is_refused_and_one_longer_than_the_context(llama):
@@ -246,10 +225,7 @@ def test_padding_does_not_count_against_the_context(llama):
     ids = some_ids(1, CONTEXT + 10)
     mask = torch.ones_like(ids)
     mask[0, :20] = 0
-    tokens = llama.generate(
-        ids, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    assert tokens.shape == (1, CONTEXT + 13)
+    assert greedy(llama, ids, 3, attention_mask=mask).shape == (1, CONTEXT + 13)
 
 
 @pytest.mark.parametrize("limit", [{"max_new_tokens": 50}, {"max_length": 200}, {}])
