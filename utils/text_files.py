@@ -31,7 +31,6 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
 }
 TEXT_SCHEMA = pa.schema([("text", pa.string()), ("document", pa.int64())])
-BATCH_CHARACTERS = 8 << 20  # text held in memory while rows go to an Arrow file
 LONGEST_SEPARATOR = 1 << 20  # characters that one match of a separator, with what it looks at, may span
 
 
@@ -122,17 +121,10 @@ def write_rows(rows: Iterable[tuple[str, int]], path: Path) -> Any:
     import datasets
 
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, TEXT_SCHEMA) as writer:
-        texts: list[str] = []
-        documents: list[int] = []
-        held = 0
-        for text, document in itertools.chain(rows, [(None, 0)]):
-            if text is None or held >= BATCH_CHARACTERS:
-                writer.write_batch(pa.record_batch([pa.array(texts, pa.string()), documents], schema=TEXT_SCHEMA))
-                texts, documents, held = [], [], 0
-            if text is not None:
-                texts.append(text)
-                documents.append(document)
-                held += len(text) + 1
+        rows = iter(rows)
+        while batch := list(itertools.islice(rows, 1000)):
+            texts, documents = zip(*batch, strict=True)
+            writer.write_batch(pa.record_batch([pa.array(texts, pa.string()), documents], schema=TEXT_SCHEMA))
     return datasets.Dataset.from_file(str(path))
 
 
@@ -173,9 +165,6 @@ def open_source(
         raise InputError(f"--document_separator: separates documents in .txt files; {name} holds none")
     if files:
         return {split: _open_files(paths, split, text_column, separator, work) for split, paths in files.items()}
-    looks_local = name.startswith((".", "/", "~")) or name.endswith(("/", *SUFFIXES)) or name.count("/") > 1
-    if not path.exists() and looks_local:
-        raise InputError(f"--dataset_name {name}: no such file or folder")
     splits = _open_with_datasets(str(path) if path.exists() else name, config_name, work)
     return {split: _text_only(rows, f"split {split} of {name}", text_column) for split, rows in splits.items()}
 
@@ -309,23 +298,18 @@ def filter_documents(
         begins = np.cumsum(lengths) - lengths  # (rows,), over the whole dataset
         first_rows = np.flatnonzero(np.diff(numbers, prepend=-1))
         rows &= begins - begins[first_rows][numbers] < max_characters
-    return select_rows(dataset, {path: rows})[0]
+    return select_rows(dataset, rows, path)
 
 
-def select_rows(dataset: Any, masks: dict[Path, np.ndarray]) -> list[Any]:
-    """Copy the rows under each boolean mask (rows,) to an Arrow stream of its own, in one pass; open them."""
+def select_rows(dataset: Any, mask: np.ndarray, path: Path) -> Any:
+    """The rows under a boolean mask (rows,), copied to an Arrow file at `path` and mapped from it."""
     import datasets
 
     rows = dataset.with_format("arrow")
-    writers = [pa.ipc.new_stream(str(path), rows[:0].schema) for path in masks]
-    start = 0
-    for batch in rows.iter(1000):
-        for writer, mask in zip(writers, masks.values(), strict=True):
-            writer.write_table(batch.filter(pa.array(mask[start : start + len(batch)])))
-        start += len(batch)
-    for writer in writers:
-        writer.close()
-    return [datasets.Dataset.from_file(str(path)) for path in masks]
+    with pa.ipc.new_stream(str(path), rows[:0].schema) as writer:
+        for start, batch in zip(range(0, len(mask), 1000), rows.iter(1000), strict=True):
+            writer.write_table(batch.filter(pa.array(mask[start : start + 1000])))
+    return datasets.Dataset.from_file(str(path))
 
 
 def split_documents(dataset: Any, fractions: dict[str, float], *, seed: int, work: Path) -> dict[str, Any]:
@@ -356,5 +340,4 @@ def split_documents(dataset: Any, fractions: dict[str, float], *, seed: int, wor
         )
     numbers = document_numbers(dataset)
     names = [split for split in ("train", "validation", "test") if (assigned == split).any()]
-    masks = {work / f"split-{split}.arrow": (assigned == split)[numbers] for split in names}
-    return dict(zip(names, select_rows(dataset, masks), strict=True))
+    return {split: select_rows(dataset, (assigned == split)[numbers], work / f"split-{split}.arrow") for split in names}

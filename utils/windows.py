@@ -37,23 +37,22 @@ WINDOW_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class WindowSizes:
-    """How tokens are cut: tokens of a window, tokens from one to the next, the label of what predicts nothing."""
+    """How tokens are cut: tokens of a window, tokens from one to the next, the label of what predicts nothing.
+
+    Raises InputError unless 2 <= block_size, 1 <= stride <= block_size, padding_index < 0.
+    """
 
     block_size: int = 1024
     stride: int = 512
     padding_index: int = -100
 
-    def check(self) -> WindowSizes:
-        """Return self. Raises InputError unless 2 <= block_size, 1 <= stride <= block_size, padding_index < 0."""
+    def __post_init__(self) -> None:
         if self.block_size < 2:
             raise InputError(f"--block_size {self.block_size}: expected 2 or more")
         if not 1 <= self.stride <= self.block_size:
             raise InputError(f"--stride {self.stride}: expected a number from 1 to --block_size {self.block_size}")
         if self.padding_index >= 0:
-            raise InputError(
-                f"--padding_index {self.padding_index}: is a token id; expected a negative number, as -100"
-            )
-        return self
+            raise InputError(f"--padding_index {self.padding_index}: is a token id; expected a negative number")
 
 
 def token_ids(texts: Sequence[str], tokenizer: Any) -> np.ndarray:
@@ -161,7 +160,6 @@ def windows_of_split(
     """
     import datasets
 
-    sizes.check()
     first_rows = range(0, len(rows), BATCHES_PER_PART * ROWS_PER_BATCH)
     paths = [work / f"windows-{number:05d}.arrow" for number in range(len(first_rows))]
     if not paths:
@@ -194,10 +192,7 @@ def _run(write: Any, first_rows: Sequence[int], paths: Sequence[Path], num_proce
         try:
             yield from pool.map(write, first_rows, paths)
         except BrokenProcessPool:
-            raise InputError(
-                f"--num_proc {num_process}: a worker process was killed, perhaps for want of memory; "
-                "run again, with fewer processes"
-            ) from None
+            raise InputError(f"--num_proc {num_process}: a process was killed; run again with fewer") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
