@@ -16,19 +16,15 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import contextlib
-import errno
 import importlib.util
-import ipaddress
 import os
 import socket
 from dataclasses import dataclass
 from typing import Any
 
 from demo.pair import Pair, PairArguments, choose_pair, open_pair
-
-# The browser enforces what the page is built to do: nothing is loaded from elsewhere.
 from utils.cli import command, flag, parse
-from utils.errors import InputError
+from utils.errors import InputError, one_line
 
 # The browser enforces what the page is built to do: nothing is loaded from elsewhere.
 CONTENT_POLICY = (
@@ -75,16 +71,11 @@ def main() -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket bound to host and port. Raises InputError when the port is taken or the address is none of ours."""
-    if not 0 <= port <= 65535:
-        raise InputError(f"--port {port}: expected a number from 0 to 65535")
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except PermissionError:
-        raise InputError(f"--port {port}: may not be used by this user; choose one from 1024 on") from None
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise InputError(f"--port {port}: is in use; choose another, or 0 for any free one") from None
-        raise InputError(f"--host {host}: is no address of this machine ({error.strerror})") from None
+    except (OSError, OverflowError) as error:
+        told = f"--host {host} --port {port}: cannot listen there ({one_line(error)})"
+        raise InputError(f"{told}; port 0 takes any free one") from None
 
 
 def open_passages(arguments: PageArguments, pair: Pair, joint: Any, tokenizer: Any) -> Any:
@@ -108,36 +99,39 @@ def open_passages(arguments: PageArguments, pair: Pair, joint: Any, tokenizer: A
 
 def serve(blocks: Any, listener: socket.socket) -> None:
     """Serve the page on `listener` until the process is interrupted."""
+    import gradio
     import uvicorn
     from fastapi import FastAPI
 
-    from demo.layout import mount
+    from demo import page
 
     application = FastAPI(openapi_url=None)
-    mount(application, blocks)
+
+    @application.middleware("http")
+    async def own_resources_only(request: Any, answer: Any) -> Any:
+        answered = await answer(request)
+        answered.headers["content-security-policy"] = CONTENT_POLICY
+        return answered
+
+    # System fonts: Gradio's own would be looked for elsewhere.
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
+    gradio.mount_gradio_app(
+        application,
+        blocks,
+        path="/",
+        footer_links=[],
+        ssr_mode=False,
+        enable_monitoring=False,
+        theme=gradio.themes.Default(primary_hue="teal", neutral_hue="slate", **fonts),
+        css=page.asset("page.css"),
+        head=f"<script>{page.asset('page.js')}</script>",
+    )
     host, port = listener.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    if not ipaddress.ip_address(host).is_loopback:
-        print("anyone who reaches this address can use the page", flush=True)
     # Open pages keep a connection open, which is no reason to stay.
-    settings = uvicorn.Config(own_resources_only(application), log_level="warning", timeout_graceful_shutdown=1)
+    settings = uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1)
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(settings).run(sockets=[listener])
-
-
-def own_resources_only(application: Any) -> Any:
-    """An ASGI application that adds the content policy to every answer of `application`."""
-    policy = (b"content-security-policy", CONTENT_POLICY.encode())
-
-    async def answer(scope: dict, receive: Any, send: Any) -> None:
-        async def send_with_policy(message: dict) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), policy]}
-            await send(message)
-
-        await application(scope, receive, send_with_policy)
-
-    return answer
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from typing import Any
 
 from demo.pair import PairArguments, Sampling, choose_pair, open_pair, short_name
 from utils.cli import command, parse
-from utils.errors import InputError, one_line
 
 SMALLEST_WIDTH, LARGEST_WIDTH = 80, 160  # columns of a terminal on which two texts stand side by side; of both together
 
@@ -34,7 +33,7 @@ def main() -> None:
     arguments, sampling = parse(PairArguments, Sampling, description=__doc__.split("\n")[0])
     pair = choose_pair(arguments)
     sampling.check()
-    import torch
+    from rich.console import Console
 
     from demo.streams import BASE, JOINT, RunningText, encode_prompt, side_by_side
 
@@ -48,25 +47,18 @@ def main() -> None:
     }
     texts = {side: RunningText(tokenizer, input_ids[0].tolist()) for side in names}
     sys.stdout.reconfigure(errors="replace")  # what its encoding cannot write
-    columns = terminal_columns() >= SMALLEST_WIDTH
+    screen = Console()
+    columns = screen.is_terminal and not screen.is_dumb_terminal and screen.width >= SMALLEST_WIDTH
     pieces = side_by_side(joint, tokenizer, input_ids, sampling, in_turn=columns)
     try:
         print(f"{printable(pair.prompt)}\n", flush=True)
-        (show_columns if columns else show_in_turn)(pieces, texts, names)
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"--max_new_tokens {sampling.max_new_tokens}: out of memory ({one_line(error, 160)})"
-        ) from None
+        if columns:
+            show_columns(screen, pieces, texts, names)
+        else:
+            show_in_turn(pieces, texts, names)
     except BrokenPipeError:
         # The reader is gone (`| head`): end without a complaint, also when Python flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def terminal_columns() -> int:
-    """The width of the terminal that stdout is; 0 where it is none, or one that cannot move its cursor."""
-    if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
-        return 0
-    return os.get_terminal_size(sys.stdout.fileno()).columns
 
 
 def printable(text: str) -> str:
@@ -74,25 +66,24 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "·", text.replace("\r", "").replace("\t", "    "))
 
 
-def show_columns(pieces: Iterator[tuple[str, list[int]]], texts: dict[str, Any], names: dict[str, str]) -> None:
+def show_columns(
+    screen: Any, pieces: Iterator[tuple[str, list[int]]], texts: dict[str, Any], names: dict[str, str]
+) -> None:
     """Draw both texts side by side, again for each token; at the end they are shown whole, however long."""
     from rich import box
-    from rich.console import Console
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-
     def table(*, ended: bool = False) -> Table:
-        shown = Table(box=box.MINIMAL, show_header=False, show_edge=False, width=min(console.width, LARGEST_WIDTH))
+        shown = Table(box=box.MINIMAL, show_header=False, show_edge=False, width=min(screen.width, LARGEST_WIDTH))
         for _ in names:
             shown.add_column(ratio=1)
         shown.add_row(*(Text(name, style="bold") for name in names.values()), end_section=True)
         shown.add_row(*(Text(printable(text.text(ended=ended))) for text in texts.values()))
         return shown
 
-    with Live(table(), console=console, auto_refresh=False) as live:
+    with Live(table(), console=screen, auto_refresh=False) as live:
         for side, tokens in pieces:
             texts[side].tokens += tokens
             live.update(table(), refresh=True)

@@ -68,27 +68,7 @@ def build(viewer: Viewer, pair: Pair) -> gradio.Blocks:
 
 
 def parameters(model: Any) -> str:
-    """The number of a model's parameters, with two or three digits and a letter."""
+    """The number of a model's parameters, with three digits and a letter."""
     count = model.num_parameters()
-    for letter, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g}{letter}"
-    return str(count)
-
-
-def mount(application: Any, blocks: gradio.Blocks) -> None:
-    """Serve `blocks` at the root of a FastAPI application."""
-    gradio.mount_gradio_app(
-        application,
-        blocks,
-        path="/",
-        footer_links=[],
-        ssr_mode=False,
-        enable_monitoring=False,
-        # System fonts: Gradio's own would be looked for elsewhere.
-        theme=gradio.themes.Default(
-            primary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"]
-        ),
-        css=page.asset("page.css"),
-        head=f"<script>{page.asset('page.js')}</script>",
-    )
+    letter, size = next((each for each in (("B", 1e9), ("M", 1e6)) if count >= each[1]), ("K", 1e3))
+    return f"{count / size:.3g}{letter}"

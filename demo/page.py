@@ -62,14 +62,9 @@ def running_text(side: str, heading: str, prompt: str, text: str, *, running: bo
 
 
 def prompt_end(prompt: str, characters: int = 160) -> str:
-    """The last line of a prompt that says anything, of about so many characters at most, with an ellipsis where
-    something is left out."""
-    begin = prompt.rstrip().rfind("\n") + 1
-    if len(prompt) - begin > characters:
-        begin = len(prompt) - characters
-        blank = prompt.find(" ", begin)
-        begin = blank if 0 <= blank < len(prompt.rstrip()) else begin
-    return ("… " if begin else "") + prompt[begin:].lstrip(" " if begin else "")
+    """The last line of a prompt that says anything, of so many characters at most; an ellipsis for what is left out."""
+    line = prompt[prompt.rstrip().rfind("\n") + 1 :][-characters:]
+    return line if line == prompt else f"… {line}"
 
 
 def strength(moved: float, lmbda: float) -> float:
@@ -113,10 +108,9 @@ def inspector(sides: dict[str, tuple[str, list[ShownToken]]], lmbda: float) -> s
 
 def legend(lmbda: float) -> str:
     """What the colours mean; the left end is the most that a mixture with this lambda can lower."""
-    least = math.exp(-_lowering_scale(lmbda))
     return (
         '<div class="mlpm-legend"><span>The memory lowered the probability</span>'
-        f'<span class="mlpm-number">{factor(math.log(least))}</span><span class="mlpm-scale"></span>'
+        f'<span class="mlpm-number">{factor(-_lowering_scale(lmbda))}</span><span class="mlpm-scale"></span>'
         f'<span class="mlpm-number">×{FULL_COLOUR:g} and more</span><span>raised it</span>'
         '<span class="mlpm-hint">point at a token to look inside, click to keep it</span></div>'
     )
@@ -164,23 +158,21 @@ def _candidates(name: str, token: ShownToken) -> str:
 def _passages(token: ShownToken) -> str:
     if token.passages is None:
         return ""
-    rows = "".join(
-        f"<li><span>… {escape(one_line(passage.before).lstrip())}</span>"
-        f"<mark{' class=mlpm-same' if passage.token_id == token.inspected.token_id else ''}>"
-        f"{escape(one_line(passage.next))}</mark><span>{escape(one_line(passage.after).rstrip())} …</span>"
-        f'<span class="mlpm-number" title="squared distance of the hidden states">{passage.distance:.1f}</span></li>'
-        for passage in token.passages
-    )
+    rows = ""
+    for passage in token.passages:
+        same = " class=mlpm-same" if passage.token_id == token.inspected.token_id else ""
+        texts = (passage.before, passage.next, passage.after)
+        before, followed, after = (escape(text.replace("\n", " ↵ ")) for text in texts)
+        rows += (
+            f"<li><span>… {before}</span><mark{same}>{followed}</mark><span>{after} …</span>"
+            f'<span class="mlpm-number" title="squared distance of the hidden states">{passage.distance:.1f}</span></li>'
+        )
     return f'<div class="mlpm-passages"><h4>Nearest training passages</h4><ol>{rows}</ol></div>'
 
 
 def visible(text: str) -> str:
     """A token's text with its white space to be seen."""
     return text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣") or "·"
-
-
-def one_line(text: str) -> str:
-    return text.replace("\n", " ↵ ")
 
 
 def percent(log_probability: float) -> str:
@@ -193,7 +185,4 @@ def percent(log_probability: float) -> str:
 
 def factor(nats: float) -> str:
     """A move in nats as the factor between the probabilities."""
-    value = math.exp(min(nats, 700.0))
-    if value >= 1000:
-        return "×1000 and more"
-    return f"×{value:.0f}" if value >= 100 else f"×{value:.2g}" if value < 10 else f"×{value:.1f}"
+    return "×1000 and more" if nats >= math.log(999) else f"×{math.exp(nats):.3g}"

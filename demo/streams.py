@@ -75,17 +75,16 @@ def continuation(model: Any, tokenizer: Any, input_ids: torch.Tensor, sampling: 
         options |= {"past_key_values": cache, "cache_implementation": None}
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(sampling.seed)
-        random = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+    states = None
     for _ in range(0, sampling.max_new_tokens, at_once):
-        with torch.random.fork_rng(devices):
-            torch.set_rng_state(random[0])
-            for device, state in zip(devices, random[1], strict=True):
-                torch.cuda.set_rng_state(state, device)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            if states is None:
+                torch.manual_seed(sampling.seed)
+            else:
+                torch.set_rng_state(states[0])
+                torch.cuda.set_rng_state_all(states[1])
             whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=at_once, **options)
-            random = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+            states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
         tokens, ids = whole[0, ids.shape[1] :].tolist(), whole
         yield tokens
         if tokens[-1] in ends:

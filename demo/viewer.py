@@ -69,11 +69,8 @@ class Viewer:
         self._owner, self._stopped = owner, False
         try:
             yield from self._run(prompt, lmbda, knn_temp, sampling)
-        except InputError as error:
-            yield self._view(prompt, {}, str(error).removeprefix("--"), problem=True)
-        except torch.OutOfMemoryError as error:
-            told = f"out of memory ({one_line(error, 160)}); ask for fewer tokens"
-            yield self._view(prompt, {}, told, problem=True)
+        except (InputError, torch.OutOfMemoryError) as error:
+            yield self._view(prompt, {}, one_line(error).removeprefix("--"), problem=True)
         finally:
             self._owner = None
 

@@ -61,7 +61,7 @@ def browser():
 def shown(url, browser):
     """The page, freshly loaded, set to make a few tokens."""
     browser.open(url)
-    browser.wait(lambda: browser.find("#go"), "the button")
+    browser.wait(lambda: browser.find("#sampling button"), "the page")
     browser.click("#sampling button")
     browser.wait(lambda: browser.find("#new_tokens input[type=number]"), "the sampling settings")
     set_number(browser, "#new_tokens", NEW_TOKENS)
@@ -147,21 +147,6 @@ def test_the_memorys_temperature_flattens_its_candidates(shown):
         go_on(shown)
         tops.append(float(shown.texts("#mlpm-joint-0 .mlpm-from-memory li .mlpm-number")[0].rstrip("%")))
     assert tops[0] > tops[1]
-
-
-def test_an_empty_or_too_long_prompt_is_told_and_the_page_goes_on(shown):
-    for prompt, told in ((" ", "prompt: is empty"), ("river " * 200, "longer than the base's context of 128")):
-        shown.type("#prompt textarea", prompt)
-        shown.click("#go")
-        shown.wait(lambda told=told: told in shown.text("#status [role=alert]"), told)
-    shown.type("#prompt textarea", "the river")
-    go_on(shown)
-
-
-def test_stopping_when_nothing_runs_is_no_fault(shown):
-    shown.click("#stop")
-    go_on(shown)
-    assert "stopped" not in shown.text("#status")
 
 
 def test_the_page_loads_nothing_from_elsewhere_and_the_browser_has_no_complaint(url, browser):
