@@ -72,8 +72,8 @@ class Questions:
                 try:
                     row[role] = column.read(cells.get(self.names[role]))
                 except ValueError as error:
-                    told = f"row {number}: the {column.holds} {error}"
-                    raise InputError(f"--dataset_name {self.source}: {told}; leave it out with --start") from None
+                    told = f"row {number}: the {self.names[role]} {error}; leave it out with --start"
+                    raise InputError(f"--dataset_name {self.source}: {told}") from None
             yield number, row
 
 
@@ -92,29 +92,16 @@ def read_file(path: Path, flag: str = "--dataset_name") -> list[dict[str, Any]]:
                 csv.field_size_limit(sys.maxsize)
                 rows = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")
                 return [{name: listed(cell) for name, cell in row.items()} for row in rows]
-            rows = json_rows(file.read())
+            text = file.read()
+        # A list, or a row a line; not splitlines: JSON text may hold other line separators than the newline.
+        whole = text.lstrip().startswith("[")
+        rows = json.loads(text if whole else "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]")
     except UnicodeDecodeError as error:
         raise InputError(f"{flag} {path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except (ValueError, csv.Error, pyarrow.ArrowException) as error:
         raise InputError(f"{flag} {path}: is not a readable {kind} file ({one_line(error, 160)})") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{flag} {path}: expected JSON objects, one for each row")
-    return rows
-
-
-def json_rows(text: str) -> Any:
-    """What a JSON list holds, or JSON lines, under either ending. Raises ValueError naming the line."""
-    try:
-        found = json.loads(text)
-        return [found] if isinstance(found, dict) else found
-    except json.JSONDecodeError:
-        rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}: {error}") from None
     return rows
 
 
@@ -164,10 +151,8 @@ def read_prompt_file(path: str | os.PathLike | None, task: str, holds: str | Non
         raise InputError(f"--prompt_file: --task {task} needs it; a text file with {holds}")
     try:
         text = Path(path).read_text(encoding="utf-8-sig").strip("\n")
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"--prompt_file {path}: no such file; expected {holds}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"--prompt_file {path}: is not UTF-8 text") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompt_file {path}: cannot be read ({error}); expected {holds}") from None
     if not text.strip():
         raise InputError(f"--prompt_file {path}: is empty; expected {holds}")
     return text

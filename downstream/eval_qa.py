@@ -21,7 +21,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from downstream.model import ModelArguments
-from downstream.tasks import TASKS, Prompt, Task, find_task
+from downstream.tasks import TASKS, Prompt, Task
 from utils.cli import command, flag, note_unused, parse, required
 from utils.errors import InputError, check_positive
 
@@ -46,6 +46,8 @@ class QAArguments:
 
     def check(self) -> None:
         """Check the values by themselves. Raises InputError."""
+        if self.task not in TASKS:
+            raise InputError(f"--task {self.task}: unknown, expected one of {', '.join(TASKS)}")
         if self.start < 0:
             raise InputError(f"--start {self.start}: expected a row number from 0")
         for name in ("max_eval_samples", "per_device_eval_batch_size"):
@@ -65,7 +67,7 @@ def main() -> None:
     qa, model = parse(QAArguments, ModelArguments, description=__doc__.split("\n")[0])
     qa.check()
     model.check()
-    task = find_task(qa.task)
+    task = TASKS[qa.task]
     started = time.time()
     from downstream.predictions import Predictions
     from utils.files import read_json

@@ -40,8 +40,6 @@ class Predictions:
         if not self.path.exists():
             return []
         remedy = "choose another --output_dir or add --overwrite"
-        if not self.settings_path.exists():
-            raise InputError(f"{self.path}: no {self.settings_path.name} beside it says what made it; {remedy}")
         require_same(self.path, read_json(self.settings_path), self.settings, remedy)
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]

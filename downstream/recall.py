@@ -27,8 +27,8 @@ RULE = (
     "{words} word(s); and its text up to the first year (1000 to 2099), answered by that year; one line of the article "
     "at most, between {shortest} and {longest} characters of prompt"
 )
-DEFINITION = re.compile(r"\b(?:is|was|are|were) (?:an?|the|one of the)(?= [\w\"'])")
-YEAR = re.compile(r"(?<=\s)(?:1\d|20)\d\d\b")
+DEFINITION = r"\b(?:is|was|are|were) (?:an?|the|one of the)(?= [\w\"'])"
+YEAR = r"(\s(?:1\d|20)\d\d\b)"
 ANSWER_WORDS = 2
 SHORTEST, LONGEST = 8, 400
 
@@ -75,19 +75,11 @@ def cases_of(article: str, answer_words: int = ANSWER_WORDS) -> Iterator[Case]:
     """The cases that RULE finds in an article whose first line is its title."""
     title, _, body = article.strip().partition("\n")
     sentence = body.lstrip("\n").split("\n")[0]
-    found = DEFINITION.search(sentence)
-    if found:
-        words = re.match(rf"(?:\s+\S+){{{answer_words}}}", sentence[found.end() :])
-        if words:
-            yield from _case(title, sentence[: found.end()], words.group())
-    year = YEAR.search(sentence)
-    if year:
-        yield from _case(title, sentence[: year.start() - 1], sentence[year.start() - 1 : year.end()])
-
-
-def _case(title: str, before: str, answer: str) -> Iterator[Case]:
-    if SHORTEST <= len(before) <= LONGEST and before.strip():
-        yield Case(f"{title}\n\n{before}", answer)
+    definition = re.search(rf"{DEFINITION}((?:\s+\S+){{{answer_words}}})", sentence)
+    for found in filter(None, (definition, re.search(YEAR, sentence))):
+        before = sentence[: found.start(1)]
+        if SHORTEST <= len(before) <= LONGEST and before.strip():
+            yield Case(f"{title}\n\n{before}", found[1])
 
 
 def read_articles(path: str) -> list[str]:

@@ -75,17 +75,12 @@ def table(arguments: ReproductionArguments) -> tuple[str, dict[str, Any]]:
         if not model:
             continue
         result = read_json(work / stage / "results.json")
+        sizes = f"{base_parameters(arguments.large if flag_name == 'memory' else model) / 1e6:.4g}M"
         if flag_name == "memory":
-            sizes = f"{base_parameters(arguments.large) / 1e6:.4g}M + {memory_parameters(model) / 1e6:.4g}M"
-        else:
-            sizes = f"{base_parameters(model) / 1e6:.4g}M"
-        rows.append(
-            {
-                **{"model": name, "parameters": sizes, "published": published, "measured": result["perplexity"]},
-                **{"tokens": result["tokens"], "path": result["memory"] or result["model"]},
-                **{"lmbda": result["lmbda"], "knn_temp": result["knn_temp"]},
-            }
-        )
+            sizes += f" + {memory_parameters(model) / 1e6:.4g}M"
+        row = {"model": name, "parameters": sizes, "published": published, "measured": result["perplexity"]}
+        kept = {key: result[key] for key in ("tokens", "lmbda", "knn_temp")}
+        rows.append({**row, **kept, "path": result["memory"] or result["model"]})
     counts = {row["tokens"] for row in rows}
     if len(counts) > 1:
         raise InputError(f"{work}: the stages scored {sorted(counts)} tokens, expected one number; remove {work}/done")

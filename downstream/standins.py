@@ -34,8 +34,6 @@ def main() -> None:
     (arguments,) = parse(StandInArguments, description=__doc__.split("\n")[0])
     if not arguments.texts:
         raise InputError("--texts: expected one or more text files")
-    if arguments.vocabulary < 300:
-        raise InputError(f"--vocabulary {arguments.vocabulary}: expected 300 or more (256 bytes, and merges)")
     for path in arguments.texts:
         if not Path(path).is_file():
             raise InputError(f"--texts {path}: no such file")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from downstream import metrics
-from utils.errors import InputError
 
 TRUTHFULQA_PROMPT = (
     "the six demonstrations of TruthfulQA's QA preset (an instruction and six Q:/A: pairs), "
@@ -29,7 +28,6 @@ class Column:
     """
 
     names: tuple[str, ...]
-    holds: str
     read: Callable[[Any], Any]
 
 
@@ -231,8 +229,8 @@ def halueval_judge_scores(row: Mapping[str, Any], outputs: Sequence[str]) -> Mea
 
 
 QUESTION_ANSWERS = {
-    "question": Column(("question", "Question", "query"), "question", text_of),
-    "answers": Column(("answers", "answer", "Answers", "Answer"), "answer", list_of),
+    "question": Column(("question", "Question", "query"), text_of),
+    "answers": Column(("answers", "answer", "Answers", "Answer"), list_of),
 }
 SHORT = {
     "columns": QUESTION_ANSWERS,
@@ -253,9 +251,9 @@ OPEN = {
 HALUEVAL = {
     "hub": ("pminervini/HaluEval", "qa", "data"),
     "columns": {
-        "question": Column(("question",), "question", text_of),
-        "right": Column(("right_answer",), "right answer", text_of),
-        "hallucinated": Column(("hallucinated_answer",), "hallucinated answer", text_of),
+        "question": Column(("question",), text_of),
+        "right": Column(("right_answer",), text_of),
+        "hallucinated": Column(("hallucinated_answer",), text_of),
     },
 }
 CHOICE = {"prompts": halueval_choice_prompts, "measure": halueval_choice_scores, "metrics": ("accuracy",)}
@@ -287,10 +285,10 @@ TASKS: dict[str, Task] = {
         about="TruthfulQA: MC1, MC2 and MC3 by summed log-probability of the reference answers",
         hub=("truthfulqa/truthful_qa", "generation", "validation"),
         columns={
-            "question": Column(("Question", "question"), "question", text_of),
-            "best": Column(("Best Answer", "best_answer"), "best answer", closed),
-            "true": Column(("Correct Answers", "correct_answers"), "correct answers", reference_answers),
-            "false": Column(("Incorrect Answers", "incorrect_answers"), "incorrect answers", reference_answers),
+            "question": Column(("Question", "question"), text_of),
+            "best": Column(("Best Answer", "best_answer"), closed),
+            "true": Column(("Correct Answers", "correct_answers"), reference_answers),
+            "false": Column(("Incorrect Answers", "incorrect_answers"), reference_answers),
         },
         prompts=truthfulqa_prompts,
         measure=truthfulqa_scores,
@@ -319,10 +317,3 @@ TASKS: dict[str, Task] = {
         **HALUEVAL,
     ),
 }
-
-
-def find_task(name: str) -> Task:
-    """The task called `name`. Raises InputError listing the known ones."""
-    if name not in TASKS:
-        raise InputError(f"--task {name}: unknown, expected one of {', '.join(TASKS)}")
-    return TASKS[name]
