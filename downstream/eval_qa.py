@@ -172,8 +172,8 @@ def line(task: Task, row: Row, outputs: Sequence[Any]) -> dict[str, Any]:
         raise InputError(
             f"row {row.number}: the model's log-probability is not a number; try --torch_dtype float32 or bfloat16"
         )
-    measured = task.measure(row.content, outputs)
-    return {"row": row.number, "question": row.content["question"], **measured.shown, "scores": measured.scores}
+    scores, shown = task.measure(row.content, outputs)
+    return {"row": row.number, "question": row.content["question"], **shown, "scores": scores}
 
 
 def score(task: Task, lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -48,8 +48,6 @@ class HarnessArguments:
         for name in ("limit", "per_device_eval_batch_size"):
             if getattr(self, name) is not None:
                 check_positive(f"--{name}", getattr(self, name))
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise InputError(f"--num_fewshot {self.num_fewshot}: expected a number from 0")
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise InputError(f"--include_path {self.include_path}: no such folder")
 
@@ -77,7 +75,10 @@ def main() -> None:
     if not set(names) <= set(manager.all_subtasks):
         # The harness's thousands of task files take seconds to read, and are read only when one may be meant.
         manager = TaskManager(include_path=folders)
-    check_names(names, manager)
+    for name in names:
+        if not manager.match_tasks([name]):
+            own = ", ".join(sorted(each for each in manager.all_tasks if each.startswith("mlpmem_")))
+            raise InputError(f"--tasks {name}: unknown; expected one of {own}, or one that lm-eval ls tasks lists")
     ensure_folder(harness.output_dir)
     language_model = register()(batch_size=harness.per_device_eval_batch_size, **vars(model))
     scored = {}
@@ -88,18 +89,11 @@ def main() -> None:
         language_model.model.lmbda = model.lmbda
     which = f"base + memory (lambda {model.lmbda:g})" if model.use_neural_knn else "base"
     scored[which] = evaluate(language_model, names, manager, harness)
-    results = {
-        **plain(scored[which]),
-        **({"base": plain(scored["base"])} if harness.with_base else {}),
-        **model.stated(),
-        "settings": {
-            "num_fewshot": harness.num_fewshot,
-            "limit": harness.limit,
-            "seed": harness.seed,
-            "lm_eval": lm_eval.__version__,
-            **model.settings(),
-        },
-    }
+    results = {**plain(scored[which]), **model.stated()}
+    if harness.with_base:
+        results["base"] = plain(scored["base"])
+    chosen = {name: getattr(harness, name) for name in ("num_fewshot", "limit", "seed")}
+    results["settings"] = {**chosen, "lm_eval": lm_eval.__version__, **model.settings()}
     write_results(harness.output_dir, results, started)
     for name, found in scored.items():
         print(f"{name}\n{make_table(found)}")
@@ -176,16 +170,6 @@ def evaluate(language_model: Any, names: Sequence[str], manager: Any, harness: H
                 f"--tasks {' '.join(names)}: a task's dataset cannot be loaded ({one_line(error, 240)})"
             ) from None
         raise
-
-
-def check_names(names: Sequence[str], manager: Any) -> None:
-    """Every name has to be a task, group, tag or pattern that the harness knows. Raises InputError."""
-    if not names:
-        raise InputError("--tasks: expected at least one name")
-    for name in names:
-        if not manager.match_tasks([name]):
-            own = ", ".join(sorted(each for each in manager.all_tasks if each.startswith("mlpmem_")))
-            raise InputError(f"--tasks {name}: unknown; expected one of {own}, or one that lm-eval ls tasks lists")
 
 
 def plain(found: Mapping[str, Any]) -> dict[str, Any]:

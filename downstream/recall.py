@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.cli import command, flag, parse
+from utils.cli import command, flag, parse, required
 from utils.errors import InputError, check_fraction, check_positive
 from utils.loading import BaseArguments
 
@@ -41,12 +41,12 @@ class Case:
     answer: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RecallArguments(BaseArguments):
     """Which models, which articles."""
 
-    knn_generator_path: str | None = flag(None, "the memory's folder")
-    articles: str | None = flag(None, ".jsonl of the trained articles, one a row, in the column text")
+    knn_generator_path: str = required("the memory's folder")
+    articles: str = required(".jsonl of the trained articles, one a row, in the column text")
     max_cases: int = flag(400, "cases at most, taken evenly over the articles")
     answer_words: int = flag(ANSWER_WORDS, "words that answer a definition")
     lmbda: float = flag(0.25, "weight of the memory")
@@ -59,9 +59,7 @@ class RecallArguments(BaseArguments):
 
     def check(self) -> None:
         """Check the values by themselves; `choose_on` gives lambda and temperature. Raises InputError."""
-        for name in ("model_name_or_path", "knn_generator_path", "articles"):
-            if getattr(self, name) is None:
-                raise InputError(f"--{name}: is required")
+        self.require_base()
         if self.choose_on:
             from utils.results import chosen
 

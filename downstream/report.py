@@ -12,23 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.cli import command, flag, parse
-from utils.errors import InputError
+from utils.cli import command, flag, parse, required
 
 
 @dataclass
 class ReportArguments:
     """Where the stages' results are, and where the report goes."""
 
-    work: str | None = flag(None, "folder with a results folder of each stage")
+    work: str = required("folder with a results folder of each stage")
     output_dir: str = flag("results/quickstart", "folder of results.json, report.md and report.png")
     seconds: float = flag(0.0, "seconds that the whole run took so far")
 
 
 def main() -> None:
     (arguments,) = parse(ReportArguments, description=__doc__.split("\n")[0])
-    if arguments.work is None:
-        raise InputError("--work: is required")
     from utils.files import atomic_file, ensure_folder, read_json, write_json
     from utils.plots import draw_training, figure_of, save_figure
     from utils.results import versions

@@ -6,10 +6,13 @@ A new task is one entry in `TASKS`. Where the benchmarks leave a choice open, th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from downstream import metrics
+
+# A row's scores by metric, and what the predictions file shows beside them.
+Measured = tuple[dict[str, float], dict[str, Any]]
 
 TRUTHFULQA_PROMPT = (
     "the six demonstrations of TruthfulQA's QA preset (an instruction and six Q:/A: pairs), "
@@ -52,14 +55,6 @@ class Likelihood:
     def mean(self) -> float:
         """Nats per token."""
         return self.total / self.tokens
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A row's scores by metric, and what the predictions file shows beside them."""
-
-    scores: dict[str, float]
-    shown: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,7 @@ def short_question(row: Mapping[str, Any], _: str) -> list[Prompt]:
 def short_answer(row: Mapping[str, Any], outputs: Sequence[str]) -> Measured:
     """Exact match and token F1, best over the answers; outer blanks of the prediction go after the cut."""
     prediction, answers = outputs[0].strip(), row["answers"]
-    return Measured(
+    return (
         {"exact_match": metrics.exact_match(prediction, answers), "f1": metrics.token_f1(prediction, answers)},
         {"prediction": prediction, "answers": answers},
     )
@@ -152,7 +147,7 @@ def open_question(row: Mapping[str, Any], _: str) -> list[Prompt]:
 
 def open_answer(row: Mapping[str, Any], outputs: Sequence[str]) -> Measured:
     """Correct if an answer's tokens occur in a row in the output. The stop character itself is no part of the output."""
-    return Measured(
+    return (
         {"accuracy": metrics.contains_answer(outputs[0], row["answers"])},
         {"prediction": outputs[0].strip(), "answers": row["answers"]},
     )
@@ -175,7 +170,7 @@ def truthfulqa_scores(row: Mapping[str, Any], outputs: Sequence[Sequence[Likelih
     totals = [likelihood.total for likelihood in outputs[0]]
     scores_true, scores_false = totals[: len(true)], totals[len(true) : len(true) + len(false)]
     score_best = scores_true[true.index(best)] if best in true else totals[-1]
-    return Measured(
+    return (
         metrics.multiple_choice(score_best, scores_true, scores_false),
         {"best": best, "true": true, "false": false, "scores_true": scores_true, "scores_false": scores_false},
     )
@@ -196,7 +191,7 @@ def halueval_choice_prompts(row: Mapping[str, Any], instruction: str) -> list[Pr
 def halueval_choice_scores(row: Mapping[str, Any], outputs: Sequence[Sequence[Likelihood]]) -> Measured:
     """1 if the right answer's mean log-probability per token is above the hallucinated one's (a tie is wrong)."""
     right, hallucinated = outputs[0]
-    return Measured(
+    return (
         {"accuracy": float(right.mean > hallucinated.mean)},
         {
             "right": row["right"],
@@ -217,7 +212,7 @@ def halueval_judge_scores(row: Mapping[str, Any], outputs: Sequence[str]) -> Mea
     """Share of right judgements: No (no hallucination) for the right answer, Yes for the hallucinated one."""
     judged = [metrics.judgement(output) for output in outputs]
     hits = [float(judged[0] == "No"), float(judged[1] == "Yes")]
-    return Measured(
+    return (
         {
             "accuracy": sum(hits) / 2,
             "accuracy_right": hits[0],

@@ -27,28 +27,14 @@ NQ = [
     {"question": "Is it", "answer": ["no"]},
 ]
 TRUTH = [
-    {
-        "Question": "Where is the moon?",
-        "Best Answer": "The moon is there",
-        "Correct Answers": "The moon is there; It is not here.; there",
-        "Incorrect Answers": "Here; The moon is the first, of course",
-    },
-    {
-        "Question": "Who wrote it?",
-        "Best Answer": "No one did",
-        "Correct Answers": "James",
-        "Incorrect Answers": "the answer is here",
-    },
+    ("Question", "Best Answer", "Correct Answers", "Incorrect Answers"),
+    ("Where is it?", "It is there", "It is there; It is not here.; there", "Here; It is the first, of course"),
+    ("Who wrote it?", "No one did", "James", "the answer is here"),
 ]
 HALU = [
-    {
-        "knowledge": "",
-        "question": "Which is it? ",
-        "right_answer": "James",
-        "hallucinated_answer": "the right answer is no",
-    },
-    {"knowledge": "", "question": "Where is it?", "right_answer": "not here, but there", "hallucinated_answer": "here"},
-    {"knowledge": "", "question": "Who?", "right_answer": "the first", "hallucinated_answer": "the first one of all"},
+    {"question": "Which is it? ", "right_answer": "James", "hallucinated_answer": "the right answer is no"},
+    {"question": "Where is it?", "right_answer": "not here, but there", "hallucinated_answer": "here"},
+    {"question": "Who?", "right_answer": "the first", "hallucinated_answer": "the first one of all"},
 ]
 DEMONSTRATIONS = (
     "Answer these questions.\n\nQ: Where is the moon?\nA: The moon is there.\n\nQ: Who wrote it?\nA: James.\n\n"
@@ -67,9 +53,7 @@ def world(tmp_path_factory):
     write_jsonl(folder / "nq.jsonl", NQ)
     write_jsonl(folder / "halu.jsonl", HALU)
     with open(folder / "truth.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(TRUTH[0]))
-        writer.writeheader()
-        writer.writerows(TRUTH)
+        csv.writer(file).writerows(TRUTH)
     (folder / "demonstrations.txt").write_text(DEMONSTRATIONS)
     (folder / "instruction.txt").write_text("I want the right answer.\nThe answer is Yes or No.")
     return folder
@@ -97,21 +81,18 @@ def prompts(task, row, text=""):
     return TASKS[task].prompts({role: column.read(row[role]) for role, column in columns.items()}, text)
 
 
-@pytest.mark.parametrize("task", ["nq", "hotpotqa"])
-@pytest.mark.parametrize("question", ["Who wrote it", "Who wrote it?", "who wrote it"])
+@pytest.mark.parametrize(
+    ("task", "question", "expected"),
+    [
+        ("nq", "Who wrote it", "Answer these questions:\nQuestion: who wrote it?\nAnswer:"),
+        ("hotpotqa", " who wrote it? ", "Answer these questions:\nQuestion: who wrote it?\nAnswer:"),
+        ("webqa", "who wrote it?", "Answer the questions:\n\nQuestion: who wrote it?? The answer is:"),
+        ("triviaqa", "Who wrote it", "Answer the questions:\n\nQuestion: Who wrote it? The answer is:"),
+    ],
+)
 @pytest.mark.unit
-def test_short_questions_get_a_question_mark_and_a_small_first_letter(task, question):
-    (prompt,) = prompts(task, {"question": question, "answers": "James"})
-    assert prompt == Prompt("Answer these questions:\nQuestion: who wrote it?\nAnswer:")
-
-
-@pytest.mark.parametrize("task", ["webqa", "triviaqa"])
-@pytest.mark.unit
-def test_open_questions_stand_as_they_are_before_one_more_question_mark(task):
-    (prompt,) = prompts(task, {"question": "who sings i can't take my eyes off of you?", "answers": ["Frankie Valli"]})
-    assert prompt.text == (
-        "Answer the questions:\n\nQuestion: who sings i can't take my eyes off of you?? The answer is:"
-    )
+def test_a_question_stands_in_the_prompt_of_its_benchmark(task, question, expected):
+    assert prompts(task, {"question": question, "answers": {"value": "James"}}) == [Prompt(expected)]
 
 
 @pytest.mark.unit
@@ -313,22 +294,17 @@ def test_every_file_format_gives_the_same_rows(world, tmp_path):
     columns = TASKS["nq"].columns
     expected = list(Questions(str(world / "nq.jsonl"), columns).select(0, None))
     assert len(expected) == 5
+    names = {"value": "A b", "aliases": ["A", "A b"], "normalized_aliases": ["a b"]}
+    assert columns["answers"].read(names) == ["A b", "A", "a b"]
     for name in ("nq.parquet", "nq.json", "lines.json", "nq.csv", "nq.tsv", "saved", "copy"):
         found = Questions(str(tmp_path / name), columns, split="validation")
         assert list(found.select(0, None)) == expected, name
 
 
-@pytest.mark.unit
-def test_triviaqa_answers_are_value_and_aliases():
-    names = {"aliases": ["Sunset Blvd", "Sunset Boulevard"], "normalized_aliases": ["sunset blvd"]}
-    answers = TASKS["triviaqa"].columns["answers"].read({"value": "Sunset Boulevard", **names})
-    assert answers == ["Sunset Boulevard", "Sunset Blvd", "sunset blvd"]
-
-
 # Going on after an interruption
 
 
-def test_a_restart_goes_on_after_the_last_complete_line(world, tmp_path):
+def test_a_restart_goes_on_after_the_last_complete_line_and_does_nothing_twice(world, tmp_path, capsys):
     flags = ("--dataset_name", world / "nq.jsonl", "--per_device_eval_batch_size", 1)
     _, whole = ask(world, tmp_path, *flags)
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines(keepends=True)
@@ -337,38 +313,25 @@ def test_a_restart_goes_on_after_the_last_complete_line(world, tmp_path):
     results, again = ask(world, tmp_path, *flags)
     assert again == whole
     assert results["counts"]["from_an_earlier_run"] == 2
-
-
-def test_a_finished_run_is_not_done_twice(world, tmp_path, capsys):
-    flags = ("--dataset_name", world / "nq.jsonl", "--max_eval_samples", 1)
-    ask(world, tmp_path, *flags)
-    assert capsys.readouterr().out.count("no pad token") == 1
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json*")}
+    capsys.readouterr()
     ask(world, tmp_path, *flags)
     assert "complete already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json*")} == before
 
 
-def test_changed_settings_are_refused_by_name_and_overwrite_does_it_again(world, tmp_path):
-    data = ("--dataset_name", world / "nq.jsonl", "--max_eval_samples", 1)
+def test_changed_settings_and_questions_are_refused_by_name_and_overwrite_does_it_again(world, tmp_path):
+    questions = write_jsonl(tmp_path / "nq.jsonl", NQ[:1])
+    data = ("--dataset_name", questions, "--max_eval_samples", 1)
     _, before = ask(world, tmp_path, *data, *joint_flags(world, 0.5))
-    line = refused_here(
-        "downstream.eval_qa",
-        *("--model_name_or_path", world / "base", "--output_dir", tmp_path, *data, *joint_flags(world, 0.25)),
-    )
+    flags = (*base_flags(world, tmp_path), *data)
+    line = refused_here("downstream.eval_qa", *flags, *joint_flags(world, 0.25))
     assert "lmbda 0.5 there, 0.25 now" in line and "--overwrite" in line and "task" not in line
     assert [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()] == before
+    write_jsonl(questions, NQ[1:2])
+    assert "dataset_content" in refused_here("downstream.eval_qa", *flags, *joint_flags(world, 0.5))
     results, _ = ask(world, tmp_path, *data, *joint_flags(world, 0.25), "--overwrite")
     assert results["lmbda"] == 0.25
-
-
-def test_changed_questions_are_refused(world, tmp_path):
-    data = write_jsonl(tmp_path / "nq.jsonl", NQ[:1])
-    ask(world, tmp_path / "out", "--dataset_name", data)
-    write_jsonl(data, NQ[1:2])
-    assert "dataset_content" in refused_here(
-        "downstream.eval_qa", *base_flags(world, tmp_path / "out"), "--dataset_name", data
-    )
 
 
 # Bad input
@@ -398,20 +361,13 @@ def test_the_command_runs_as_a_module_and_as_a_script_and_bad_input_is_one_line(
         (("--dataset_name", "nq.parquet"), ["nq.parquet", "parquet"]),
         (("--dataset_name", "nq.txt"), ["nq.txt", ".jsonl"]),
         (("--dataset_name", "nq.jsonl", "--start", 5), ["--start 5", "5 rows"]),
-        (("--dataset_name", "nq.jsonl", "--start", -1), ["--start -1"]),
         (("--dataset_name", "nq.jsonl", "--max_eval_samples", 0), ["--max_eval_samples 0"]),
-        (("--dataset_name", "nq.jsonl", "--per_device_eval_batch_size", 0), ["--per_device_eval_batch_size 0"]),
         (("--dataset_name", "nq.jsonl", "--lmbda", 1.5), ["--lmbda 1.5"]),
-        (("--dataset_name", "nq.jsonl", "--knn_temp", 0), ["--knn_temp 0"]),
         (("--dataset_name", "nq.jsonl", "--use_neural_knn"), ["--use_neural_knn", "--knn_generator_path"]),
         (("--dataset_name", "nq.jsonl", "--torch_dtype", "int8"), ["--torch_dtype int8"]),
         (("--dataset_name", "long.jsonl"), ["row 1", "512"]),
         (("--task", "truthfulqa", "--dataset_name", "nq.jsonl"), ["--prompt_file", "github.com"]),
         (("--task", "halueval", "--dataset_name", "nq.jsonl", "--prompt_file", "none.txt"), ["none.txt"]),
-        (
-            ("--task", "halueval", "--dataset_name", "nq.jsonl", "--prompt_file", "empty.jsonl"),
-            ["empty.jsonl", "is empty"],
-        ),
     ],
 )
 def test_bad_input_is_told_in_one_line(world, tmp_path, monkeypatch, flags, expected):
@@ -428,16 +384,6 @@ def test_bad_input_is_told_in_one_line(world, tmp_path, monkeypatch, flags, expe
     line = refused_here("downstream.eval_qa", *base_flags(world, tmp_path / "out"), *flags)
     assert all(part in line for part in expected), line
     assert not list((tmp_path / "out").glob("*.json*"))
-
-
-def test_a_memory_of_another_base_is_refused(world, tmp_path):
-    tiny_memory(tiny_base("llama", vocab_size=300)).save_pretrained(tmp_path / "memory")
-    line = refused_here(
-        "downstream.eval_qa",
-        *(*base_flags(world, tmp_path / "out"), "--dataset_name", world / "nq.jsonl"),
-        *("--use_neural_knn", "--knn_generator_path", tmp_path / "memory"),
-    )
-    assert "vocabulary has 300 tokens, the base's 330" in line
 
 
 def test_an_output_folder_in_use_is_refused(world, tmp_path):
