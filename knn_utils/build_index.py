@@ -34,7 +34,7 @@ from knn_utils.faiss_files import (
     TRAINED_NAME,
     faiss_reason,
     find_index,
-    gpu_count,
+    has_gpu,
     read_faiss,
     read_record,
     record_path,
@@ -46,7 +46,7 @@ from knn_utils.faiss_files import (
     write_faiss,
 )
 from knn_utils.index_training import block_rows, float_keys, ivfpq, make_index, sample_size, supported, training_sample
-from utils.cli import command, flag, parse, required
+from utils.cli import command, flag, parse, required, say
 from utils.errors import InputError
 from utils.files import (
     FolderLock,
@@ -76,7 +76,7 @@ class BuildArguments:
     index_factory: str | None = flag(
         None, "FAISS factory string in place of --ncentroids and --code_size: Flat, IVF512,Flat, IVF4096,PQ64, …"
     )
-    num_keys_to_add_at_a_time: int = flag(500_000, "keys added before the next look at whether to save a long build")
+    num_keys_to_add_at_a_time: int = flag(500_000, "keys added at a time, at most")
     seed: int = flag(1, "seed of the training sample and of the clustering")
     num_shards: int | None = flag(None, "index files that share the rows; default one for each process")
     layer_position: int | None = flag(None, "refuse a datastore that was captured at another block")
@@ -118,11 +118,7 @@ def default_names(dstore_path: Path, index_path: str | None) -> tuple[Path, Path
 def write_values(datastore: Any, path: Path) -> None:
     """Write the datastore's values to `path`: int32 (rows,) .npy, atomically."""
     with atomic_file(path) as temporary:
-        values = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int32, shape=(datastore.rows,))
-        for start in range(0, datastore.rows, 1 << 20):
-            stop = min(start + (1 << 20), datastore.rows)
-            values[start:stop] = datastore.vals(start, stop)
-        values.flush()
+        np.save(temporary, datastore.vals())
 
 
 def divide(first: int, rows: int, shards: int) -> list[tuple[int, int]]:
@@ -148,42 +144,34 @@ class IndexBuild:
         self.arguments, self.datastore = arguments, datastore
         self.path, self.values_path = default_names(Path(arguments.dstore_path), arguments.index_path)
         self.work = self.path.with_name(self.path.name + ".building")
-        self.num_shards = arguments.num_shards or self.state.num_processes
+        self.fingerprint = rows_fingerprint(datastore)
         # What the request was, not what became of it: a datastore that grows must not look like a changed request.
         self.settings = {"index_factory": arguments.index_factory, "seed": arguments.seed}
         if not arguments.index_factory:
             self.settings |= {"ncentroids": arguments.ncentroids, "code_size": arguments.code_size}
-        self.gpu = arguments.knn_gpu and gpu_count() > 0
-        if arguments.knn_gpu and not self.gpu:
-            self._say("--knn_gpu: FAISS sees no GPU here, the index is built on the CPU")
+        self.gpu = arguments.knn_gpu and has_gpu()
 
     def run(self) -> None:
         """Build, continue, extend or leave alone, and say which."""
         from accelerate.utils import broadcast_object_list
 
         started = time.perf_counter()
-        plans: list[Any] = [None]
-        lock = None
+        lock: FolderLock | None = None
+        plan = None
         try:
-            if self.state.is_main_process:
-                self.fingerprint = rows_fingerprint(self.datastore)
-                if self._is_finished():
-                    self._say(f"index {self.path}: complete, {self.datastore.rows} rows; nothing to do")
-                else:
-                    plan = self._continued_plan() or self._new_plan()
-                    lock = FolderLock(ensure_folder(self.work)).acquire()
-                    plans[0] = self._begin(plan)
-            broadcast_object_list(plans)
-            plan = plans[0]
+            if self.state.is_main_process and (plan := self._plan()) is not None:
+                lock = FolderLock(ensure_folder(self.work)).acquire()
+                self._begin(plan)
+            (plan,) = broadcast_object_list([plan])
             if plan is None:
-                return
+                return say(f"index {self.path}: complete, {self.datastore.rows} rows; nothing to do")
             for number in range(len(plan["shards"]))[self.state.process_index :: self.state.num_processes]:
                 self._fill_shard(plan, number)
             self.state.wait_for_everyone()
             if self.state.is_main_process:
                 record = self._put_in_place(plan)
                 shutil.rmtree(self.work, ignore_errors=True)
-                self._say(
+                say(
                     f"index {self.path}: {record['rows']} rows of {record['dim']}, {record['factory']}, "
                     f"{len(record['shards'])} file(s), {sum(shard['bytes'] for shard in record['shards'])} bytes, "
                     f"{time.perf_counter() - started:.1f} s"
@@ -198,54 +186,41 @@ class IndexBuild:
             if lock is not None:
                 lock.release()
 
-    def _say(self, text: str) -> None:
-        if self.state.is_main_process:
-            print(text, flush=True)
-
     # What is there, and what to do about it (main process)
 
-    def _is_finished(self) -> bool:
-        """Whether the index wanted is there already, whole; its values are written again if they are gone."""
-        record = self._whole_record()
-        if record is None or self.arguments.overwrite or record["rows"] != self.datastore.rows:
-            return False
-        if not same_rows(record["datastore"].get("fingerprint"), self.datastore):
-            return False
-        if record["settings"] != self.settings and not self.arguments.extend:
-            return False
-        if not self.values_path.is_file():
-            write_values(self.datastore, self.values_path)
-        if self.work.is_dir():
-            # Left by a kill after the last step; unless another run is at work there.
-            with contextlib.suppress(InputError), FolderLock(self.work):
-                shutil.rmtree(self.work, ignore_errors=True)
-        return True
+    def _plan(self) -> dict[str, Any] | None:
+        """What is to be made: {"request", "factory", "folder", "first_shard", "shards": [(first row, rows)], "extends":
+        record of the index that grows, or None}. That of an interrupted build of the same request, where there is one.
 
-    def _whole_record(self) -> dict[str, Any] | None:
-        """The record of a complete index at the path, or None."""
+        None where the index is there, whole; its values are written again if they are gone.
+        """
         try:
-            return find_index(self.path).record
+            record = find_index(self.path).record
         except InputError:
+            record = None
+        if record is not None and self._is_wanted(record):
+            if not self.values_path.is_file():
+                write_values(self.datastore, self.values_path)
+            if self.work.is_dir():
+                # Left by a kill after the last step; unless another run is at work there.
+                with contextlib.suppress(InputError), FolderLock(self.work):
+                    shutil.rmtree(self.work, ignore_errors=True)
             return None
+        extend = self.arguments.extend
+        request = {"settings": self.settings, "fingerprint": self.fingerprint, "extend": extend}
+        if (self.work / PLAN_NAME).is_file() and (plan := read_json(self.work / PLAN_NAME))["request"] == request:
+            return plan
+        return {"request": request} | (self._extension(record) if extend else self._new_index(record))
 
-    def _request(self) -> dict[str, Any]:
-        return {"settings": self.settings, "fingerprint": self.fingerprint, "extend": self.arguments.extend}
+    def _is_wanted(self, record: dict[str, Any]) -> bool:
+        if self.arguments.overwrite or record["rows"] != self.datastore.rows:
+            return False
+        settings_fit = self.arguments.extend or record["settings"] == self.settings
+        return settings_fit and same_rows(record["datastore"].get("fingerprint"), self.datastore)
 
-    def _continued_plan(self) -> dict[str, Any] | None:
-        """The plan of an interrupted build of the same request."""
-        if not (self.work / PLAN_NAME).is_file():
-            return None
-        plan = read_json(self.work / PLAN_NAME)
-        return plan if plan["request"] == self._request() else None
-
-    def _new_plan(self) -> dict[str, Any]:
-        """What is to be made, so that it can be continued: {"request", "factory", "folder", "first_shard", "shards":
-        [(first row, rows)], "extends": record of the index that grows, or None}."""
-        plan = {"request": self._request(), "first_shard": 0, "extends": None}
-        record, store = self._whole_record(), self.datastore
-        if self.arguments.extend:
-            return plan | self._extension(record)
-        if self.path.exists() and not self.arguments.overwrite:
+    def _new_index(self, record: dict[str, Any] | None) -> dict[str, Any]:
+        asked, store = self.arguments, self.datastore
+        if self.path.exists() and not asked.overwrite:
             if record is not None:
                 there = {"rows": record["rows"], "datastore": record["datastore"].get("fingerprint")}
                 here = {"rows": store.rows, "datastore": self.fingerprint}
@@ -256,50 +231,47 @@ class IndexBuild:
                     f"{self.path}: is there and was not made by this command; "
                     "give another --index_path, or --overwrite to replace it"
                 )
-        asked = self.arguments
         factory = asked.index_factory or ivfpq(asked.ncentroids, asked.code_size, store.dim)
         factory, remarks = supported(factory, store.rows)
-        make_index(factory, store.dim, self.arguments.seed)
+        make_index(factory, store.dim, asked.seed)
         for remark in remarks:
-            self._say(remark)
-        shards = divide(0, store.rows, self.num_shards)
-        return plan | {"factory": factory, "folder": self.num_shards > 1, "shards": shards}
+            say(remark)
+        num_shards = asked.num_shards or self.state.num_processes
+        plan = {"factory": factory, "folder": num_shards > 1, "first_shard": 0, "extends": None}
+        return plan | {"shards": divide(0, store.rows, num_shards)}
 
     def _extension(self, record: dict[str, Any] | None) -> dict[str, Any]:
         if record is None:
             raise InputError(f"--extend: {self.path} is not a whole index with a record; build it without --extend")
-        before, now = record["rows"], self.datastore.rows
-        if record["dim"] != self.datastore.dim:
-            raise InputError(
-                f"--extend: {self.path} indexes keys of width {record['dim']}, the datastore's are {self.datastore.dim}"
-            )
-        if now <= before or not same_rows(record["datastore"].get("fingerprint"), self.datastore, before):
+        before, now, is_folder = record["rows"], self.datastore.rows, self.path.is_dir()
+        fits = now > before and record["dim"] == self.datastore.dim
+        if not (fits and same_rows(record["datastore"].get("fingerprint"), self.datastore, before)):
             raise InputError(
                 f"--extend: the first {before} rows of {self.datastore.path} are not those that {self.path} indexes; "
                 "build it anew with --overwrite"
             )
-        plan = {"factory": record["factory"], "extends": record, "folder": self.path.is_dir()}
-        if not self.path.is_dir():
-            return plan | {"shards": [(0, now)]}
-        shards = divide(before, now - before, self.num_shards)
+        plan = {"factory": record["factory"], "folder": is_folder, "extends": record}
+        if not is_folder:
+            return plan | {"first_shard": 0, "shards": [(0, now)]}
+        shards = divide(before, now - before, self.arguments.num_shards or self.state.num_processes)
         return plan | {"first_shard": len(record["shards"]), "shards": shards}
 
-    def _begin(self, plan: dict[str, Any]) -> dict[str, Any]:
+    def _begin(self, plan: dict[str, Any]) -> None:
         """Write the plan down, train, and say what is being done."""
-        continued = self._continued_plan() is not None
+        path = self.work / PLAN_NAME
+        continued = path.is_file() and read_json(path)["request"] == plan["request"]
         if not continued:
             for item in self.work.iterdir():
                 if item.name != ".lock":
                     item.unlink()
-            write_json(self.work / PLAN_NAME, plan)
+            write_json(path, plan)
         verb = "continuing" if continued else "extending" if plan["extends"] else "building"
-        self._say(f"{verb} {self.path}: {plan['factory']} over {self.datastore.rows} rows of {self.datastore.dim}")
+        say(f"{verb} {self.path}: {plan['factory']} over {self.datastore.rows} rows of {self.datastore.dim}")
         trained = self.work / TRAINED_NAME
         if plan["extends"] is None and not trained.is_file():
             index = self._train(plan["factory"])
             with atomic_file(trained) as temporary:
                 write_faiss(index, temporary)
-        return plan
 
     def _train(self, factory: str) -> Any:
         index = make_index(factory, self.datastore.dim, self.arguments.seed)
@@ -318,12 +290,10 @@ class IndexBuild:
         return self._from_device(index)
 
     def _to_device(self, index: Any) -> Any:
-        if not self.gpu:
-            return index
         try:
-            return to_gpu(index)
+            return to_gpu(index) if self.gpu else index
         except RuntimeError as error:
-            self._say(f"--knn_gpu: this index cannot be built on a GPU ({faiss_reason(error)}), the CPU does it")
+            say(f"--knn_gpu: this index cannot be built on a GPU ({faiss_reason(error)}), the CPU does it")
             self.gpu = False
             return index
 
@@ -341,33 +311,32 @@ class IndexBuild:
         if self._shard_record(plan, number) is not None:
             return
         first_row, rows = plan["shards"][number]
-        name = shard_name(plan["first_shard"] + number)
-        partial = self.work / f"{name}.partial"
-        begun = self.work / TRAINED_NAME
-        if plan["extends"]:
-            begun = self.path / TRAINED_NAME if plan["folder"] else self.path
+        path = self.work / shard_name(plan["first_shard"] + number)
+        partial = path.with_name(f"{path.name}.partial")
+        begun = self.path if plan["extends"] else self.work
+        if plan["folder"] or not plan["extends"]:
+            begun /= TRAINED_NAME
         index = read_faiss(partial if partial.is_file() else begun)
         done, saved = index.ntotal, time.monotonic()
         index = self._to_device(index)
+
+        def save(to: Path) -> None:
+            with atomic_file(to) as temporary:
+                write_faiss(self._from_device(index), temporary)
+
+        at_once = min(self.arguments.num_keys_to_add_at_a_time, block_rows(self.datastore.dim))
         quiet = None if self.state.is_main_process else True
-        bar = tqdm(total=rows, initial=done, desc="add", unit="row", unit_scale=True, disable=quiet)
-        while done < rows:
-            upto = min(done + self.arguments.num_keys_to_add_at_a_time, rows)
-            for start in range(done, upto, block_rows(self.datastore.dim)):
-                stop = min(start + block_rows(self.datastore.dim), upto)
+        with tqdm(total=rows, initial=done, desc="add", unit="row", unit_scale=True, disable=quiet) as bar:
+            for start in range(done, rows, at_once):
+                if time.monotonic() - saved > CHECKPOINT_SECONDS and start > done:
+                    save(partial)
+                    saved = time.monotonic()
+                stop = min(start + at_once, rows)
                 index.add(float_keys(self.datastore, first_row + start, first_row + stop))
                 bar.update(stop - start)
-            done = upto
-            if done < rows and time.monotonic() - saved > CHECKPOINT_SECONDS:
-                with atomic_file(partial) as temporary:
-                    write_faiss(self._from_device(index), temporary)
-                saved = time.monotonic()
-        bar.close()
-        path = self.work / name
-        with atomic_file(path) as temporary:
-            write_faiss(self._from_device(index), temporary)
-        record = {"file": name, "first_row": first_row, "rows": rows}
-        write_json(self.work / f"{name}.json", record | {"bytes": path.stat().st_size, "sha256": sha256_file(path)})
+        save(path)
+        record = {"file": path.name, "first_row": first_row, "rows": rows, "bytes": path.stat().st_size}
+        write_json(path.with_name(f"{path.name}.json"), record | {"sha256": sha256_file(path)})
         partial.unlink(missing_ok=True)
 
     def _place(self, plan: dict[str, Any], name: str) -> Path:
@@ -393,15 +362,16 @@ class IndexBuild:
         if None in shards:
             raise InputError(f"{self.work}: shard {shards.index(None)} was not written; run the same command again")
         names = [shard["file"] for shard in shards]
-        old = plan["extends"]
+        old, datastore = plan["extends"], self.datastore
         if self.path.exists() and self.path.is_dir() != plan["folder"]:
             record_path(self.path).unlink(missing_ok=True)
             shutil.rmtree(self.path) if self.path.is_dir() else self.path.unlink()
         if plan["folder"]:
             self.path.mkdir(exist_ok=True)
             names.insert(0, TRAINED_NAME)
-            shards = [*old["shards"], *shards] if old else shards
-            if not old:
+            if old:
+                shards = old["shards"] + shards
+            else:
                 # Without a record nothing takes a folder in between for an index.
                 record_path(self.path).unlink(missing_ok=True)
                 for item in self.path.glob("*.index"):
@@ -409,31 +379,30 @@ class IndexBuild:
                         item.unlink()
         else:
             shards[0]["file"] = self.path.name
-        write_values(self.datastore, self.values_path)
+        write_values(datastore, self.values_path)
         for name in names:
             # What an interrupted run has moved already is no longer in the work folder.
             if (self.work / name).is_file():
                 os.replace(self.work / name, self._place(plan, name))
         sync_folder(self.path if plan["folder"] else self.path.parent)
-        grown = [{"rows_before": old["rows"], "rows_after": self.datastore.rows}] if old else []
         record = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "dim": self.datastore.dim,
-            "rows": self.datastore.rows,
+            "dim": datastore.dim,
+            "rows": datastore.rows,
             "metric": "squared L2",
             "factory": plan["factory"],
             "probe": self.arguments.probe,
             "settings": old["settings"] if old else self.settings,
             "datastore": {
-                "rows": self.datastore.rows,
+                "rows": datastore.rows,
                 "fingerprint": self.fingerprint,
-                "settings": self.datastore.settings,
+                "settings": datastore.settings,
             },
             "shards": shards,
             "values": self.values_path.name,
-            "info": {"dstore_path": str(self.datastore.path), "faiss": faiss.__version__},
-            "history": (old["history"] if old else []) + grown,
+            "info": {"dstore_path": str(datastore.path), "faiss": faiss.__version__},
+            "history": [*old["history"], {"rows_before": old["rows"], "rows_after": datastore.rows}] if old else [],
         }
         write_json(record_path(self.path), record)
         return record

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from knn_utils.datastore import Datastore
+from utils.cli import say
 from utils.errors import InputError, one_line
 from utils.files import read_json
 
@@ -181,11 +182,13 @@ def faiss_reason(error: Exception) -> str:
     return one_line(re.split(r"\.(?:cpp|h):[0-9]+: ", text)[-1].removeprefix("Error: "), 160)
 
 
-def gpu_count() -> int:
-    """GPUs that the installed FAISS can use."""
+def has_gpu() -> bool:
+    """Whether the installed FAISS has a GPU, for `--knn_gpu`; says so where it has none."""
     import faiss
 
-    return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+    if not faiss.get_num_gpus():
+        say("--knn_gpu: FAISS sees no GPU here, the CPU does the work")
+    return faiss.get_num_gpus() > 0
 
 
 @functools.cache
@@ -202,7 +205,7 @@ def to_gpu(index: Any, *, half_precision: bool = False) -> Any:
 
     options = faiss.GpuClonerOptions()
     options.useFloat16 = half_precision
-    device = int(os.environ.get("LOCAL_RANK", "0")) % gpu_count()
+    device = int(os.environ.get("LOCAL_RANK", "0")) % faiss.get_num_gpus()
     return faiss.index_cpu_to_gpu(gpu_resources(), device, index, options)
 
 

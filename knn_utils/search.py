@@ -23,7 +23,7 @@ import torch
 import torch.distributed as distributed
 
 from knn_utils.distribution import float32_from_float16
-from knn_utils.faiss_files import Shard, faiss_reason, find_index, gpu_count, read_faiss, set_probe, to_gpu
+from knn_utils.faiss_files import Shard, faiss_reason, find_index, has_gpu, read_faiss, set_probe, to_gpu
 from utils.errors import InputError, one_line
 
 # Queries that go through FAISS at once on a CPU: their hits stay in the cache until they are aggregated.
@@ -158,11 +158,7 @@ class KNNSearcher:
         # A single file cannot be shared out; every process maps it.
         self.share = share if share and share[1] > 1 and len(files.shards) > 1 else None
         self._refine_factor, self._datastore = refine_factor, datastore
-        self.on_gpu = gpu and gpu_count() > 0
-        if gpu and not self.on_gpu:
-            from utils.cli import say
-
-            say("--knn_gpu: FAISS sees no GPU here, the search runs on the CPU")
+        self.on_gpu = gpu and has_gpu()
         # Neighbouring shards, so that processes in their order are rows in their order.
         process, processes = self.share or (0, 1)
         count, lock = len(files.shards), threading.Lock() if self.on_gpu else None
