@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from train_base import scored_rows
 from utils.cli import command, flag, parse
 from utils.errors import InputError, check_grid
 from utils.loading import BaseArguments
@@ -66,20 +65,25 @@ def evaluate(arguments: JointArguments) -> None:
     import torch
 
     from utils.evaluation import MixtureScore, label_log_probabilities
-    from utils.loading import load_windows
+    from utils.loading import default_device, load_windows, open_memory
     from utils.results import report_scores
 
     started = time.time()
     dtype = arguments.dtype(bf16=arguments.bf16, fp16=arguments.fp16)
     windows = load_windows(arguments.dataset_name, arguments.dataset_split_name, arguments.max_eval_samples)
-    memory, scored_rows = open_memory_and_rows(arguments, windows, dtype)
+    split, batch_size, base = arguments.dataset_split_name, arguments.per_device_eval_batch_size, None
+    if arguments.dstore_path:
+        memory = open_memory(arguments.knn_generator_path, dtype=dtype, device=default_device())
+    else:
+        base = arguments.open_base(arguments.open_tokenizer(), dtype=dtype)
+        memory = arguments.open_memory_of(base, arguments.knn_generator_path, dtype=dtype)
     weight = memory.lm_head.weight
     score = MixtureScore(arguments.lmbda, arguments.knn_temp)
     with torch.inference_mode():
-        for hidden, base, labels in scored_rows:
+        for hidden, logprob, labels in scored_rows(base, windows, arguments, split, batch_size, memory.input_dim):
             read = memory.hidden(hidden.to(weight.device, weight.dtype))  # (rows, hidden)
             other = label_log_probabilities(read, weight, labels.to(weight.device), arguments.knn_temp)
-            score.add(base, other.to(base.device))
+            score.add(logprob, other.to(logprob.device))
     report_scores(
         score,
         "base + memory",
@@ -88,31 +92,9 @@ def evaluate(arguments: JointArguments) -> None:
         model=str(arguments.model_name_or_path),
         memory=str(arguments.knn_generator_path),
         dataset=str(arguments.dataset_name),
-        split=arguments.dataset_split_name,
+        split=split,
         dtype=str(dtype).removeprefix("torch."),
     )
-
-
-def open_memory_and_rows(
-    arguments: JointArguments, windows: Any, dtype: Any
-) -> tuple[Any, Iterator[tuple[Any, Any, Any]]]:
-    """The memory; and (hidden states, base log-probabilities, labels) by batch, from the base or a stored datastore."""
-    path, layer = arguments.knn_generator_path, arguments.layer_position
-    if arguments.dstore_path:
-        from knn_utils.datastore import open_scored_datastore, stored_rows
-        from utils.evaluation import count_rows
-        from utils.loading import default_device, open_memory
-
-        memory = open_memory(path, dtype=dtype, device=default_device())
-        belongs = {"rows": int(count_rows(windows).sum()), "dim": memory.input_dim, "layer_position": layer}
-        return memory, stored_rows(open_scored_datastore(arguments.dstore_path, **belongs))
-    from utils.evaluation import Scorer, check_token_ids
-
-    base = arguments.open_base(arguments.open_tokenizer(), dtype=dtype)
-    memory = arguments.open_memory_of(base, path, dtype=dtype)
-    check_token_ids(windows, base.get_input_embeddings().weight.shape[0], arguments.dataset_name)
-    split, size = arguments.dataset_split_name, arguments.per_device_eval_batch_size
-    return memory, Scorer(base, layer).batches(windows, size, description=f"score {split}")
 
 
 if __name__ == "__main__":

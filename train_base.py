@@ -187,7 +187,8 @@ def evaluate(base: Any, windows: Any, arguments: StageArguments, training: Any) 
             refine_factor=arguments.refine_factor,
             layer_position=arguments.layer_position,
         )
-    for hidden, logprob, labels in scored_rows(base, windows, arguments, training):
+    batch_size = training.per_device_eval_batch_size
+    for hidden, logprob, labels in scored_rows(base, windows, arguments, arguments.eval_subset, batch_size):
         other = None if neighbours is None else neighbours.probability(hidden, labels, arguments.knn_temp)
         score.add(logprob, other, other_is_probability=True)
     report_scores(
@@ -203,19 +204,23 @@ def evaluate(base: Any, windows: Any, arguments: StageArguments, training: Any) 
     )
 
 
-def scored_rows(base: Any, windows: Any, arguments: StageArguments, training: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """(hidden states, base log-probabilities, labels) by batch: from the base, or from a stored datastore."""
+def scored_rows(
+    base: Any, windows: Any, arguments: Any, split: str, batch_size: int, dim: int | None = None
+) -> Iterator[tuple[Any, Any, Any]]:
+    """(hidden states, base log-probabilities, labels) by batch: from the base, or from `--dstore_path`'s datastore.
+
+    Raises InputError where the stored rows are not those of the windows, or not `dim` wide.
+    """
+    from utils.evaluation import Scorer, check_token_ids, count_rows
+
+    layer = arguments.layer_position
     if arguments.dstore_path:
         from knn_utils.datastore import open_scored_datastore, stored_rows
-        from utils.evaluation import count_rows
 
-        rows, layer = int(count_rows(windows).sum()), arguments.layer_position
-        return stored_rows(open_scored_datastore(arguments.dstore_path, rows=rows, layer_position=layer))
-    from utils.evaluation import Scorer, check_token_ids
-
+        rows = int(count_rows(windows).sum())
+        return stored_rows(open_scored_datastore(arguments.dstore_path, rows=rows, dim=dim, layer_position=layer))
     check_token_ids(windows, base.get_input_embeddings().weight.shape[0], arguments.dataset_name)
-    scorer = Scorer(base, arguments.layer_position)
-    return scorer.batches(windows, training.per_device_eval_batch_size, description=f"score {arguments.eval_subset}")
+    return Scorer(base, layer).batches(windows, batch_size, description=f"score {split}")
 
 
 if __name__ == "__main__":
