@@ -11,29 +11,14 @@ from conftest import make_base, make_text, refused, run
 from benchmarks.run import STAGES
 
 STAGE_ROWS = {
-    "whole_chain": 4,
-    "embedding": 3,
-    "knn_targets": 3,
-    "target_batches": 3,
-    "training_step": 3,
-    "training_memory": 2,
-    "joint_evaluation": 2,
-    "first_token": 1,
-    "decoding": 2,
-    "start": 2,
+    **{"whole_chain": 4, "embedding": 3, "knn_targets": 3, "target_batches": 3, "training_step": 3},
+    **{"training_memory": 2, "joint_evaluation": 2, "first_token": 1, "decoding": 2, "start": 2},
 }
 # Each of these starts many processes.
 SLOW = ("whole_chain", "knn_targets", "training_memory", "start")
 SMALL = {
-    "rows": 511,
-    "block_size": 64,
-    "stride": 32,
-    "memory_layers": 2,
-    "k": 16,
-    "repeats": 1,
-    "ncentroids": 4,
-    "probe": 2,
-    "code_size": 8,
+    **{"rows": 511, "block_size": 64, "stride": 32, "memory_layers": 2, "k": 16, "repeats": 1},
+    **{"ncentroids": 4, "probe": 2, "code_size": 8},
 }
 
 

@@ -42,21 +42,14 @@ def llama(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weight_names_are_those_of_the_published_memories(family):
-    published = weights(GOLDEN / family / "memory")
-    memory = tiny_memory(tiny_base(family))
-    assert type(memory) is CLASSES[family]
-    assert memory.state_dict().keys() == published.keys()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_memory_loads_again_with_its_own_head(family, tmp_path):
+def test_a_saved_memory_has_the_published_names_and_loads_again_with_its_own_head(family, tmp_path):
     base = tiny_base(family, tie_word_embeddings=True)
     memory = tiny_memory(base)
+    assert type(memory) is CLASSES[family]
+    assert memory.state_dict().keys() == weights(GOLDEN / family / "memory").keys()
     memory.save_pretrained(tmp_path)
     loaded = load_memory(tmp_path)
-    assert same_weights(memory, loaded)
-    assert not loaded.training
+    assert same_weights(memory, loaded) and not loaded.training
     assert not torch.equal(loaded.lm_head.weight, base.get_output_embeddings().weight)
     assert loaded.config.tie_word_embeddings is True
 
@@ -187,15 +180,12 @@ class Touch:
         return (open, (str(self.path), "w"))
 
 
-@pytest.mark.parametrize("more", ["code", "number"])
-def test_a_bin_that_holds_more_than_tensors_is_refused_and_runs_nothing(llama, tmp_path, more):
+def test_a_bin_that_holds_more_than_tensors_is_refused_and_runs_nothing(llama, tmp_path):
     trace = tmp_path / "trace"
-    extra = {"code": Touch(trace), "number": 3}[more]
-    torch.save(weights(llama) | {"extra": extra}, llama / "pytorch_model.bin")
+    torch.save(weights(llama) | {"extra": Touch(trace)}, llama / "pytorch_model.bin")
     (llama / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin: holds more than tensors") as caught:
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: holds more than tensors"):
         load_memory(llama)
-    assert "\n" not in str(caught.value)
     assert not trace.exists()
 
 
@@ -214,33 +204,24 @@ def test_a_weight_file_that_is_truncated_or_missing_is_refused(llama, name):
         load_memory(llama)
 
 
-def joint_state(folder):
-    base = load_file(GOLDEN / "llama" / "base" / "model.safetensors")
-    memory = weights(folder)
-    return {f"base_lm.{name}": value for name, value in base.items()} | {
-        f"knn_generator.{name}": value for name, value in memory.items()
-    }
+def prefixed(prefix, state):
+    return {f"{prefix}.{name}": value for name, value in state.items()}
 
 
-def test_a_joint_state_beside_the_memory_alone_gives_the_memory(tmp_path):
+def test_of_a_joint_state_and_of_one_of_the_base_alone_only_the_memory_is_taken(tmp_path):
     folder = golden_copy("llama", tmp_path / "epoch_3" / "knn_generator")
     expected, alone = load_memory(folder), weights(folder)
-    save_file(joint_state(folder), folder / "model.safetensors")
-    torch.save(alone, folder / "pytorch_model.bin")
+    base = prefixed("base_lm", weights(GOLDEN / "llama" / "base"))
+    save_file(base | prefixed("knn_generator", alone), folder / "model.safetensors")
     assert same_weights(expected, load_memory(folder))
     assert same_weights(expected, load_memory(tmp_path / "epoch_3"))
+    save_file(base, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="no weights of a memory"):
+        load_memory(folder)
+    torch.save(alone, folder / "pytorch_model.bin")
+    assert same_weights(expected, load_memory(folder))
     (folder / "model.safetensors").unlink()
     assert same_weights(expected, load_memory(folder))
-
-
-def test_a_state_of_the_base_alone_gives_way_to_the_memory_beside_it(llama):
-    expected, alone = load_memory(llama), weights(llama)
-    base_only = {name: value for name, value in joint_state(llama).items() if name.startswith("base_lm.")}
-    save_file(base_only, llama / "model.safetensors")
-    with pytest.raises(ValueError, match="no weights of a memory"):
-        load_memory(llama)
-    torch.save(alone, llama / "pytorch_model.bin")
-    assert same_weights(expected, load_memory(llama))
 
 
 @pytest.mark.parametrize("inner", ["", "knn_generator"])
@@ -279,7 +260,7 @@ def test_weights_are_read_strictly(llama):
     state = weights(llama)
     more = state | {"layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)}
     less = {name: value for name, value in state.items() if name != "norm.weight"}
-    base = load_file(GOLDEN / "llama" / "base" / "model.safetensors")
+    base = weights(GOLDEN / "llama" / "base")
     for wrong, expected in ((less, "Missing .*norm.weight"), (more, "Unexpected .*self_attn"), (base, "not the base")):
         save_file(wrong, llama / "model.safetensors")
         with pytest.raises(ValueError, match=expected):
