@@ -14,8 +14,6 @@ CHAIN_TARGETS = {"no": 260.0, "bf16": 150.0}
 # The seconds that the original took where the targets were set.
 ORIGINAL_SECONDS = 403.0
 PACKAGES = (".", "utils", "knn_utils", "downstream", "demo", "benchmarks")
-# Not a command for people: it runs what another command hands it.
-INNER = "benchmarks.one"
 IMPORTS = (
     "import torch, datasets, transformers.modeling_utils; from transformers import AutoModelForCausalLM, AutoTokenizer"
 )
@@ -144,13 +142,12 @@ def start(setting: Setting) -> list[Row]:
 
 def commands() -> list[str]:
     """Modules with a `main` that take flags."""
-    found = []
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).glob("*.py")):
-            name = path.stem if package == "." else f"{package}.{path.stem}"
-            if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8").splitlines() and name != INNER:
-                found.append(name)
-    return found
+    return [
+        path.stem if package == "." else f"{package}.{path.stem}"
+        for package in PACKAGES
+        for path in sorted((ROOT / package).glob("*.py"))
+        if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def fixed_cost_of_memory(setting: Setting) -> dict[str, float]:

@@ -11,6 +11,7 @@ from benchmarks.timing import Row
 from utils.errors import InputError
 from utils.files import atomic_file
 
+COLOURS = {"reached": "tab:blue", "missed": "tab:red", "not on this machine": "tab:grey"}
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
@@ -41,10 +42,6 @@ def figure(value: float | None, unit: str) -> str:
     return f"{text} {unit}".removesuffix(" x")
 
 
-def target(row: Row) -> str:
-    return f"{'≤' if row.sign == '<=' else '≥'} {figure(row.target, row.unit)}"
-
-
 def line(*cells: str) -> str:
     """A line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -72,8 +69,9 @@ def markdown(results: dict[str, Any], before: dict[str, Any] | None = None) -> s
     for row in read_rows(results):
         old = earlier.get((row.stage, row.name)) if earlier else None
         then = [figure(old.reached if old else None, row.unit)] if earlier is not None else []
-        now = figure(row.reached, row.unit)
-        lines.append(line(row.stage, row.name, *then, now, target(row), row.verdict(), row.detail))
+        now, target = figure(row.reached, row.unit), figure(row.target, row.unit)
+        target = f"{'≤' if row.sign == '<=' else '≥'} {target}"
+        lines.append(line(row.stage, row.name, *then, now, target, row.verdict(), row.detail))
     lines += [line(stage, f"did not run: {problem}") for stage, problem in results["failed"].items()]
     return "\n".join(lines)
 
@@ -98,7 +96,7 @@ def bar_chart(rows: Sequence[Row], path: Path) -> None:
     shown = [row for row in rows if row.share() is not None][::-1]
     chart, (axes,) = figure_of(1)
     chart.set_size_inches(9, 1.2 + 0.3 * max(len(shown), 1))
-    colours = ["tab:blue" if row.met() else "tab:red" if row.applies else "tab:grey" for row in shown]
+    colours = [COLOURS[row.verdict()] for row in shown]
     # A log scale shows the far and the near; nothing is drawn below a hundredth of a target.
     shares = [min(max(row.share(), 0.011), 100) for row in shown]
     axes.barh(range(len(shown)), shares, color=colours)

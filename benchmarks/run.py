@@ -12,6 +12,7 @@ of the last run with the same setting.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def run(setting: Setting, stages: list[str], output: Path) -> None:
         started, found, problem = time.perf_counter(), [], ""
         rows = setting.folder / f"{stage}.rows.json"
         try:
-            setting.run("-m", "benchmarks.one", stage, setting_path, rows)
+            setting.run("-c", "from benchmarks import run; run.measure_one()", stage, setting_path, rows)
             found = read_json(rows)
         except InputError as error:
             problem = str(error)
@@ -108,6 +109,18 @@ def run(setting: Setting, stages: list[str], output: Path) -> None:
     failed = [stage for stage in stages if stage in results["failed"]]
     if failed:
         raise InputError(f"{', '.join(failed)}: could not be measured (the reason is in {results_path})")
+
+
+@command
+def measure_one() -> None:
+    """A stage in a process of its own (STAGE SETTING.json ROWS.json): write its rows, at the setting in a file."""
+    from utils.loading import keep_freed_memory
+
+    # As every command does: the stage and the bare operation it is compared with gain alike.
+    keep_freed_memory()
+    stage, setting, rows = sys.argv[1:]
+    measure = getattr(importlib.import_module(f"benchmarks.{STAGES[stage]}"), stage)
+    write_json(rows, [vars(row) | {"stage": stage} for row in measure(Setting(**read_json(setting)))])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ each in turn. Stages of sizes that were measured before with the same setting ar
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ def main() -> None:
     path, plot_path = output / "scaling.json", output / "scaling.png"
     results = read_json(path) if path.exists() else {}
     settings = [Setting.of(dataclasses.replace(arguments, rows=size)) for size in sorted(set(arguments.sizes))]
+    chosen = []
     for setting in settings:
         identity = {name: value for name, value in setting.record().items() if name != "repeats"}
         result = results.get(str(setting.rows), {})
@@ -53,19 +55,22 @@ def main() -> None:
             result = {"setting": identity, "rows": setting.rows, "stages": measure_stages(setting)}
             results[str(setting.rows)] = result
             write_json(path, results)
-        stages = (
-            f"{NAMES[step]} {figures['seconds']:.1f} s {figures['peak_bytes'] / 1e9:.2f} GB"
-            for step, figures in result["stages"].items()
+        chosen.append(result)
+        stages = result["stages"].items()
+        tell(
+            result,
+            [f"{NAMES[step]} {each['seconds']:.1f} s {each['peak_bytes'] / 1e9:.2f} GB" for step, each in stages],
         )
-        print(f"{setting.rows:,} rows: {', '.join(stages)}", flush=True)
-    chosen = [results[str(setting.rows)] for setting in settings]
     for result, found in zip(chosen, generation(settings), strict=True):
         result["milliseconds_a_token"] = found
-        listed = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
-        print(f"{result['rows']:,} rows: milliseconds a token: {listed}", flush=True)
+        tell(result, [f"{name} {value:.1f} ms a token" for name, value in found.items()])
     write_json(path, results)
     plot(chosen, plot_path)
     print(f"{path}, {plot_path}")
+
+
+def tell(result: dict[str, Any], figures: list[str]) -> None:
+    print(f"{result['rows']:,} rows: {', '.join(figures)}", flush=True)
 
 
 def measure_stages(setting: Setting) -> dict[str, dict[str, float]]:
@@ -85,23 +90,18 @@ def generation(settings: list[Setting]) -> list[dict[str, float]]:
     base = settings[0].base()
     ids = prompt(settings[0], 32)
     models = {"base": (base, ids), "memory": (joint_model(settings[0], base), ids)}
-    for setting in settings:
-        options = {"k": min(setting.k, setting.rows), "probe": setting.probe, "lmbda": 0.25, "knn_temp": 16.0}
-        near = KNNLM(setting.chain_folder() / "train.index", setting.datastore(), **options)
-        models[setting.rows] = (with_neighbours(near, base), ids)
-    rounds = [in_turn(models, TOKENS, settings[0].device) for _ in range(settings[0].repeats)]
-    found = {name: 1000 * median(median(seconds[name]) for seconds in rounds) for name in models}
-    return [{"base": found["base"], "memory": found["memory"], "kNN-LM": found[setting.rows]} for setting in settings]
 
-
-def with_neighbours(near: Any, base: Any) -> Any:
-    """The base as a kNN-LM, for one call at a time."""
-
-    def call(**given: Any) -> Any:
+    def with_neighbours(near: Any, **given: Any) -> Any:
         with near.on(base):
             return base(**given)
 
-    return call
+    for setting in settings:
+        options = {"k": min(setting.k, setting.rows), "probe": setting.probe, "lmbda": 0.25, "knn_temp": 16.0}
+        near = KNNLM(setting.chain_folder() / "train.index", setting.datastore(), **options)
+        models[setting.rows] = (functools.partial(with_neighbours, near), ids)
+    rounds = [in_turn(models, TOKENS, settings[0].device) for _ in range(settings[0].repeats)]
+    found = {name: 1000 * median(median(seconds[name]) for seconds in rounds) for name in models}
+    return [{"base": found["base"], "memory": found["memory"], "kNN-LM": found[setting.rows]} for setting in settings]
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:

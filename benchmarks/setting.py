@@ -200,7 +200,8 @@ class Setting(BenchmarkArguments):
             if status:
                 said.seek(0)
                 lines = [line for line in said if line.strip()] or [f"exit status {status}"]
-                raise InputError(f"{command[1]}: failed, {one_line(lines[-1], 400)}")
+                name = command[1] if command[0] == "-m" else "python"
+                raise InputError(f"{name}: failed, {one_line(lines[-1], 400)}")
         return seconds
 
     def watched(self, *command: str) -> dict[str, float]:

@@ -38,23 +38,19 @@ class Row:
         if self.reached is not None and not math.isfinite(self.reached):
             self.reached = None
 
-    def met(self) -> bool | None:
-        """Whether the target is reached; None where nothing was measured."""
-        share = self.share()
-        return None if share is None else share <= 1
-
-    def verdict(self) -> str:
-        if self.met():
-            return "reached"
-        return "missed" if self.applies and self.reached is not None else "not on this machine"
-
     def share(self) -> float | None:
-        """How much of the target is used: 1 or less is reached, whichever the sign."""
+        """How much of the target is used: 1 or less is reached, whichever the sign; None where nothing was measured."""
         if self.reached is None:
             return None
         if self.sign == "<=":
             return self.reached / self.target
         return self.target / self.reached if self.reached else math.inf
+
+    def verdict(self) -> str:
+        share = self.share()
+        if share is not None and share <= 1:
+            return "reached"
+        return "missed" if self.applies and share is not None else "not on this machine"
 
 
 class Timings(dict[str, list[float]]):

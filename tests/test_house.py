@@ -162,7 +162,7 @@ def launch_environment(config: Path) -> dict[str, str]:
     return prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
 
 
-def test_the_configurations_of_the_seed_are_there_with_cpu_and_several_machines():
+def test_the_configurations_of_the_original_are_there_with_cpu_and_several_machines():
     assert {path.stem for path in CONFIGS} == {"1_card", "8_card", "cpu", "multi_node", *BLOCKS}
 
 
