@@ -71,9 +71,9 @@ class CompareArguments:
                 raise InputError(f"--methods {name}: no such method; expected some of {', '.join(METHODS)}")
         if not self.rag_passages or min(self.rag_passages) < 1:
             raise InputError("--rag_passages: expected numbers of 1 or more")
-        for name in (*SIZES, *RAG, *OWN["lora"]):
-            if name != "rag_passages" and getattr(self, name) is not None:
-                check_positive(f"--{name}", getattr(self, name))
+        for name, value in vars(self).items():
+            if isinstance(value, (int, float)):
+                check_positive(f"--{name}", value)
 
 
 def main() -> None:

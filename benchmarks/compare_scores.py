@@ -23,8 +23,6 @@ from downstream.recall import Case
 from downstream.scoring import context_length
 from utils.evaluation import temperature_grid
 
-SAMPLE_TOKENS = 48  # prompt for timing where there are no facts
-
 
 @dataclass
 class Method:
@@ -138,12 +136,11 @@ def score_facts(method: Method, cases: Sequence[Case], tokenizer: Any) -> dict[s
 
 
 def speed_prompts(cases: Sequence[Case], windows: Any, tokenizer: Any, count: int) -> list[str]:
-    """`count` prompts for timing: of facts, evenly chosen; without any, beginnings of windows."""
+    """`count` prompts for timing: of facts, evenly chosen; without any, the first 48 tokens of windows."""
     if cases:
         step = max(len(cases) / count, 1.0)
         return [cases[int(number * step)].prompt for number in range(min(count, len(cases)))]
-    chosen = [windows[number % len(windows)]["input_ids"][:SAMPLE_TOKENS] for number in range(count)]
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in chosen]
+    return [tokenizer.decode(window["input_ids"][:48], skip_special_tokens=True) for window in windows[:count]]
 
 
 def measure_speed(method: Method, prompts: Sequence[str], tokenizer: Any, new_tokens: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import itertools
 import shutil
 import sys
 from collections.abc import Iterator
@@ -186,11 +185,7 @@ def target_batches(setting: Setting) -> list[Row]:
     in_batch = sum(array.nbytes for array in arrays) / entries
     all_entries = sum(len(source.read_targets(load).token_id) for load in loads)
     on_disk = sum(part.stat().st_size for part in (setting.chain_folder() / "targets").glob("*.arrow")) / all_entries
-    ends = [0, *np.cumsum(targets.id_cnt).tolist()]
-    lists = [
-        (targets.token_id[a:b].tolist(), targets.prob[a:b].astype(np.float32).tolist())
-        for a, b in itertools.pairwise(ends)
-    ]
+    lists = plain.as_lists(targets.id_cnt, targets.token_id, targets.prob)
     slow = timed(lambda: plain.dense_target(lists, source.vocabulary)) / len(lists)
     rate = rows_read / seconds.median("read")
     dense, largest = 4 * source.vocabulary * rows / 1e6, max(array.nbytes for array in arrays) / 1e6

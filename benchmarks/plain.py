@@ -4,6 +4,7 @@ a time. It stands for what the stages cost without any of their ideas; nothing o
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,12 @@ def knn_targets(
         tokens = dense.nonzero().squeeze(1)
         found.append((tokens.tolist(), dense[tokens].tolist()))
     return found
+
+
+def as_lists(counts: Any, tokens: Any, probabilities: Any) -> list[tuple[list[int], list[float]]]:
+    """Sparse rows, end to end in arrays or tensors, as lists of tokens and probabilities."""
+    ends = [0, *counts.cumsum(0).tolist()]
+    return [(tokens[a:b].tolist(), probabilities[a:b].tolist()) for a, b in itertools.pairwise(ends)]
 
 
 def dense_target(lists: list[tuple[list[int], list[float]]], vocabulary: int) -> Tensor:

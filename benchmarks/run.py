@@ -1,6 +1,6 @@
 """Every stage's speed and memory beside its limit, in one run: a table, results.json and a bar chart.
 
-    python -m benchmarks.run                               all stages, about ten minutes on two quiet cores
+    python -m benchmarks.run                               all stages, about fifteen minutes on two quiet cores
     python -m benchmarks.run decoding start                some of them
     python -m benchmarks.run --page docs/performance.md    the page's table from the last run's results.json
     python -m benchmarks.run --page docs/performance.md --before OLD/results.json    beside an earlier run's figures

@@ -42,7 +42,6 @@ STEPS = {
     "--knn_generator_path {folder}/memory/epoch_2 --per_device_eval_batch_size 4 --torch_dtype {dtype}",
 }
 SAMPLE_SECONDS = 0.005
-SIZES = ("repeats", "rows", "block_size", "stride", "memory_layers", "k", "ncentroids", "probe", "code_size")
 
 
 @dataclass
@@ -65,15 +64,15 @@ class BenchmarkArguments:
 
     def check(self) -> None:
         """Refuse what cannot be measured. Raises InputError."""
-        for name in SIZES:
-            check_positive(f"--{name}", getattr(self, name))
+        for name, value in vars(self).items():
+            if isinstance(value, int):
+                check_positive(f"--{name}", value)
         if self.device not in ("cpu", "cuda"):
             raise InputError(f"--device {self.device}: expected cpu or cuda")
-        if self.device == "cuda":
-            import torch
+        import torch
 
-            if not torch.cuda.is_available():
-                raise InputError("--device cuda: torch sees no GPU here; leave the flag out")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("--device cuda: torch sees no GPU here; leave the flag out")
 
 
 @dataclass
@@ -111,9 +110,8 @@ class Setting(BenchmarkArguments):
     @property
     def folder(self) -> Path:
         """Of the stages' files, named by what they depend on."""
-        identity = {
-            name: value for name, value in vars(self).items() if name not in ("output_dir", "device", "repeats")
-        }
+        elsewhere = ("output_dir", "device", "repeats")
+        identity = {name: value for name, value in vars(self).items() if name not in elsewhere}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
         return Path(self.output_dir) / "work" / digest
 

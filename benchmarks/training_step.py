@@ -145,8 +145,7 @@ def plain_rate(setting: Setting, source: Any) -> float:
     memory = setting.memory().train()
     optimizer = torch.optim.AdamW(memory.parameters(), lr=1e-4)
     rows = source.rows(source.read(np.array([len(source.counts) - 1])))
-    ends = [0, *rows.id_cnt.cumsum(0).tolist()]
-    lists = [(rows.token_id[a:b].tolist(), rows.prob[a:b].float().tolist()) for a, b in itertools.pairwise(ends)]
+    lists = plain.as_lists(rows.id_cnt, rows.token_id, rows.prob)
 
     def run() -> None:
         target = plain.dense_target(lists, source.vocabulary).to(setting.device)

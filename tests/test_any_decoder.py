@@ -52,19 +52,6 @@ def test_weights_begin_as_the_family_initialises_them(base):
     assert 0 < memory.lm_head.weight.std() < 0.1
 
 
-def test_a_saved_memory_loads_again(base, memory, tmp_path):
-    memory.save_pretrained(tmp_path)
-    loaded = load_memory(tmp_path)
-    assert type(loaded) is type(memory)
-    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in memory.state_dict().items())
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model_type"] == base.config.model_type
-    assert config["architectures"] == [type(memory).__name__]
-    with torch.no_grad():
-        states = hidden_states(base, some_ids())
-        assert torch.equal(loaded(states).logits, memory(states).logits)
-
-
 def test_the_joint_model_mixes_trains_and_generates(base, memory):
     joint = MLPMemory(base, memory, lmbda=0.4)
     ids = some_ids()
@@ -89,11 +76,18 @@ def test_a_left_padded_batch_gives_what_single_prompts_give(base, memory):
     assert torch.equal(together[1], joint.generate(ids[1:, 3:], **settings)[0, 5:])
 
 
-def test_a_joint_folder_opens_again(base, memory, tmp_path):
+def test_a_joint_folder_opens_again_and_the_memory_in_it(base, memory, tmp_path):
     joint = MLPMemory(base, memory, lmbda=0.4)
     joint.save_pretrained(tmp_path, include_base=True)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    loaded = load_memory(tmp_path)
+    assert type(loaded) is type(memory)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in memory.state_dict().items())
+    config = json.loads((tmp_path / "memory" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == (base.config.model_type, [type(memory).__name__])
     with torch.no_grad():
+        states = hidden_states(base, some_ids())
+        assert torch.equal(loaded(states).logits, memory(states).logits)
         torch.testing.assert_close(again(some_ids()).logits, joint(some_ids()).logits, rtol=1e-4, atol=1e-4)
 
 
