@@ -140,7 +140,7 @@ def answer(task: Task, rows: Sequence[Row], qa: QAArguments, model: ModelArgumen
     from tqdm import tqdm
 
     from downstream.model import open_model
-    from downstream.scoring import Evaluator, answer_rows
+    from downstream.scoring import Evaluator
 
     evaluator = Evaluator(*open_model(model), qa.per_device_eval_batch_size)
     name = predictions.settings["dataset"]
@@ -156,14 +156,15 @@ def answer(task: Task, rows: Sequence[Row], qa: QAArguments, model: ModelArgumen
     with tqdm(total=len(rows), initial=len(predictions.lines), desc=qa.task, unit="row", disable=None) as bar:
         for first in range(len(predictions.lines), len(rows), qa.per_device_eval_batch_size):
             chunk = slice(first, first + qa.per_device_eval_batch_size)
-            outputs = answer_rows(
-                evaluator,
-                [(row.prompts, sequences) for row, sequences in zip(rows[chunk], encoded[chunk], strict=True)],
-                task.max_new_tokens,
-                task.stop,
-            )
-            predictions.append([line(task, row, output) for row, output in zip(rows[chunk], outputs, strict=True)])
-            bar.update(len(outputs))
+            groups = [group for row in encoded[chunk] for group in row]  # a prompt's sequences
+            if task.max_new_tokens:
+                prompts = [group[0].ids for group in groups]
+                outputs = iter(evaluator.continuations(prompts, task.max_new_tokens, task.stop))
+            else:
+                scored = iter(evaluator.likelihoods([sequence for group in groups for sequence in group]))
+                outputs = iter([[next(scored) for _ in group] for group in groups])
+            predictions.append([line(task, row, [next(outputs) for _ in row.prompts]) for row in rows[chunk]])
+            bar.update(len(rows[chunk]))
 
 
 def line(task: Task, row: Row, outputs: Sequence[Any]) -> dict[str, Any]:

@@ -114,10 +114,9 @@ def main() -> None:
     rule = RULE.format(words=arguments.answer_words, shortest=SHORTEST, longest=LONGEST)
     say(f"rule: {rule}")
     cases = choose_cases(read_articles(arguments.articles), arguments.max_cases, arguments.answer_words)
-    results: dict[str, Any] = {
-        **{"rule": rule, "lmbda": arguments.lmbda, "knn_temp": arguments.knn_temp, "cases": len(cases)},
-        **{"recall_base": None, "recall_memory": None, "standard_error_difference": None, "examples": []},
-    }
+    results: dict[str, Any] = dict.fromkeys(("recall_base", "recall_memory", "standard_error_difference"))
+    results |= {"rule": rule, "lmbda": arguments.lmbda, "knn_temp": arguments.knn_temp, "cases": len(cases)}
+    results["examples"] = []
     if not cases:
         say(f"{arguments.articles}: no article fits the rule, nothing to complete")
         write_results(arguments.output_dir, results, started)

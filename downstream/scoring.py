@@ -17,7 +17,6 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from downstream.tasks import Likelihood, Prompt
-from utils.cli import say
 
 # A common start shorter than this many tokens costs less than copying its cache to every batch.
 SHORTEST_SHARED_START = 32
@@ -35,7 +34,7 @@ class Evaluator:
 
     Args:
         model: a causal language model of transformers, or a joint `MLPMemory`; evaluation mode.
-        tokenizer: its tokenizer. Without a pad token the end-of-sequence token pads (said once); padding is
+        tokenizer: its tokenizer. Without a pad token the end-of-sequence token pads; padding is
             masked or comes after everything that counts, so no result depends on it.
         batch_size: sequences in one forward pass. It changes the speed, not the results.
     """
@@ -48,7 +47,6 @@ class Evaluator:
         self.pad_token = tokenizer.pad_token_id
         if self.pad_token is None:
             self.pad_token = self.end_tokens[0] if self.end_tokens else 0
-            say(f"the tokenizer has no pad token; token {self.pad_token} pads, which changes no result")
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.special_tokens = set(tokenizer.all_special_ids)
         self.start = np.empty(0, dtype=np.int32)
@@ -234,29 +232,6 @@ def context_length(config: Any) -> int | None:
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The token ids that end a text: the checkpoint's, else the tokenizer's."""
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    found = own if own is not None else tokenizer.eos_token_id
+    own = model.generation_config.eos_token_id
+    found = tokenizer.eos_token_id if own is None else own
     return [] if found is None else found if isinstance(found, list) else [found]
-
-
-def answer_rows(
-    evaluator: Evaluator, rows: Sequence[tuple[Sequence[Prompt], list[list[Encoded]]]], max_new_tokens: int, stop: str
-) -> list[list[Any]]:
-    """What the model makes of rows of prompts: for each row, a string or a list of `Likelihood` for each prompt.
-
-    Args:
-        rows: (prompts, `Evaluator.sequences` of each), run together in batches.
-    """
-    pairs, texts = [], []
-    for prompts, encoded in rows:
-        for prompt, sequences in zip(prompts, encoded, strict=True):
-            (pairs if prompt.continuations else texts).extend(sequences)
-    likelihoods = iter(evaluator.likelihoods(pairs))
-    outputs = iter(evaluator.continuations([ids for ids, _ in texts], max_new_tokens, stop))
-    return [
-        [
-            [next(likelihoods) for _ in prompt.continuations] if prompt.continuations else next(outputs)
-            for prompt in prompts
-        ]
-        for prompts, _ in rows
-    ]

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, command, refused_here, run
@@ -11,27 +12,25 @@ from qa_models import plain_greedy, plain_log_probs, save_models
 pytest.importorskip("lm_eval", reason="the package lm-eval is not installed")
 
 OWN = ROOT / "downstream" / "general_tasks"
-MC_TASK = """
-task: local_choice
+TASK = """
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
-output_type: multiple_choice
 doc_to_text: "Q: {{{{question}}}}\\nA:"
+"""
+CHOICE = """
+task: local_choice
+output_type: multiple_choice
 doc_to_target: label
 doc_to_choice: choices
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
-TEXT_TASK = """
+TEXT = """
 task: local_text
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
 output_type: generate_until
-doc_to_text: "Q: {{{{question}}}}\\nA:"
 doc_to_target: text
-generation_kwargs: {{until: ["\\n"], max_gen_toks: 6, do_sample: false}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+generation_kwargs: {until: ["\\n"], max_gen_toks: 6, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
 ROWS = [
     {"question": "who wrote it?", "choices": ["James", "the first", "no one of all"]},
@@ -59,8 +58,8 @@ def write_tasks(folder: Path, rows) -> Path:
     folder.mkdir()
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "choice.yaml").write_text(MC_TASK.format(data=data))
-    (folder / "text.yaml").write_text(TEXT_TASK.format(data=data))
+    (folder / "choice.yaml").write_text(TASK.format(data=data) + CHOICE)
+    (folder / "text.yaml").write_text(TASK.format(data=data) + TEXT)
     return folder
 
 
@@ -69,46 +68,31 @@ def flags(world, output, lmbda=0.0):
     return ("--model_name_or_path", world / "base", "--output_dir", output, *memory)
 
 
-@pytest.mark.parametrize("lmbda", [0.0, 0.6])
-def test_a_local_task_is_scored_as_single_texts_are(world, tmp_path, lmbda):
-    model, tokenizer = open_models(world, lmbda)
-    rows = []
-    for number, row in enumerate(ROWS):
-        prompt = f"Q: {row['question']}\nA:"
-        scores = [plain_log_probs(model, tokenizer, prompt, f" {choice}").sum() for choice in row["choices"]]
-        best = max(range(3), key=scores.__getitem__)
-        # Two rows are labelled with the model's choice, the last with another.
-        label = best if number < 2 else (best + 1) % 3
-        rows.append({**row, "label": label, "text": plain_greedy(model, tokenizer, prompt, 6).split("\n")[0]})
-    rows[2]["text"] = "something else"
+def test_base_and_joint_are_scored_as_single_texts_are(world, tmp_path):
+    made = {}
+    for name, lmbda in (("base", 0.0), ("joint", 0.9)):
+        model, tokenizer = open_models(world, lmbda)
+        made[name] = []
+        for row in ROWS:
+            prompt = f"Q: {row['question']}\nA:"
+            scores = [plain_log_probs(model, tokenizer, prompt, f" {choice}").sum() for choice in row["choices"]]
+            made[name].append((np.argmax(scores), plain_greedy(model, tokenizer, prompt, 6).split("\n")[0]))
+    assert made["base"] != made["joint"]
+    # Two rows want what the joint model says, the last something else.
+    wanted = [*made["joint"][:2], ((made["joint"][2][0] + 1) % 3, "something else")]
+    rows = [{**row, "label": int(label), "text": text} for row, (label, text) in zip(ROWS, wanted, strict=True)]
     tasks = write_tasks(tmp_path / "tasks", rows)
     command(
         "downstream.lm_eval_mlpmem",
-        *flags(world, tmp_path / "out", lmbda),
-        *("--tasks", "local_choice,local_text", "--include_path", tasks, "--per_device_eval_batch_size", 2),
+        *(*flags(world, tmp_path / "out", 0.9), "--with_base", "--per_device_eval_batch_size", 2),
+        *("--tasks", "local_choice,local_text", "--include_path", tasks),
     )
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["tasks"]["local_choice"]["acc,none"] == pytest.approx(2 / 3)
-    assert results["tasks"]["local_text"]["exact_match,none"] == pytest.approx(2 / 3)
-    assert (results["memory"] is None) == (lmbda == 0.0)
-
-
-def test_one_command_scores_base_and_joint(world, tmp_path):
-    model, tokenizer = open_models(world, 0.0)
-    texts = [plain_greedy(model, tokenizer, f"Q: {row['question']}\nA:", 6).split("\n")[0] for row in ROWS]
-    rows = [{**row, "label": 0, "text": text} for row, text in zip(ROWS, texts, strict=True)]
-    chosen = ("--tasks", "local_choice,local_text", "--include_path", write_tasks(tmp_path / "tasks", rows))
-    done = run("-m", "downstream.lm_eval_mlpmem", *flags(world, tmp_path / "both", 0.9), *chosen, "--with_base")
-    heads = [line for line in done.stdout.splitlines() if line.startswith("base")]
-    assert heads == ["base", "base + memory (lambda 0.9)"]
-    both = json.loads((tmp_path / "both" / "results.json").read_text())
-    for name, lmbda, scores in (("base", 0.0, both["base"]["tasks"]), ("joint", 0.9, both["tasks"])):
-        command("downstream.lm_eval_mlpmem", *flags(world, tmp_path / name, lmbda), *chosen)
-        alone = json.loads((tmp_path / name / "results.json").read_text())["tasks"]
-        for task, metric in (("local_choice", "acc,none"), ("local_text", "exact_match,none")):
-            assert scores[task][metric] == alone[task][metric]
-    assert both["base"]["tasks"]["local_text"]["exact_match,none"] == 1.0
-    assert both["tasks"]["local_text"]["exact_match,none"] < 1.0
+    for name, tasks in (("base", results["base"]["tasks"]), ("joint", results["tasks"])):
+        right = [(said[0] == label, said[1] == text) for said, (label, text) in zip(made[name], wanted, strict=True)]
+        found = tasks["local_choice"]["acc,none"], tasks["local_text"]["exact_match,none"]
+        assert found == pytest.approx(np.mean(right, axis=0).tolist())
+    assert found == pytest.approx((2 / 3, 2 / 3))
 
 
 def test_the_adapter_is_known_to_the_harness_by_name(world, tmp_path):
@@ -153,7 +137,7 @@ def test_every_general_task_runs_on_rows_of_its_datasets_columns(world, tmp_path
     names = [f"local_{name}" for name in OWN_ROWS]
     command("downstream.lm_eval_mlpmem", *flags(world, tmp_path / "out"), "--include_path", tmp_path, "--tasks", *names)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert set(results["tasks"]) == set(names)
+    assert set(results["tasks"]) == set(names) and results["memory"] is None
     assert all(0 <= results["tasks"][name]["acc,none"] <= 1 for name in names)
 
 
