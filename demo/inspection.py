@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from demo.passages import Passage
 from models import MLPMemory
 from models.capture import base_logits, hidden_and_head_input
 from models.mlpMemory import joint_log_probs
@@ -13,12 +14,13 @@ from models.mlpMemory import joint_log_probs
 SOURCES = ("base", "memory", "mixture")
 
 
-@dataclass(frozen=True)
+@dataclass
 class InspectedToken:
     """A token of a text and what was said of it before it came.
 
     `base`, `memory`, `mixture`: its log-probability in nats under each. `top`: for each of SOURCES the most probable
-    tokens there, [(token id, probability)], falling.
+    tokens there, [(token id, probability)], falling. Whoever shows it adds `texts`, of it and of these by token id, and
+    `passages`, the nearest of the training texts (None where no datastore is at hand).
     """
 
     position: int
@@ -27,6 +29,12 @@ class InspectedToken:
     memory: float
     mixture: float
     top: dict[str, list[tuple[int, float]]]
+    texts: dict[int, str] = field(default_factory=dict)
+    passages: list[Passage] | None = None
+
+    @property
+    def text(self) -> str:
+        return self.texts[self.token_id]
 
     @property
     def moved(self) -> float:
@@ -63,13 +71,8 @@ def inspect_tokens(
         own[name] = scores.gather(-1, wanted)[:, 0].tolist()
         values, tokens = scores.topk(min(top, scores.shape[-1]))  # (n, top) each
         best[name] = [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), values.exp().tolist(), strict=True)]
-    inspected = [
-        InspectedToken(
-            position=first + row,
-            token_id=token,
-            **{name: own[name][row] for name in SOURCES},
-            top={name: best[name][row] for name in SOURCES},
-        )
-        for row, token in enumerate(token_ids[first:])
-    ]
+    inspected = []
+    for row, token in enumerate(token_ids[first:]):
+        scores, top_here = ({name: each[name][row] for name in SOURCES} for each in (own, best))
+        inspected.append(InspectedToken(first + row, token, **scores, top=top_here))
     return inspected, hidden

@@ -8,30 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from demo.inspection import SOURCES, InspectedToken
-from demo.passages import Passage
 
 FULL_COLOUR = 10.0  # the factor at which a raised probability has the full colour
 SMALLEST_SCALE = math.log(1.25)  # nats; with a small lambda even the greatest lowering is pale
 HEADINGS = {"base": "Base", "memory": "Memory", "mixture": "Base + memory"}
-
-
-@dataclass(frozen=True)
-class ShownToken:
-    """An inspected token, the texts of it and of its candidates by token id, and the nearest training passages (None
-    where no datastore is at hand)."""
-
-    inspected: InspectedToken
-    texts: dict[int, str]
-    passages: list[Passage] | None = None
-
-    @property
-    def text(self) -> str:
-        return self.texts[self.inspected.token_id]
 
 
 def asset(name: str) -> str:
@@ -80,7 +64,7 @@ def _lowering_scale(lmbda: float) -> float:
     return max(min(most, math.log(FULL_COLOUR)), SMALLEST_SCALE)
 
 
-def inspector(sides: dict[str, tuple[str, list[ShownToken]]], lmbda: float) -> str:
+def inspector(sides: dict[str, tuple[str, list[InspectedToken]]], lmbda: float) -> str:
     """Coloured tokens of each side, {name: (heading, tokens)}, and the details of each token, one of them visible.
 
     The first shown is the one that the memory raised most, among the last side's where it has tokens.
@@ -88,7 +72,7 @@ def inspector(sides: dict[str, tuple[str, list[ShownToken]]], lmbda: float) -> s
     active = None
     for name, (_, tokens) in sides.items():
         if tokens:
-            active = name, max(range(len(tokens)), key=lambda number: tokens[number].inspected.moved)
+            active = name, max(range(len(tokens)), key=lambda number: tokens[number].moved)
     flows, details = "", ""
     for name, (heading, tokens) in sides.items():
         buttons = ""
@@ -116,51 +100,50 @@ def legend(lmbda: float) -> str:
     )
 
 
-def token_button(identity: str, token: ShownToken, active: bool, lmbda: float) -> str:
+def token_button(identity: str, token: InspectedToken, active: bool, lmbda: float) -> str:
     """A token in its colour. Line breaks are shown as an arrow, and made."""
-    colour = strength(token.inspected.moved, lmbda)
+    colour = strength(token.moved, lmbda)
     direction = "mlpm-up" if colour >= 0 else "mlpm-down"
     breaks = "<br>" * token.text.count("\n")
     return (
         f'<button type="button" class="mlpm-token {direction}{" mlpm-active" if active else ""}" '
         f'style="--mlpm-s:{abs(colour):.3f}" data-detail="{identity}" '
-        f'tabindex="{0 if active else -1}" aria-label="{escape(visible(token.text))} {factor(token.inspected.moved)}">'
+        f'tabindex="{0 if active else -1}" aria-label="{escape(visible(token.text))} {factor(token.moved)}">'
         f"{escape(token.text.replace(chr(10), '↵')) or '·'}</button>{breaks}"
     )
 
 
-def token_details(identity: str, token: ShownToken, active: bool) -> str:
+def token_details(identity: str, token: InspectedToken, active: bool) -> str:
     """Probabilities of a token, the candidates of base, memory and mixture, and the nearest training passages."""
-    inspected = token.inspected
-    direction = "mlpm-up" if inspected.moved >= 0 else "mlpm-down"
+    direction = "mlpm-up" if token.moved >= 0 else "mlpm-down"
     lists = "".join(_candidates(name, token) for name in SOURCES)
     return (
         f'<section class="mlpm-detail" id="{identity}"{"" if active else " hidden"}>'
         f"<h3><code>{escape(visible(token.text))}</code>"
-        f"<span>base <b>{percent(inspected.base)}</b></span><span>memory <b>{percent(inspected.memory)}</b></span>"
-        f"<span>base + memory <b>{percent(inspected.mixture)}</b></span>"
-        f'<span class="mlpm-factor {direction}" style="--mlpm-s:.6">{factor(inspected.moved)}</span></h3>'
+        f"<span>base <b>{percent(token.base)}</b></span><span>memory <b>{percent(token.memory)}</b></span>"
+        f"<span>base + memory <b>{percent(token.mixture)}</b></span>"
+        f'<span class="mlpm-factor {direction}" style="--mlpm-s:.6">{factor(token.moved)}</span></h3>'
         f'<div class="mlpm-lists">{lists}</div>{_passages(token)}</section>'
     )
 
 
-def _candidates(name: str, token: ShownToken) -> str:
+def _candidates(name: str, token: InspectedToken) -> str:
     rows = "".join(
-        f"<li{' class=mlpm-chosen' if candidate == token.inspected.token_id else ''}>"
+        f"<li{' class=mlpm-chosen' if candidate == token.token_id else ''}>"
         f"<code>{escape(visible(token.texts[candidate]))}</code>"
         f'<span class="mlpm-bar"><i style="width:{100 * probability:.1f}%"></i></span>'
         f'<span class="mlpm-number">{probability:.1%}</span></li>'
-        for candidate, probability in token.inspected.top[name]
+        for candidate, probability in token.top[name]
     )
     return f'<div class="mlpm-list mlpm-from-{name}"><h4>{HEADINGS[name]}</h4><ol>{rows}</ol></div>'
 
 
-def _passages(token: ShownToken) -> str:
+def _passages(token: InspectedToken) -> str:
     if token.passages is None:
         return ""
     rows = ""
     for passage in token.passages:
-        same = " class=mlpm-same" if passage.token_id == token.inspected.token_id else ""
+        same = " class=mlpm-same" if passage.token_id == token.token_id else ""
         texts = (passage.before, passage.next, passage.after)
         before, followed, after = (escape(text.replace("\n", " ↵ ")) for text in texts)
         rows += (

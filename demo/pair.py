@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,12 +83,8 @@ def choose_pair(arguments: PairArguments) -> Pair:
     elif arguments.preset == MISTRAL:
         # The original's example: a question that the base gets wrong and its published memory right.
         question = "who sings i can't take my eyes off of you?"
-        pair = Pair(
-            base="mistralai/Mistral-7B-v0.3",
-            memory="Rubin-Wei/MLPMemory-Mistral-wikipedia",
-            lmbda=0.75,
-            prompt=f"Answer the questions:\n\nQuestion: {question}? The answer is:",
-        )
+        pair = Pair("mistralai/Mistral-7B-v0.3", "Rubin-Wei/MLPMemory-Mistral-wikipedia", lmbda=0.75)
+        pair.prompt = f"Answer the questions:\n\nQuestion: {question}? The answer is:"
     else:
         pair = quickstart_pair(Path(arguments.quickstart))
     pair.base = arguments.model_name_or_path or pair.base
@@ -112,16 +107,14 @@ def quickstart_pair(folder: Path) -> Pair:
     # An epoch's folder without a config was never finished.
     epochs = [path for path in (work / "memory").glob("epoch_*") if any(path.rglob("config.json"))]
     if not epochs:
-        raise InputError(
-            f"{folder}: holds no trained memory; make one with: bash scripts/quickstart.sh (minutes, without a GPU), "
-            "or name your own with --model_name_or_path and --knn_generator_path"
-        )
+        told = "make one with: bash scripts/quickstart.sh, or give --model_name_or_path and --knn_generator_path"
+        raise InputError(f"{folder}: holds no trained memory; {told}")
     # The base is what the evaluation used, else (or where the folder has been moved) the embedded one.
     embedded, joint_test = work / "embedded" / "model", work / "joint_test" / "results.json"
     base = read_json(joint_test)["model"] if joint_test.exists() else str(embedded)
     if embedded.is_dir() and not Path(base).exists():
         base = str(embedded)
-    memory = max(epochs, key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
+    memory = max(epochs, key=lambda path: int(path.name.removeprefix("epoch_")))
     pair = Pair(base, str(memory))
     if (folder / "results.json").exists():
         results = read_json(folder / "results.json")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from demo import page
-from demo.inspection import inspect_tokens
+from demo.inspection import InspectedToken, inspect_tokens
 from demo.pair import Sampling
 from demo.passages import Passages
 from demo.streams import BASE, JOINT, RunningText, encode_prompt, side_by_side, text_after
@@ -114,17 +114,15 @@ class Viewer:
         ]
         return View(*panes, inspector, page.status(status, problem=problem))
 
-    def _inspected(self, prompt_ids: list[int], tokens: list[int]) -> list[page.ShownToken]:
-        """The tokens of a continuation with their numbers and the texts that the page shows."""
+    def _inspected(self, prompt_ids: list[int], tokens: list[int]) -> list[InspectedToken]:
+        """The tokens of a continuation with their numbers, texts and passages."""
         whole = prompt_ids + tokens
         inspected, hidden = inspect_tokens(self.joint, whole, len(prompt_ids), self._candidate_count)
-        passages: list[Any] = [None] * len(inspected)
-        if self._passages is not None and inspected:
-            passages = self._passages.nearest(hidden, self._passage_count)
-        shown = []
-        for token, nearest in zip(inspected, passages, strict=True):
-            before = whole[: token.position]
+        for token in inspected:
             named = {token.token_id, *(candidate for top in token.top.values() for candidate, _ in top)}
-            texts = {each: text_after(self.tokenizer, before, [each], special=True) for each in named}
-            shown.append(page.ShownToken(token, texts, nearest))
-        return shown
+            before = whole[: token.position]
+            token.texts = {each: text_after(self.tokenizer, before, [each], special=True) for each in named}
+        if self._passages is not None and inspected:
+            for token, nearest in zip(inspected, self._passages.nearest(hidden, self._passage_count), strict=True):
+                token.passages = nearest
+        return inspected

@@ -318,7 +318,6 @@ def test_a_terminal_that_is_wide_enough_shows_two_columns(saved, columns):
         (("--knn_temp", 0), "--knn_temp 0: expected a number above 0"),
         (("--prompt", " "), "--prompt: is empty"),
         (("--prompt", "moon " * 100), "longer than the base's context of 64"),
-        (("--temperature", "-0.5"), "--temperature -0.5: expected"),
         (("--preset", "large"), "--preset large: expected quickstart or mistral"),
         (("--layer_position", 7), "expected a number from -2 to 1"),
         (("--model_name_or_path", ROOT / "tests"), "holds no tokenizer"),
@@ -475,10 +474,10 @@ def test_a_stopped_run_shows_and_inspects_what_was_made(viewer):
 def test_what_comes_from_a_model_or_a_corpus_is_never_markup(viewer):
     evil = '<script>alert(1)</script>"&'
     token = inspect_tokens(viewer.joint, [5, 6], 1)[0][0]
-    texts = dict.fromkeys({6, *(each for top in token.top.values() for each, _ in top)}, evil)
-    shown = page.ShownToken(token, texts, [Passage(evil, evil, evil, 6, 1.5, 0)])
+    token.texts = dict.fromkeys({6, *(each for top in token.top.values() for each, _ in top)}, evil)
+    token.passages = [Passage(evil, evil, evil, 6, 1.5, 0)]
     html = [
-        page.inspector({"base": (evil, [shown]), "joint": (evil, [shown])}, 0.5),
+        page.inspector({"base": (evil, [token]), "joint": (evil, [token])}, 0.5),
         page.running_text("base", evil, evil, evil, running=True),
         page.status(evil, problem=True),
         page.header([evil]),
@@ -510,15 +509,6 @@ def test_the_colour_of_a_move_has_its_sign_and_is_full_at_the_ends_of_the_legend
     value = page.strength(moved, lmbda)
     assert -1 <= value <= 1 and (value >= 0) == (moved >= 0)
     assert page.strength(math.log(10), lmbda) == pytest.approx(1) and page.strength(-30, lmbda) == -1
-
-
-@pytest.mark.parametrize(
-    ("nats", "text"),
-    [(0.0, "×1"), (math.log(2.5), "×2.5"), (math.log(0.75), "×0.75"), (math.log(250), "×250"), (800, "×1000 and more")],
-)
-@pytest.mark.unit
-def test_a_factor_has_two_or_three_digits(nats, text):
-    assert page.factor(nats) == text
 
 
 # ------------------------------------------------------------------------------------------- the page's own command
