@@ -57,9 +57,8 @@ class Neighbours:
         self.searcher = KNNSearcher(
             index_file, probe=probe, gpu=knn_gpu, refine_factor=refine_factor, datastore=datastore
         )
+        self.searcher.check_k(k)
         self.k = k
-        if k > len(self.values):
-            raise InputError(f"--k {k}: the indexed datastore holds only {len(self.values)} rows; give a smaller --k")
 
     def search(self, hidden: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """(squared distances, row numbers), each (rows, k), of `hidden` (rows, dim)."""

@@ -8,7 +8,7 @@ those of a complete datastore become further parts of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,7 @@ def save_datastore(
             settings, or a folder that another run is writing.
     """
     from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
 
     state = PartialState()
     check_token_ids(windows, base.get_input_embeddings().weight.shape[0], settings.get("dataset", "windows"))
@@ -159,14 +160,13 @@ def save_datastore(
         if extend:
             raise InputError("--extend: adds parts to a folder; leave --single_file out")
         if state.num_processes > 1:
-            raise InputError(
-                "--single_file: is written by one process; run without accelerate launch, or leave the flag out"
-            )
+            raise InputError("--single_file: is written by one process; run without accelerate launch")
         rows = write_single_file(path, schema, batches(0, len(windows)))
         return {"rows": rows, "settings": settings, "complete": True}
-    plan, grows = decided_by_main(
-        lambda: continued_plan(path, windows, window_rows, dim, batch_size, extend and not overwrite)
-    )
+    plan, grows = None, False
+    if state.is_main_process:
+        plan, grows = continued_plan(path, windows, window_rows, dim, batch_size, extend and not overwrite)
+    plan, grows = broadcast_object_list([plan, grows])
     ranges = windows_of(plan, window_rows)
     output = PartedOutput(
         path,
@@ -191,14 +191,3 @@ def save_datastore(
                     part.write(batch)
                     bar.update(batch.num_rows)
     return output.finish()
-
-
-def decided_by_main(decide: Callable[[], Any]) -> Any:
-    """What `decide` returns on the main process, on all of them: for what is read from files that change."""
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    state = PartialState()
-    if state.num_processes == 1:
-        return decide()
-    return broadcast_object_list([decide() if state.is_main_process else None])[0]

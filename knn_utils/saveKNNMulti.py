@@ -32,6 +32,8 @@ from utils.files import check_layer, require_same
 LEAST_PART_ROWS, FEW_PARTS, SMALL_PART_ROWS, MOST_PARTS = 256, 8, 4096, 4096
 # Rows that go into one record batch, so that readers find whole windows in one.
 BATCH_ROWS = 4096
+# What the targets take over from the datastore's settings.
+RECORDED = ("model", "dataset", "subset", "layer_position", "vocab_size")
 # Queries that a GPU searches at least at once.
 GPU_BLOCK_ROWS = 4096
 
@@ -76,7 +78,7 @@ def main() -> None:
 
     state = PartialState(timeout=timedelta(days=7))
     if arguments.single_file and state.num_processes > 1:
-        raise InputError("--single_file: is written by one process; run without accelerate launch, or leave it out")
+        raise InputError("--single_file: is written by one process; run without accelerate launch")
     started = time.perf_counter()
     job = Job(arguments, (state.process_index, state.num_processes))
     rows = save_single_file(arguments, job) if arguments.single_file else save_parts(arguments, job, state)
@@ -183,10 +185,7 @@ class Job:
             "dstore": {"fingerprint": fingerprint, "rows": dstore.rows},
             "rows": dstore.rows,
             "dim": dstore.dim,
-            **{
-                name: dstore.settings.get(name)
-                for name in ("model", "dataset", "subset", "layer_position", "vocab_size")
-            },
+            **{name: dstore.settings.get(name) for name in RECORDED},
         }
 
     def targets(self, block: tuple[int, int], distances: Any, ids: Any) -> tuple[Any, ...]:
@@ -235,15 +234,10 @@ def joined(blocks: Iterator[tuple[Any, ...]], count: int, bar: Any) -> Iterator[
 
 
 def same_values(values: Any, dstore: Any) -> bool:
-    """Whether `values` are those of the datastore, by their number and the first and last of them."""
+    """Whether `values` (rows,) are those of the datastore."""
     import numpy as np
 
-    edge, rows = min(1 << 16, dstore.rows), dstore.rows
-    return (
-        len(values) == rows
-        and np.array_equal(values[:edge], dstore.vals(0, edge))
-        and np.array_equal(values[rows - edge :], dstore.vals(rows - edge, rows))
-    )
+    return len(values) == dstore.rows and np.array_equal(values, dstore.vals())
 
 
 def parts_of(rows: int, part_rows: int | None, existing: list[int] | None = None) -> list[int]:
@@ -288,8 +282,7 @@ def save_parts(arguments: TargetArguments, job: Job, state: Any) -> int:
     from knn_utils.datastore import targets_schema
     from knn_utils.parts import PartedOutput
 
-    plan: list[Any] = [planned(arguments, job) if state.is_main_process else None]
-    broadcast_object_list(plan)
+    (plan,) = broadcast_object_list([planned(arguments, job) if state.is_main_process else None])
     output = PartedOutput(
         arguments.output_path,
         kind="knn_targets",
@@ -299,7 +292,7 @@ def save_parts(arguments: TargetArguments, job: Job, state: Any) -> int:
         process_index=state.process_index,
         num_processes=state.num_processes,
         wait_for_everyone=state.wait_for_everyone,
-        **plan[0],
+        **plan,
     )
     if output.complete:
         return 0

@@ -250,16 +250,13 @@ class KNNSearcher:
 
 
 def check_finite(queries: np.ndarray, first_row: int, source: object) -> None:
-    """Raise InputError naming the first row of `queries` (n, dim) float32 that holds NaN or infinity."""
-    # One sum finds them all; a sum of finite numbers that overflows is cleared by the closer look.
-    with np.errstate(invalid="ignore", over="ignore"):
-        suspects = np.flatnonzero(~np.isfinite(queries.sum(axis=1)))
-    for row in suspects:
-        if not np.isfinite(queries[row]).all():
-            raise InputError(
-                f"{source}: row {first_row + row} holds NaN or infinity in its hidden state; "
-                "check the model, or write the datastore again in float32"
-            )
+    """Raise InputError naming the first row of `queries` (n, dim) that holds NaN or infinity."""
+    bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
+    if len(bad):
+        raise InputError(
+            f"{source}: row {first_row + bad[0]} holds NaN or infinity in its hidden state; "
+            "check the model, or write the datastore again in float32"
+        )
 
 
 def is_cut(distances: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
@@ -370,15 +367,18 @@ def search_blocks(
         yield from in_order(whole, blocks_of(ranges, block_rows), threads)
         return
     process, processes = searcher.share
-    group = _gloo_group()
+    # Arrays travel by gloo, whatever the GPUs talk by.
+    is_gloo = distributed.get_backend() == "gloo"
+    group = None if is_gloo else distributed.new_group(backend="gloo", timeout=timedelta(days=7))
     everyones_ranges: list[Any] = [None] * processes
     distributed.all_gather_object(everyones_ranges, ranges, group=group)
     rounds = zip_longest(*(blocks_of(theirs, block_rows) for theirs in everyones_ranges))
     turns = ((owner, block) for blocks in rounds for owner, block in enumerate(blocks) if block is not None)
     for owner, block, (queries, found) in in_order(lambda turn: (*turn, own_part(turn[1])), turns, threads):
-        everyones = [_collect(part, owner, searcher.share, group) for part in found]
-        if owner == process:
-            yield use(block, *searcher.hits(queries, list(zip(*everyones, strict=True)), k))
+        everyones: list[Any] | None = [None] * processes if owner == process else None
+        distributed.gather_object(found, everyones, dst=owner, group=group)
+        if everyones is not None:
+            yield use(block, *searcher.hits(queries, everyones, k))
 
 
 def blocks_of(ranges: Iterable[Block], block_rows: int) -> Iterator[Block]:
@@ -386,22 +386,6 @@ def blocks_of(ranges: Iterable[Block], block_rows: int) -> Iterator[Block]:
     for first, last in ranges:
         for start in range(first, last, block_rows):
             yield start, min(start + block_rows, last)
-
-
-def _gloo_group() -> Any:
-    """A group by which NumPy arrays travel, whatever the GPUs talk by."""
-    if distributed.get_backend() == "gloo":
-        return None
-    return distributed.new_group(backend="gloo", timeout=timedelta(days=7))
-
-
-def _collect(part: np.ndarray, owner: int, share: tuple[int, int], group: Any) -> list[np.ndarray]:
-    """Every process's `part` (of one shape and dtype), at the owner; an empty list elsewhere."""
-    process, processes = share
-    tensor = torch.from_numpy(np.ascontiguousarray(part))
-    parts = [torch.empty_like(tensor) for _ in range(processes)] if owner == process else None
-    distributed.gather(tensor, parts, dst=owner, group=group)
-    return [item.numpy() for item in parts or []]
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
