@@ -30,7 +30,9 @@ def ivfpq(ncentroids: int, code_size: int, dim: int) -> str:
 def supported(factory: str, rows: int) -> tuple[str, list[str]]:
     """The factory string lowered to what `rows` keys support, and what there is to say about it."""
     remarks: list[str] = []
-    needed = quantiser_centroids(factory)
+    # Centroids of each sub-quantiser: 2 to the bits in PQ64x4, 256 for PQ64.
+    match = re.search(r"\bPQ[0-9]+(?:x([0-9]{1,2}))?", factory)
+    needed = 1 << int(match[1] or 8) if match else 0
     if rows < needed <= MOST_CENTROIDS:
         remarks.append(
             f"{rows} keys are too few for product quantisation, which needs {needed}: "
@@ -55,12 +57,6 @@ def supported(factory: str, rows: int) -> tuple[str, list[str]]:
             "at this size --index_factory Flat is exact and fast"
         )
     return factory, remarks
-
-
-def quantiser_centroids(factory: str) -> int:
-    """Centroids that each sub-quantiser of a factory string has: 2 to the bits in PQ64x4, 256 for PQ64, 0 without."""
-    match = re.search(r"\bPQ[0-9]+(?:x([0-9]{1,2}))?", factory)
-    return 1 << int(match[1] or 8) if match else 0
 
 
 def make_index(factory: str, dim: int, seed: int) -> Any:

@@ -28,8 +28,7 @@ from utils.errors import InputError, one_line
 
 # Queries that go through FAISS at once on a CPU: their hits stay in the cache until they are aggregated.
 BLOCK_ROWS = 256
-# Hits held at once while ties at the k-th place are looked into, and bytes of keys while re-ranking.
-TIE_HITS = 1 << 21
+# Bytes of keys held at once while re-ranking.
 REFINE_BYTES = 64 << 20
 GPU_MAX_K = 2048
 # Row numbers stay below 2 ** 40; above them stands a hit's place among the distances of its row.
@@ -79,19 +78,18 @@ class IndexShard:
         there is no hit. On a GPU a tie at the k-th place may be divided otherwise.
         """
         within = min(k, self.rows)
+        # One more than is asked for shows whether the last place divides a tie.
         wanted = within if self._turn else min(within + 1, self.rows)
         distances, ids = self._ask(queries, wanted)
-        undecided = np.flatnonzero(is_cut(distances, ids, within)) if wanted > within else np.empty(0, np.int64)
+        cut = np.flatnonzero(is_cut(distances, ids, within)) if within < wanted < self.rows else ()
         distances, ids = distances[:, :within], ids[:, :within]
-        while len(undecided):
-            wanted = min(2 * wanted, self.rows)
-            at_once, still = max(TIE_HITS // wanted, 1), []
-            for start in range(0, len(undecided), at_once):
-                some = undecided[start : start + at_once]
-                more = self._ask(queries[some], wanted)
-                distances[some], ids[some] = more[0][:, :within], more[1][:, :within]
-                still.append(some[is_cut(*more, within)] if wanted < self.rows else some[:0])
-            undecided = np.concatenate(still)
+        for row in cut:
+            asked, still_cut = wanted, True
+            while still_cut:
+                asked = min(2 * asked, self.rows)
+                more = self._ask(queries[row : row + 1], asked)
+                still_cut = asked < self.rows and is_cut(*more, within)[0]
+            distances[row], ids[row] = more[0][0, :within], more[1][0, :within]
         missing = ((0, 0), (0, k - within))
         return np.pad(distances, missing, constant_values=np.inf), np.pad(ids, missing, constant_values=-1)
 
