@@ -32,20 +32,16 @@ def whole_chain(setting: Setting) -> list[Row]:
     from utils.loading import fastest_dtype
 
     setting.windows()
-    chains, textbooks = {}, []
-    for precision in CHAIN_TARGETS:
-        if precision == "no" or fastest_dtype(torch.device(setting.device)) is torch.bfloat16:
-            chains[precision] = run_chain(setting, precision)
-            textbooks.append(plain_seconds(setting))
-    rows = []
-    for number, (precision, target) in enumerate(CHAIN_TARGETS.items()):
+    rows, textbooks = [], []
+    for precision, target in CHAIN_TARGETS.items():
         reached, share = None, None
         detail = relation = "not run: products in bfloat16 are no faster than in float32 here"
-        if seconds := chains.get(precision):
+        if precision == "no" or fastest_dtype(torch.device(setting.device)) is torch.bfloat16:
+            seconds = run_chain(setting, precision)
+            textbooks.append(plain_seconds(setting))
             reached, detail = sum(seconds.values()), listed(seconds)
             # What was measured just before the chain, and just after it.
-            around = textbooks[max(number - 1, 0) : number + 1]
-            textbook = {step: fmean(found[step] for found in around) for step in around[0]}
+            textbook = {step: fmean(found[step] for found in textbooks[-2:]) for step in textbooks[0]}
             ours, theirs = (sum(found.values()) - found["targets"] for found in (seconds, textbook))
             share = ours / theirs
             relation = f"{ours:.0f} of {theirs:.0f} s; the textbook way in float32, scaled up: {listed(textbook)}"
