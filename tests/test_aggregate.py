@@ -1,17 +1,14 @@
-"""Hits become distributions: golden numbers, the textbook form, and the edges."""
+"""Hits become distributions: the textbook form, and the edges."""
 
 from __future__ import annotations
 
 import itertools
-import json
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from knn_files import as_dicts, assert_same_distributions, exact_neighbours, plain_distribution
-from safetensors.numpy import load_file
+from knn_files import as_dicts, plain_distribution
 
 from knn_utils import distribution as module
 from knn_utils.distribution import (
@@ -19,39 +16,10 @@ from knn_utils.distribution import (
     dense_probability,
     drop_own_row,
     float32_from_float16,
-    hit_tokens,
     label_probability,
 )
 
 pytestmark = pytest.mark.unit
-SETTINGS = json.loads((GOLDEN / "expected.json").read_text())["knn"]
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    return load_file(GOLDEN / f"knn_{name}_first.safetensors")
-
-
-class Golden:
-    def __init__(self, name: str) -> None:
-        data = golden(name)
-        self.id_cnt, self.token_id, self.prob = data["id_cnt"], data["token_id"], data["prob"]
-
-
-@pytest.mark.parametrize("name", ["ignore", "keep"])
-def test_golden_distributions_of_exact_search_hold(name: str) -> None:
-    data = golden(name)
-    distances, ids = exact_neighbours(data["keys"], data["keys"], SETTINGS["k"])
-    if name == "ignore":
-        drop_own_row(ids, np.arange(len(ids)))
-    found = aggregate(
-        distances.astype(np.float32),
-        hit_tokens(ids, data["vals"]),
-        knn_temp=SETTINGS["knn_temp"],
-        threshold=SETTINGS["threshold"],
-    )
-    assert found.id_cnt.dtype == np.int32 and found.token_id.dtype == np.int32
-    assert found.prob.dtype == np.float16 and found.distance.dtype == np.float32
-    assert_same_distributions(as_dicts(found), as_dicts(Golden(name)))
 
 
 def random_hits(rows: int, k: int, tokens: int, missing: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,6 +43,7 @@ def random_hits(rows: int, k: int, tokens: int, missing: float, seed: int) -> tu
 def test_rows_are_the_textbook_distribution(rows, k, tokens, missing, knn_temp, threshold, seed) -> None:
     distances, found = random_hits(rows, k, tokens, missing, seed)
     result = aggregate(distances, found, knn_temp=knn_temp, threshold=threshold)
+    assert [array.dtype for array in result] == [np.int32, np.int32, np.float16, np.float32]
     expected = plain_distribution(distances, found, knn_temp)
     here = as_dicts(result)
     for row, there in zip(here, expected, strict=True):
@@ -124,26 +93,21 @@ def test_the_block_size_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.4, 1.0])
-def test_label_probability_is_that_of_the_whole_distribution(missing: float) -> None:
-    distances, tokens = random_hits(50, 12, 6, missing, 3)
+def test_labels_and_the_dense_form_have_the_probabilities_of_the_textbook(missing: float) -> None:
+    distances, ids = random_hits(50, 12, 6, missing, 3)
     values = np.arange(6, dtype=np.int32) * 7
     labels = (np.arange(50) % 8 * 7).astype(np.int32)
     temperatures = [0.5, 4.0, 100.0]
-    found = label_probability(distances, tokens.astype(np.int64), values, labels, temperatures)
+    found = label_probability(distances, ids.astype(np.int64), values, labels, temperatures)
     assert found.shape == (50, 3) and found.dtype == np.float64
+    tokens = np.where(ids < 0, -1, ids * 7)
     for column, temperature in enumerate(temperatures):
-        rows = plain_distribution(distances, np.where(tokens < 0, -1, tokens * 7), temperature)
-        expected = [row.get(int(label), 0.0) for row, label in zip(rows, labels, strict=True)]
-        np.testing.assert_allclose(found[:, column], expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("missing", [0.0, 0.4, 1.0])
-def test_the_dense_distribution_is_the_sparse_one_over_the_whole_vocabulary(missing: float) -> None:
-    distances, tokens = random_hits(20, 12, 30, missing, 4)
-    dense = dense_probability(distances, tokens, 40, 4.0)
-    assert dense.shape == (20, 40) and dense.dtype == np.float64
-    for row, expected in zip(dense, plain_distribution(distances, tokens, 4.0), strict=True):
-        np.testing.assert_allclose(row, [expected.get(token, 0.0) for token in range(40)], rtol=1e-5, atol=1e-7)
+        dense = dense_probability(distances, tokens, 50, temperature)
+        assert dense.shape == (50, 50) and dense.dtype == np.float64
+        rows = plain_distribution(distances, tokens, temperature)
+        expected = [[row.get(token, 0.0) for token in range(50)] for row in rows]
+        np.testing.assert_allclose(dense, expected, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(found[:, column], dense[np.arange(50), labels], rtol=1e-5, atol=1e-7)
 
 
 def test_another_kernel_changes_targets_labels_and_generation_alike(monkeypatch: pytest.MonkeyPatch) -> None:
