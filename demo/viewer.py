@@ -68,34 +68,31 @@ class Viewer:
         """
         self._owner, self._stopped = owner, False
         try:
-            yield from self._run(prompt, lmbda, knn_temp, sampling)
+            sampling.check()
+            self.joint.lmbda = check_fraction("--lambda", lmbda)
+            self.joint.knn_temp = check_positive("--memory temperature", knn_temp)
+            input_ids, remark = encode_prompt(self.joint, self.tokenizer, prompt, sampling)
+            prompt_ids = input_ids[0].tolist()
+            texts = {side: RunningText(self.tokenizer, prompt_ids) for side in (BASE, JOINT)}
+            started = time.monotonic()
+            for side, tokens in side_by_side(self.joint, self.tokenizer, input_ids, sampling):
+                texts[side].tokens += tokens
+                if side == JOINT:  # one view for a token of each
+                    yield self._view(prompt, texts, "generating …", running=True)
+                if self._stopped:
+                    break
+            told = f"{sum(len(each.tokens) for each in texts.values())} tokens in {time.monotonic() - started:.1f} s"
+            told = "; ".join(filter(None, ("stopped" if self._stopped else None, told, remark)))
+            yield self._view(prompt, texts, "looking inside …")
+            sides = {
+                side: (f"{HEADINGS[side]}, token by token", self._inspected(prompt_ids, each.tokens))
+                for side, each in texts.items()
+            }
+            yield self._view(prompt, texts, told, inspector=page.inspector(sides, self.joint.lmbda))
         except (InputError, torch.OutOfMemoryError) as error:
             yield self._view(prompt, {}, one_line(error).removeprefix("--"), problem=True)
         finally:
             self._owner = None
-
-    def _run(self, prompt: str, lmbda: float, knn_temp: float, sampling: Sampling) -> Iterator[View]:
-        sampling.check()
-        self.joint.lmbda = check_fraction("--lambda", lmbda)
-        self.joint.knn_temp = check_positive("--memory temperature", knn_temp)
-        input_ids, remark = encode_prompt(self.joint, self.tokenizer, prompt, sampling)
-        prompt_ids = input_ids[0].tolist()
-        texts = {side: RunningText(self.tokenizer, prompt_ids) for side in (BASE, JOINT)}
-        started = time.monotonic()
-        for side, tokens in side_by_side(self.joint, self.tokenizer, input_ids, sampling):
-            texts[side].tokens += tokens
-            if side == JOINT:  # one view for a token of each
-                yield self._view(prompt, texts, "generating …", running=True)
-            if self._stopped:
-                break
-        told = f"{sum(len(each.tokens) for each in texts.values())} tokens in {time.monotonic() - started:.1f} s"
-        told = "; ".join(filter(None, ("stopped" if self._stopped else None, told, remark)))
-        yield self._view(prompt, texts, "looking inside …")
-        sides = {
-            side: (f"{HEADINGS[side]}, token by token", self._inspected(prompt_ids, each.tokens))
-            for side, each in texts.items()
-        }
-        yield self._view(prompt, texts, told, inspector=page.inspector(sides, self.joint.lmbda))
 
     def _view(
         self,

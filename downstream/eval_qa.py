@@ -70,36 +70,30 @@ def main() -> None:
     task = TASKS[qa.task]
     started = time.time()
     from downstream.predictions import Predictions
-    from utils.files import read_json
+    from utils.files import FolderLock, ensure_folder, read_json
     from utils.results import write_results
 
     rows, dropped, data_settings = read_rows(qa, task)
-    predictions = Predictions(qa.output_dir, {**data_settings, **model.settings()}, overwrite=qa.overwrite)
-    try:
-        results_path = predictions.folder / "results.json"
+    folder = ensure_folder(qa.output_dir)
+    with FolderLock(folder):
+        predictions = Predictions(folder, {**data_settings, **model.settings()}, overwrite=qa.overwrite)
         answered_before = len(predictions.lines)
-        if answered_before == len(rows) and results_path.exists():
-            print(f"{qa.output_dir}: complete already; --overwrite does it again")
-            print(summary(read_json(results_path)))
+        if answered_before == len(rows) and (folder / "results.json").exists():
+            print(f"{folder}: complete already; --overwrite does it again")
+            print(summary(read_json(folder / "results.json")))
             return
         if answered_before < len(rows):
             answer(task, rows, qa, model, predictions)
+        counts = {"rows": len(rows) + dropped, "scored": len(rows), "dropped": dropped}
         results = {
             "task": qa.task,
             **model.stated(),
             "dataset": data_settings["dataset"],
             **score(task, predictions.lines),
-            "counts": {
-                "rows": len(rows) + dropped,
-                "scored": len(rows),
-                "dropped": dropped,
-                "from_an_earlier_run": answered_before,
-            },
+            "counts": {**counts, "from_an_earlier_run": answered_before},
             "settings": predictions.settings,
         }
-        print(summary(write_results(qa.output_dir, results, started)))
-    finally:
-        predictions.close()
+        print(summary(write_results(folder, results, started)))
 
 
 def read_rows(qa: QAArguments, task: Task) -> tuple[list[Row], int, dict[str, Any]]:

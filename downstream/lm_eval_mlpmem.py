@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from downstream.model import ModelArguments
-from utils.cli import command, flag, parse, required
+from utils.cli import command, flag, parse, required, started_together
 from utils.errors import InputError, check_positive, one_line
 
 OWN_TASKS = Path(__file__).resolve().parent / "general_tasks"
@@ -126,7 +125,7 @@ def register() -> type:
             max_batch_size: int | None = 64,
             **options: Any,
         ) -> None:
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if started_together():
                 raise InputError("the harness runs as one process here; start it with python -m, not accelerate launch")
             if pretrained:
                 options["model_name_or_path"] = pretrained

@@ -55,17 +55,10 @@ class ModelArguments(BaseArguments):
             "tokenizer": self.tokenizer_name,
             "torch_dtype": str(self.dtype()).removeprefix("torch."),
         }
-        for name in ("load_in_4bit", "load_in_8bit"):
-            if getattr(self, name):
-                chosen[name] = True
+        chosen |= {name: True for name in ("load_in_4bit", "load_in_8bit") if getattr(self, name)}
         if self.use_neural_knn:
-            chosen.update(
-                memory=self.knn_generator_path,
-                memory_files=fingerprint(self.knn_generator_path),
-                lmbda=self.lmbda,
-                knn_temp=self.knn_temp,
-                layer_position=self.layer_position,
-            )
+            chosen |= {"memory": self.knn_generator_path, "memory_files": fingerprint(self.knn_generator_path)}
+            chosen |= {name: getattr(self, name) for name in ("lmbda", "knn_temp", "layer_position")}
         return chosen
 
 

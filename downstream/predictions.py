@@ -5,36 +5,30 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from utils.errors import InputError
-from utils.files import FolderLock, ensure_folder, read_json, remove_temporary, require_same, write_json
+from utils.files import read_json, remove_temporary, require_same, write_json
 
 
 class Predictions:
     """`predictions.jsonl` in a folder, continued after its last complete line; `settings.json` says what made it.
 
     Args:
-        folder: created if need be, and locked for the life of this object (`close`).
+        folder: of the file; whoever writes there holds its lock.
         settings: what the lines depend on, JSON values; compared with those of an earlier run.
         overwrite: disregard what the folder holds of an earlier run, and delete it at `begin`.
 
     Raises:
-        InputError: the folder cannot be written or is in use, or holds lines made with other settings.
+        InputError: the folder holds lines made with other settings.
     """
 
-    def __init__(self, folder: str | os.PathLike, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
-        self.folder = ensure_folder(folder)
-        self.path = self.folder / "predictions.jsonl"
-        self.settings_path = self.folder / "settings.json"
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.folder, self.path, self.settings_path = folder, folder / "predictions.jsonl", folder / "settings.json"
         self.settings, self.overwrite = dict(settings), overwrite
-        self.lock = FolderLock(self.folder).acquire()
-        try:
-            remove_temporary(self.folder)
-            self.lines = [] if overwrite else self._read()
-        except BaseException:
-            self.close()
-            raise
+        remove_temporary(folder)
+        self.lines = [] if overwrite else self._read()
 
     def _read(self) -> list[dict[str, Any]]:
         if not self.path.exists():
@@ -67,6 +61,3 @@ class Predictions:
             file.flush()
             os.fsync(file.fileno())
         self.lines.extend(map(dict, lines))
-
-    def close(self) -> None:
-        self.lock.release()

@@ -36,18 +36,12 @@ def main() -> None:
     training = read_json(work / "memory" / "training.json")
     summary = read_json(work / "windows" / "dstore_summary.json")
     results = {
-        "base_ppl": joint["base_perplexity"],
-        "knnlm_ppl": knn["perplexity"],
-        "memory_ppl": joint["perplexity"],
+        **perplexities(joint, knn),
         "lambda": joint["lmbda"],
         "knn_temp": joint["knn_temp"],
         "knnlm_lambda": knn["lmbda"],
         "knnlm_temp": knn["knn_temp"],
-        "validation": {
-            "base_ppl": joint_validation["base_perplexity"],
-            "knnlm_ppl": knn_validation["perplexity"],
-            "memory_ppl": joint_validation["perplexity"],
-        },
+        "validation": perplexities(joint_validation, knn_validation),
         "test_tokens": joint["tokens"],
         "train_tokens": summary["train"]["dstore_size"],
         "recall_base": recall["recall_base"],
@@ -74,6 +68,11 @@ def main() -> None:
     print(f"\n{output / 'results.json'}, {output / 'report.md'}, {output / 'report.png'}")
 
 
+def perplexities(joint: dict[str, Any], knn: dict[str, Any]) -> dict[str, float]:
+    """Those of base, kNN-LM and base + memory in the results.json of a split's two evaluations."""
+    return {"base_ppl": joint["base_perplexity"], "knnlm_ppl": knn["perplexity"], "memory_ppl": joint["perplexity"]}
+
+
 def machine() -> str:
     """What the figures were measured on, without names of hosts."""
     import torch
@@ -94,24 +93,20 @@ def table(results: dict[str, Any]) -> str:
 
     knn = f"lambda {results['knnlm_lambda']:g}, temperature {results['knnlm_temp']:g}"
     memory = f"lambda {results['lambda']:g}, temperature {results['knn_temp']:g}"
-    return "\n".join(
-        [
-            "",
-            f"Perplexity on {results['test_tokens']} tokens of test articles that nothing was trained on; lambda and "
-            "temperature were chosen on the validation articles.",
-            "",
-            "| model | perplexity | against the base | chosen |",
-            "| --- | --- | --- | --- |",
-            row("base", base, ""),
-            row("kNN-LM", results["knnlm_ppl"], knn),
-            row("base + MLP memory", results["memory_ppl"], memory),
-            "",
-            recall_line(results),
-            f"Rule: {results['recall_rule']}.",
-            "",
-            f"Trained on {results['train_tokens']} tokens; {results['seconds']:.0f} s in all on {results['machine']}.",
-        ]
-    )
+    return f"""
+Perplexity on {results["test_tokens"]} tokens of test articles that nothing was trained on; lambda and temperature were \
+chosen on the validation articles.
+
+| model | perplexity | against the base | chosen |
+| --- | --- | --- | --- |
+{row("base", base, "")}
+{row("kNN-LM", results["knnlm_ppl"], knn)}
+{row("base + MLP memory", results["memory_ppl"], memory)}
+
+{recall_line(results)}
+Rule: {results["recall_rule"]}.
+
+Trained on {results["train_tokens"]} tokens; {results["seconds"]:.0f} s in all on {results["machine"]}."""
 
 
 def recall_line(results: dict[str, Any]) -> str:

@@ -129,22 +129,18 @@ def test_the_arrow_keys_walk_from_token_to_token(shown):
     assert shown.script(number, TOKEN) == 0
 
 
-def test_with_lambda_at_0_both_sides_are_equal_and_at_1_the_memory_speaks_alone(shown):
+def test_the_sliders_set_the_memorys_weight_and_temperature(shown):
     set_number(shown, "#lambda", 0)
     go_on(shown)
     assert shown.texts(of("base")) == shown.texts(of("joint"))
     assert set(shown.texts(".mlpm-factor")) == {"×1"}
     set_number(shown, "#lambda", 1)
-    go_on(shown)
-    lists = [shown.texts(f"#mlpm-joint-0 .mlpm-from-{name} li") for name in ("memory", "mixture")]
-    assert lists[0] == lists[1]
-
-
-def test_the_memorys_temperature_flattens_its_candidates(shown):
     tops = []
     for value in (0.5, 4):
         set_number(shown, "#knn_temp", value)
         go_on(shown)
+        memory, mixture = (shown.texts(f"#mlpm-joint-0 .mlpm-from-{name} li") for name in ("memory", "mixture"))
+        assert memory == mixture
         tops.append(float(shown.texts("#mlpm-joint-0 .mlpm-from-memory li .mlpm-number")[0].rstrip("%")))
     assert tops[0] > tops[1]
 
