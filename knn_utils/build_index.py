@@ -269,9 +269,7 @@ class IndexBuild:
         say(f"{verb} {self.path}: {plan['factory']} over {self.datastore.rows} rows of {self.datastore.dim}")
         trained = self.work / TRAINED_NAME
         if plan["extends"] is None and not trained.is_file():
-            index = self._train(plan["factory"])
-            with atomic_file(trained) as temporary:
-                write_faiss(index, temporary)
+            write_faiss(self._train(plan["factory"]), trained)
 
     def _train(self, factory: str) -> Any:
         index = make_index(factory, self.datastore.dim, self.arguments.seed)
@@ -319,22 +317,17 @@ class IndexBuild:
         index = read_faiss(partial if partial.is_file() else begun)
         done, saved = index.ntotal, time.monotonic()
         index = self._to_device(index)
-
-        def save(to: Path) -> None:
-            with atomic_file(to) as temporary:
-                write_faiss(self._from_device(index), temporary)
-
         at_once = min(self.arguments.num_keys_to_add_at_a_time, block_rows(self.datastore.dim))
         quiet = None if self.state.is_main_process else True
         with tqdm(total=rows, initial=done, desc="add", unit="row", unit_scale=True, disable=quiet) as bar:
             for start in range(done, rows, at_once):
                 if time.monotonic() - saved > CHECKPOINT_SECONDS and start > done:
-                    save(partial)
+                    write_faiss(self._from_device(index), partial)
                     saved = time.monotonic()
                 stop = min(start + at_once, rows)
                 index.add(float_keys(self.datastore, first_row + start, first_row + stop))
                 bar.update(stop - start)
-        save(path)
+        write_faiss(self._from_device(index), path)
         record = {"file": path.name, "first_row": first_row, "rows": rows, "bytes": path.stat().st_size}
         write_json(path.with_name(f"{path.name}.json"), record | {"sha256": sha256_file(path)})
         partial.unlink(missing_ok=True)

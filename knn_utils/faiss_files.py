@@ -21,7 +21,7 @@ import numpy as np
 from knn_utils.datastore import Datastore
 from utils.cli import say
 from utils.errors import InputError, one_line
-from utils.files import read_json
+from utils.files import atomic_file, read_json
 
 FORMAT = "mlpmemory-index"
 FORMAT_VERSION = 1
@@ -165,12 +165,13 @@ def read_faiss(path: str | os.PathLike, *, memory_map: bool = False) -> Any:
     return index
 
 
-def write_faiss(index: Any, path: str | os.PathLike) -> None:
-    """Write a FAISS index to `path` (a temporary name of the caller's). Raises OSError where FAISS cannot write."""
+def write_faiss(index: Any, path: Path) -> None:
+    """Write a FAISS index to `path`, atomically. Raises OSError where FAISS cannot write."""
     import faiss
 
     try:
-        faiss.write_index(index, str(path))
+        with atomic_file(path) as temporary:
+            faiss.write_index(index, str(temporary))
     except RuntimeError as error:
         number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
         raise OSError(number, one_line(error, 200), str(path)) from None

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from knn_utils.datastore import datastore_schema
-from knn_utils.parts import PartedOutput, datastore_batch, plan_parts, write_single_file
+from knn_utils.parts import PartedOutput, datastore_batch, plan_parts
 
 DIM = 16
 VOCABULARY = 50
@@ -29,7 +29,6 @@ def write_datastore(
     path: Path,
     keys: np.ndarray,
     values: np.ndarray,
-    logprob: np.ndarray | None = None,
     *,
     part_rows: int = 100,
     existing: list[int] | None = None,
@@ -42,21 +41,15 @@ def write_datastore(
         kind="datastore",
         settings={"dim": keys.shape[1], "layer_position": layer_position, "rows": len(values)},
         part_rows=plan,
-        schema=datastore_schema(keys.shape[1], logprob is not None),
+        schema=datastore_schema(keys.shape[1]),
         extend=existing is not None,
     )
     for number in output.mine():
         start = output.row_start(number)
         rows = slice(start, start + plan[number])
         with output.write(number) as part:
-            part.write(datastore_batch(keys[rows], values[rows], None if logprob is None else logprob[rows]))
+            part.write(datastore_batch(keys[rows], values[rows]))
     output.finish()
-    return path
-
-
-def write_stream(path: Path, keys: np.ndarray, values: np.ndarray) -> Path:
-    """Write the rows as one Arrow stream, as the original does."""
-    write_single_file(path, datastore_schema(keys.shape[1]), [datastore_batch(keys, values)])
     return path
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import GOLDEN, command, make_base
+from conftest import GOLDEN, command, make_base, refused_here
 
 from knn_utils.planner import (
     Rates,
@@ -35,6 +35,12 @@ SIZES = {
     "entries_per_row": 4.0,
 }
 PLAN = ("--dim", 32, "--vocab", 276, "--base_parameters", 1e4, "--device_tflops", 1)
+MODULE = "knn_utils.preflight"
+
+
+@pytest.fixture(autouse=True)
+def errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLPMEM_TRACEBACK", "1")
 
 
 def size_of(folder, pattern):
@@ -43,17 +49,8 @@ def size_of(folder, pattern):
 
 def preflight(capsys, *arguments):
     capsys.readouterr()
-    command("knn_utils.preflight", *arguments, "--json")
+    command(MODULE, *arguments, "--json")
     return json.loads(capsys.readouterr().out)
-
-
-def refused(capsys, *arguments):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        command("knn_utils.preflight", *arguments)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line]
-    assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith("error:")
-    return lines[0]
 
 
 def files(world):
@@ -138,7 +135,7 @@ def test_files_that_belong_together_pass_and_give_the_plans_sizes(llama_world, c
     assert len(found["checks"]) == 4 and found["plan"] is None
 
 
-def test_files_that_do_not_belong_together_are_refused(llama_world, capsys, tmp_path):
+def test_files_that_do_not_belong_together_are_refused(llama_world, tmp_path):
     wide = make_base("llama", tmp_path / "wide", hidden=64)
     for changed, expected in (
         ({"--dstore_path": llama_world.dstore("test")}, "rows"),
@@ -147,7 +144,7 @@ def test_files_that_do_not_belong_together_are_refused(llama_world, capsys, tmp_
         ({"--layer_position": 0}, "block -1"),
         ({"--knn_generator_path": GOLDEN / "llama" / "memory"}, "97 tokens"),
     ):
-        assert expected in refused(capsys, *flat(files(llama_world) | changed))
+        assert expected in refused_here(MODULE, *flat(files(llama_world) | changed))
 
 
 def test_a_changed_byte_of_an_index_is_found_on_request(llama_world, capsys, tmp_path):
@@ -158,11 +155,11 @@ def test_a_changed_byte_of_an_index_is_found_on_request(llama_world, capsys, tmp
     record = llama_world.index.with_name(index.name + ".json")
     (tmp_path / record.name).write_bytes(record.read_bytes())
     preflight(capsys, "--index_path", index)
-    assert "checksum" in refused(capsys, "--index_path", index, "--verify")
+    assert "checksum" in refused_here(MODULE, "--index_path", index, "--verify")
 
 
 def test_assumed_rates_are_called_assumed_and_measured_ones_measured(llama_world, capsys):
-    command("knn_utils.preflight", "--tokens", 10_000, *PLAN)
+    command(MODULE, "--tokens", 10_000, *PLAN)
     assert "rates assumed" in capsys.readouterr().out
     arguments = ("--tokens", 10_000, "--model_name_or_path", llama_world.base, "--measure", llama_world.base)
     found = preflight(capsys, *arguments, "--k", 16, "--processes", 1, "--code_size", 8, "--num_train_epochs", 1)
@@ -187,5 +184,5 @@ def test_assumed_rates_are_called_assumed_and_measured_ones_measured(llama_world
         (("--index_path", "nowhere"), "nowhere"),
     ],
 )
-def test_what_cannot_be_planned_is_said(capsys, arguments, expected):
-    assert expected in refused(capsys, *arguments)
+def test_what_cannot_be_planned_is_said(arguments, expected):
+    assert expected in refused_here(MODULE, *arguments)

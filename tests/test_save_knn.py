@@ -17,11 +17,11 @@ from knn_files import (
     random_rows,
     stops_at_rename,
     write_datastore,
-    write_stream,
 )
 from safetensors.numpy import load_file
 
-from knn_utils.datastore import KNNTargets
+from knn_utils.datastore import KNNTargets, datastore_schema
+from knn_utils.parts import datastore_batch, write_single_file
 from knn_utils.saveKNNMulti import parts_of
 from knn_utils.search import KNNSearcher, blocks_of
 
@@ -60,11 +60,9 @@ class Files:
         self.folder = folder
         self.keys, self.values = random_rows(ROWS)
         self.queries, self.labels = random_rows(150, seed=1)
-        logprob = np.log(np.random.default_rng(2).random(150) * 0.2 + 1e-3).astype(np.float32)
         self.train = write_datastore(folder / "train", self.keys, self.values)
-        self.validation = write_datastore(folder / "validation", self.queries, self.labels, logprob)
+        self.validation = write_datastore(folder / "validation", self.queries, self.labels)
         self.index = build(self.train)
-        self.logprob = logprob
 
     def expected(self, knn_temp: float = 4.0, k: int = 20, ignore_first: bool = True) -> list[dict[int, float]]:
         distances, ids = exact_neighbours(self.keys, self.keys, k)
@@ -85,7 +83,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 def test_golden_targets_come_out_of_the_command(tmp_path: Path, name: str, ignore_first: str) -> None:
     data = load_file(GOLDEN / f"knn_{name}_first.safetensors")
     settings = json.loads((GOLDEN / "expected.json").read_text())["knn"]
-    dstore = write_stream(tmp_path / "dstore_gpt2_train_16.arrow", data["keys"], data["vals"])
+    dstore = tmp_path / "dstore_gpt2_train_16.arrow"
+    write_single_file(dstore, datastore_schema(DIM), [datastore_batch(data["keys"], data["vals"])])
     command("knn_utils.build_index", "--dstore_path", dstore, "--index_factory", "Flat")
     command(
         MODULE,
