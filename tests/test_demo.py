@@ -351,10 +351,9 @@ def opened(llama_world):
     return MLPMemory(base, tiny_memory(base), 0.4).eval(), tokenizer
 
 
-def passages_of(world, tokenizer, *, dstore=None, index=None, windows=None, **changes) -> Passages:
+def passages_of(world, tokenizer, **changes) -> Passages:
     options = {"dim": 32, "layer_position": -1} | changes
-    places = (dstore or world.dstore("train"), index or world.index, windows or world.windows)
-    return Passages(*map(str, places), tokenizer, **options)
+    return Passages(*map(str, (world.dstore("train"), world.index, world.windows)), tokenizer, **options)
 
 
 def test_the_nearest_passage_of_a_training_position_is_that_position(llama_world, opened):
@@ -375,7 +374,7 @@ def test_the_nearest_passage_of_a_training_position_is_that_position(llama_world
         assert nearest.next.strip() == tokenizer.decode([token.token_id]).strip()
 
 
-def test_passages_refuse_what_does_not_belong_together(llama_world, opened, tmp_path):
+def test_passages_refuse_what_does_not_belong_together(llama_world, opened):
     _, tokenizer = opened
     with pytest.raises(InputError, match="--index_path: is needed"):
         Passages("dstore", None, "windows", tokenizer, dim=32, layer_position=-1)
@@ -385,10 +384,6 @@ def test_passages_refuse_what_does_not_belong_together(llama_world, opened, tmp_
         passages_of(llama_world, tokenizer, layer_position=0)
     with pytest.raises(InputError, match="dstore_range goes to"):
         passages_of(llama_world, tokenizer, split="test")
-    with pytest.raises(InputError, match=r"indexes \d+ rows"):
-        passages_of(llama_world, tokenizer, dstore=llama_world.dstore("test"))
-    with pytest.raises(InputError, match="no such"):
-        passages_of(llama_world, tokenizer, windows=tmp_path / "none")
 
 
 # ------------------------------------------------------------------------------------------------------ page's HTML
@@ -399,11 +394,9 @@ class Tags(HTMLParser):
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.text, open_tags = "", []
-        self._open = open_tags
+        self.tags, self.text, self._open = [], "", []
         self.feed(html)
-        assert not open_tags, f"not closed: {open_tags}"
+        assert not self._open, f"not closed: {self._open}"
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -488,27 +481,19 @@ def test_what_comes_from_a_model_or_a_corpus_is_never_markup(viewer):
         assert "alert(1)" in parsed.text
 
 
-@pytest.mark.parametrize(
-    ("prompt", "shown"),
-    [
-        (" the river ", " the river "),
-        ("Title\n\nThe river is", "… The river is"),
-        ("Q: why?\nA:\n", "… A:\n"),
-        ("word " * 60, "… " + "word " * 32),
-    ],
-)
 @pytest.mark.unit
-def test_a_prompt_is_shown_by_the_end_of_its_last_line(prompt, shown):
-    assert page.prompt_end(prompt) == shown
+def test_a_prompt_is_shown_by_the_end_of_its_last_line():
+    prompts = (" the river ", "Title\n\nThe river is", "Q: why?\nA:\n", "word " * 60)
+    shown = [page.prompt_end(prompt) for prompt in prompts]
+    assert shown == [" the river ", "… The river is", "… A:\n", "… " + "word " * 32]
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.1, 0.6, 1.0])
-@pytest.mark.parametrize("moved", [-30.0, -0.3, 0.0, 0.3, 30.0])
 @pytest.mark.unit
-def test_the_colour_of_a_move_has_its_sign_and_is_full_at_the_ends_of_the_legend(moved, lmbda):
-    value = page.strength(moved, lmbda)
-    assert -1 <= value <= 1 and (value >= 0) == (moved >= 0)
-    assert page.strength(math.log(10), lmbda) == pytest.approx(1) and page.strength(-30, lmbda) == -1
+def test_the_colour_of_a_move_has_its_sign_and_is_full_at_the_ends_of_the_legend(lmbda):
+    values = [page.strength(moved, lmbda) for moved in (-30.0, -0.3, 0.0, 0.3, math.log(10), 30.0)]
+    assert values == sorted(values) and values[2] == 0
+    assert values[0] == -1 and values[4:] == [1, 1] and values[1] < 0 < values[3]
 
 
 # ------------------------------------------------------------------------------------------- the page's own command

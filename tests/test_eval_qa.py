@@ -191,24 +191,16 @@ def test_a_shared_start_changes_nothing_where_attention_slides_over_a_window(tok
     assert np.allclose([each.total for each in evaluator.likelihoods(sequences)], scores, atol=2e-4)
 
 
-def test_a_checkpoints_sampling_settings_play_no_part(tokenizer):
+def test_a_checkpoints_sampling_settings_play_no_part_but_its_end_token_ends_a_text(tokenizer):
     model = models_of("llama", tokenizer)["base"]
-    evaluator = Evaluator(model, tokenizer, 2)
-    ids = [evaluator.encode("who wrote it?")]
-    expected = evaluator.continuations(ids, 8, "")
-    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0)
-    assert [evaluator.continuations(ids, 8, "") for _ in range(3)] == [expected] * 3
-    assert model.generation_config.repetition_penalty == 3.0
-
-
-def test_generation_ends_at_the_end_token(tokenizer):
-    model = models_of("llama", tokenizer)["base"]
-    evaluator = Evaluator(model, tokenizer, 2)
-    ids = [evaluator.encode("who wrote it?")]
     whole = plain_greedy(model, tokenizer, "who wrote it?", 8)
-    second = tokenizer(whole).input_ids[1]
-    evaluator.end_tokens = [second]
-    assert evaluator.continuations(ids, 8, "")[0] == tokenizer.decode(tokenizer(whole).input_ids[:1])
+    first, second, *_ = tokenizer(whole).input_ids
+    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0)
+    for end, expected in ((tokenizer.eos_token_id, whole), (second, tokenizer.decode([first]))):
+        model.generation_config.eos_token_id = end
+        evaluator = Evaluator(model, tokenizer, 2)
+        assert evaluator.continuations([evaluator.encode("who wrote it?")], 8, "") == [expected]
+    assert model.generation_config.repetition_penalty == 3.0
 
 
 def test_an_answer_begins_after_as_many_tokens_as_the_prompt_has_alone(tokenizer):
