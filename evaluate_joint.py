@@ -11,46 +11,29 @@ from dataclasses import dataclass
 
 from train_base import scored_rows
 from utils.cli import command, flag, parse
-from utils.errors import InputError, check_grid
-from utils.loading import BaseArguments
+from utils.errors import InputError
+from utils.results import ScoreArguments
 
 
 @dataclass
-class JointArguments(BaseArguments):
+class JointArguments(ScoreArguments):
     """Which base, which memory, which windows, which mixture."""
 
     do_test: bool = flag(False, "score the split: the command's only job, so it is done without the flag too")
     knn_generator_path: str | None = flag(None, "the memory: a folder or a hub name")
-    dataset_name: str | None = flag(None, "windows folder made by utils/preprocess_dataset.py")
     dataset_split_name: str = flag("test", "split to score")
     per_device_eval_batch_size: int = flag(8, "windows that a process scores at a time")
-    max_eval_samples: int | None = flag(None, "use this many windows at most")
     output_dir: str = flag("tmp", "folder of results.json")
-    knn_temp: list[float] = flag([1.0], "temperature of the memory, one or several values")
-    lmbda: list[float] = flag([0.25], "weight of the memory, one or several values")
-    choose_on: str | None = flag(None, "results.json of another split: its best lambda and temperature are used")
-    dstore_path: str | None = flag(None, "score this datastore (made with --save_logprob) in place of running the base")
     bf16: bool = flag(False, "short for --torch_dtype bfloat16")
     fp16: bool = flag(False, "short for --torch_dtype float16")
     report_to: str = flag("none", "accepted for the original's command line; nothing is reported")
 
-    def check(self) -> None:
-        """Refuse what cannot work before anything is loaded. Raises InputError."""
-        if not self.dstore_path:
-            self.require_base()
-        for name in ("knn_generator_path", "dataset_name"):
-            if getattr(self, name) is None:
-                raise InputError(f"--{name}: is required")
-        check_grid(self.lmbda, self.knn_temp)
-
 
 def main() -> None:
     (arguments,) = parse(JointArguments, description=__doc__.split("\n")[0])
-    if arguments.choose_on:
-        from utils.results import chosen
-
-        arguments.lmbda, arguments.knn_temp = chosen(arguments.choose_on)
-    arguments.check()
+    arguments.check_scored()
+    if arguments.knn_generator_path is None:
+        raise InputError("--knn_generator_path: is required")
     from utils.cli import say
     from utils.loading import quiet_libraries
 

@@ -16,22 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import command, flag, make_parser, note_unused, parse
-from utils.errors import InputError, check_grid
-from utils.loading import BaseArguments
+from utils.errors import InputError
+from utils.results import ScoreArguments
 
 DESCRIPTION = "Fine-tune, score or embed with a base language model."
 
 
 @dataclass
-class StageArguments(BaseArguments):
+class StageArguments(ScoreArguments):
     """Base model, windows, datastore and kNN-LM."""
 
     config_name: str | None = flag(None, "config to use instead of the base's own")
     from_scratch: bool = flag(False, "begin with random weights made from the config")
-    dataset_name: str | None = flag(None, "windows folder made by utils/preprocess_dataset.py")
     eval_subset: str = flag("validation", "split to score or to embed, and the one that --patience watches")
     max_train_samples: int | None = flag(None, "use this many training windows at most")
-    max_eval_samples: int | None = flag(None, "use this many windows of the scored split at most")
     block_size: int = flag(1024, "of the original's command line; the windows have the length they were made with")
     stride: int = flag(512, "of the original's command line; the windows have the stride they were made with")
     patience: int | None = flag(None, "fine-tuning: stop after this many evaluations without improvement")
@@ -40,16 +38,12 @@ class StageArguments(BaseArguments):
     save_knnlm_dstore: bool = flag(False, "write the datastore of --eval_subset into --dstore_dir")
     save_logprob: bool = flag(False, "with --save_knnlm_dstore: also keep the base's log-probability of each value")
     dstore_dir: str = flag("dstore", "folder of the datastore")
-    dstore_path: str | None = flag(None, "score this datastore (made with --save_logprob) in place of running the base")
     single_file: bool = flag(False, "write the datastore as one Arrow stream, as the original does")
     overwrite: bool = flag(False, "replace a datastore, or a fine-tuning, that was made with other settings")
     extend: bool = flag(False, "add the windows that follow those of the datastore that is there, as further parts")
     val_file: str | None = flag(None, "values of the indexed rows: a datastore, .npy, or the original's .pkl name")
     index_file: str | None = flag(None, "FAISS index")
-    lmbda: list[float] = flag([0.25], "weight of the kNN, one or several values")
     k: int = flag(1024, "neighbours")
-    knn_temp: list[float] = flag([1.0], "temperature of the kNN distribution, one or several values")
-    choose_on: str | None = flag(None, "results.json of another split: its best lambda and temperature are used")
     probe: int = flag(32, "inverted lists searched")
     refine_factor: int = flag(0, "re-rank k times this many candidates by exact distance (needs --val_file datastore)")
 
@@ -63,10 +57,6 @@ def main() -> None:
     from transformers import TrainingArguments, set_seed
 
     arguments, training = parse(StageArguments, TrainingArguments, description=DESCRIPTION)
-    if arguments.choose_on:
-        from utils.results import chosen
-
-        arguments.lmbda, arguments.knn_temp = chosen(arguments.choose_on)
     check_arguments(arguments, training)
     import torch
 
@@ -108,11 +98,7 @@ def check_arguments(arguments: StageArguments, training: Any) -> None:
         raise InputError("nothing to do: give --do_eval, --do_train, --knn or --save_knnlm_dstore")
     if arguments.from_scratch:
         arguments.model_name_or_path = arguments.model_name_or_path or arguments.config_name
-    if not arguments.dstore_path:
-        arguments.require_base()
-    if arguments.dataset_name is None:
-        raise InputError("--dataset_name: expected a windows folder made by utils/preprocess_dataset.py")
-    check_grid(arguments.lmbda, arguments.knn_temp)
+    arguments.check_scored()
     if arguments.knn:
         for name in ("val_file", "index_file"):
             if getattr(arguments, name) is None:

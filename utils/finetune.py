@@ -23,7 +23,6 @@ from utils.files import TEMPORARY_PREFIX, ensure_folder, read_json, require_same
 from utils.loading import load_windows, model_fingerprint, windows_fingerprint
 
 RECORD = "finetune.json"
-TRAIN_SPLIT = "train"
 CHECKPOINT_PREFIX = "checkpoint-"
 TRAINER_STATE = "trainer_state.json"
 # Settings that make a run another one; the rest (logging, saving, loaders) may change between two starts.
@@ -53,7 +52,7 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
     output = ensure_folder(training.output_dir)
     # Padding is on the right, so the model needs no mask of it.
     needed = {"type": "torch", "columns": ["input_ids", "labels"]}
-    windows = load_windows(data.dataset_name, TRAIN_SPLIT, data.max_train_samples).with_format(**needed)
+    windows = load_windows(data.dataset_name, "train", data.max_train_samples).with_format(**needed)
     check_windows(base, windows, data.dataset_name)
     held_out = None
     if data.patience is not None or training.eval_strategy != "no":

@@ -1,16 +1,42 @@
-"""What an evaluation leaves behind: its lines on the screen and its `results.json`."""
+"""What the evaluations share: their flags, their lines on the screen and their `results.json`."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from utils.cli import say
-from utils.errors import InputError
-from utils.evaluation import MixtureScore
+from utils.cli import flag, say
+from utils.errors import InputError, check_grid
 from utils.files import ensure_folder, read_json, write_json
+from utils.loading import BaseArguments
+
+if TYPE_CHECKING:
+    from utils.evaluation import MixtureScore
+
+
+@dataclass
+class ScoreArguments(BaseArguments):
+    """Which windows are scored, and with which mixtures."""
+
+    dataset_name: str | None = flag(None, "windows folder made by utils/preprocess_dataset.py")
+    max_eval_samples: int | None = flag(None, "use this many windows of the scored split at most")
+    dstore_path: str | None = flag(None, "score this datastore (made with --save_logprob) in place of running the base")
+    lmbda: list[float] = flag([0.25], "weight of what is mixed into the base, one or several values")
+    knn_temp: list[float] = flag([1.0], "temperature of what is mixed into the base, one or several values")
+    choose_on: str | None = flag(None, "results.json of another split: its best lambda and temperature are used")
+
+    def check_scored(self) -> None:
+        """Take lambda and temperature from `choose_on`, and refuse what cannot be scored. Raises InputError."""
+        if self.choose_on:
+            self.lmbda, self.knn_temp = chosen(self.choose_on)
+        check_grid(self.lmbda, self.knn_temp)
+        if not self.dstore_path:
+            self.require_base()
+        if self.dataset_name is None:
+            raise InputError("--dataset_name: expected a windows folder made by utils/preprocess_dataset.py")
 
 
 def chosen(path: str) -> tuple[list[float], list[float]]:
