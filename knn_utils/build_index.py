@@ -387,11 +387,7 @@ class IndexBuild:
             "factory": plan["factory"],
             "probe": self.arguments.probe,
             "settings": old["settings"] if old else self.settings,
-            "datastore": {
-                "rows": datastore.rows,
-                "fingerprint": self.fingerprint,
-                "settings": datastore.settings,
-            },
+            "datastore": {"rows": datastore.rows, "fingerprint": self.fingerprint, "settings": datastore.settings},
             "shards": shards,
             "values": self.values_path.name,
             "info": {"dstore_path": str(datastore.path), "faiss": faiss.__version__},

@@ -46,14 +46,11 @@ class Neighbours:
         layer_position: int | None = None,
     ) -> None:
         self.values = load_values(val_file)
-        datastore = None
-        if Path(val_file).suffix not in (".npy", ".pkl"):
-            datastore = Datastore.open(val_file)
+        datastore = None if Path(val_file).suffix in (".npy", ".pkl") else Datastore.open(val_file)
+        if datastore is not None:
             check_layer(datastore.settings, val_file, layer_position)
         elif refine_factor:
-            raise InputError(
-                f"--refine_factor: needs the datastore's keys, but --val_file {val_file} holds values only"
-            )
+            raise InputError(f"--refine_factor: needs the datastore's keys, but {val_file} holds values only")
         self.searcher = KNNSearcher(
             index_file, probe=probe, gpu=knn_gpu, refine_factor=refine_factor, datastore=datastore
         )

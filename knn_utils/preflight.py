@@ -113,9 +113,8 @@ def main() -> None:
         plan = {"sizes": asdict(sizes), "rates": rates and asdict(rates), "stages": list(map(asdict, stages))}
         plan |= total(stages) | {"memory_parameters": planner.memory_parameters(sizes)}
         text = f"\n\n{plan_text(stages)}\n\n{origin_of(rates, sizes)}"
-    print(
-        json.dumps({"checks": chain.facts, "plan": plan}, indent=2) if arguments.json else "\n".join(chain.facts) + text
-    )
+    facts = json.dumps({"checks": chain.facts, "plan": plan}, indent=2) if arguments.json else "\n".join(chain.facts)
+    print(facts if arguments.json else facts + text)
     if stages:
         # After the plan, which shows what is too large.
         print("\n".join(check_machine(arguments, stages)), file=sys.stderr if arguments.json else sys.stdout)
@@ -129,9 +128,7 @@ def check_arguments(arguments: PreflightArguments) -> None:
     if arguments.measure and arguments.device_tflops:
         raise InputError("--measure and --device_tflops: expected one of them, measured or assumed")
     if arguments.tokens is None and not any(getattr(arguments, name) for name in FILES):
-        raise InputError(
-            "nothing to do: give --tokens for a plan, or files to check (--dataset_name, --dstore_path, …)"
-        )
+        raise InputError("nothing to do: give --tokens for a plan, or files to check (--dstore_path, …)")
 
 
 # Files against each other, in the order of the stages
@@ -143,9 +140,8 @@ def look_at_model(arguments: PreflightArguments, chain: Chain) -> None:
     from utils.loading import from_pretrained, load_tokenizer
 
     path, remote = arguments.model_name_or_path, {"trust_remote_code": arguments.trust_remote_code}
-    chain.config = config = from_pretrained(
-        AutoConfig.from_pretrained, path, "--model_name_or_path", **remote
-    ).get_text_config()
+    whole = from_pretrained(AutoConfig.from_pretrained, path, "--model_name_or_path", **remote)
+    chain.config = config = whole.get_text_config()
     tokenizer = load_tokenizer(path, **remote)
     vocab = len(tokenizer) if tokenizer is not None else config.vocab_size
     chain.state(path, vocab=vocab, dim=config.hidden_size)

@@ -169,6 +169,7 @@ class Job:
                 "name the indexed datastore with --val_path, or build the index again"
             )
         self.dstore, self.values, self._holds_keys = dstore, values, holds_keys
+        index = {"fingerprint": self.searcher.fingerprint, "rows": self.searcher.rows, "factory": record.get("factory")}
         self.settings = {
             "k": arguments.k,
             "knn_temp": self.knn_temp,
@@ -177,11 +178,7 @@ class Job:
             "probe": arguments.probe,
             "refine_factor": arguments.refine_factor,
             "own_datastore": self.is_own,
-            "index": {
-                "fingerprint": self.searcher.fingerprint,
-                "rows": self.searcher.rows,
-                "factory": record.get("factory"),
-            },
+            "index": index,
             "dstore": {"fingerprint": fingerprint, "rows": dstore.rows},
             "rows": dstore.rows,
             "dim": dstore.dim,
