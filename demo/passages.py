@@ -21,7 +21,7 @@ PROBE = 32
 class Passage:
     """A training position whose hidden state is near: the text before it, the token that followed, the text after.
 
-    `distance`: squared L2 between the hidden states; `row`: the datastore's.
+    `distance`: squared L2 between the hidden states.
     """
 
     before: str
@@ -29,7 +29,6 @@ class Passage:
     after: str
     token_id: int
     distance: float
-    row: int
 
 
 class Passages:
@@ -90,5 +89,4 @@ class Passages:
             after=whole.removeprefix(followed),
             token_id=int(ids[place]),
             distance=distance,
-            row=row,
         )
