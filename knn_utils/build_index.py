@@ -118,7 +118,12 @@ def default_names(dstore_path: Path, index_path: str | None) -> tuple[Path, Path
 def write_values(datastore: Any, path: Path) -> None:
     """Write the datastore's values to `path`: int32 (rows,) .npy, atomically."""
     with atomic_file(path) as temporary:
-        np.save(temporary, datastore.vals())
+        # Through a map, a million at a time: a datastore may have billions of rows.
+        values = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int32, shape=(datastore.rows,))
+        for start in range(0, datastore.rows, 1 << 20):
+            stop = min(start + (1 << 20), datastore.rows)
+            values[start:stop] = datastore.vals(start, stop)
+        values.flush()
 
 
 def divide(first: int, rows: int, shards: int) -> list[tuple[int, int]]:

@@ -3,99 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from harness import FAMILIES, GOLDEN, command
 from hypothesis import settings
+from tiny_models import make_base
 
 # The same examples at every run.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# One thread: tiny tensors gain nothing by more, and a child of a process whose OpenMP threads have run would hang.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = ROOT / "tests" / "golden"
-TOKENIZER = GOLDEN / "preprocess" / "tokenizer"
-FAMILIES = ("gpt2", "llama", "mistral")
-
-
-def run(*arguments: object, check: bool = True, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """Run `python …` in a process of its own. With `check`, a failure shows the process's output."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    if check and done.returncode:
-        raise AssertionError(f"{arguments}\nexit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return done
-
-
-def command(module: str, *arguments: object) -> None:
-    """Run a command's `main` in this process, as its command line would."""
-    import importlib
-
-    before = sys.argv
-    sys.argv = [module, *map(str, arguments)]
-    try:
-        importlib.import_module(module).main()
-    finally:
-        sys.argv = before
-
-
-def refused(*arguments: object, **environment: str) -> str:
-    """Run `python …`, expect bad input: exit status 2, one line on stderr, no traceback. Returns the line."""
-    done = run(*arguments, check=False, **environment)
-    assert done.returncode == 2, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert "Traceback" not in done.stderr
-    assert len(lines) == 1, done.stderr
-    return lines[0]
-
-
-def refused_here(module: str, *arguments: object) -> str:
-    """Like `refused`, in this process: the text of the InputError that `main` raises."""
-    from utils.errors import InputError
-
-    with pytest.raises(InputError) as caught:
-        command(module, *arguments)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
-
-
-def make_base(
-    family: str,
-    folder: Path,
-    *,
-    hidden: int = 32,
-    vocabulary: int = 276,
-    layers: int = 2,
-    positions: int = 128,
-    seed: int = 0,
-) -> Path:
-    """A tiny random base model of `family` with its tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": positions}
-    if family == "gpt2":
-        sizes = {"n_embd": hidden, "n_layer": layers, "n_head": 2, "n_positions": positions}
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **sizes)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
-    return folder
 
 
 def make_text(path: Path, *, lines: int = 600) -> Path:

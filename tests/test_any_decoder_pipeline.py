@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, TOKENIZER, command
+from harness import GOLDEN, TOKENIZER, command
 from tiny_models import tiny_base
 from transformers import AutoTokenizer
 

@@ -7,7 +7,8 @@ import re
 import datasets
 import numpy as np
 import pytest
-from conftest import command, make_base, refused_here
+from harness import command, refused_here
+from tiny_models import make_base
 
 from knn_utils.datastore import Datastore, KNNTargets, TargetRows
 from knn_utils.parts import targets_batch, write_single_file

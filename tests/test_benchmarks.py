@@ -6,7 +6,9 @@ import importlib
 import json
 
 import pytest
-from conftest import make_base, make_text, refused, run
+from conftest import make_text
+from harness import refused, run
+from tiny_models import make_base
 
 from benchmarks.run import STAGES
 

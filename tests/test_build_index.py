@@ -8,7 +8,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from conftest import command, refused_here
+from harness import command, refused_here
 from knn_files import DIM, exact_neighbours, random_rows, stops_at_rename, write_datastore
 
 from knn_utils import build_index

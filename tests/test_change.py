@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from harness import ROOT, run
 from safetensors import safe_open
 
 PAGE = (ROOT / "docs" / "change.md").read_text()

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import command, make_base, refused, refused_here
-from qa_models import byte_tokenizer
+from harness import command, refused, refused_here
+from tiny_models import byte_tokenizer, make_base
 
 pytest.importorskip("peft", reason="the extra `compare` is not installed")
 pytest.importorskip("bm25s", reason="the extra `compare` is not installed")

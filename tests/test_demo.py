@@ -17,10 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, GOLDEN, ROOT, command, refused, refused_here, run
-from qa_models import byte_tokenizer, save_models
+from harness import FAMILIES, GOLDEN, ROOT, command, refused, refused_here, run
 from safetensors.torch import load_file
-from tiny_models import letter_tokenizer, tiny_base, tiny_joint, tiny_memory
+from tiny_models import byte_tokenizer, letter_tokenizer, save_models, tiny_base, tiny_joint, tiny_memory
 
 from demo import page
 from demo.generation_example import printable

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command
+from harness import ROOT, command
 
 from knn_utils.datastore import Datastore, KNNTargets
 

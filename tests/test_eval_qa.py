@@ -10,9 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, command, refused, refused_here, run
-from qa_models import byte_tokenizer, plain_greedy, plain_log_probs, qa_base, save_models
-from tiny_models import tiny_base, tiny_memory
+from harness import ROOT, command, refused, refused_here, run
+from tiny_models import byte_tokenizer, plain_greedy, plain_log_probs, qa_base, save_models, tiny_base, tiny_memory
 
 from downstream.scoring import Evaluator, cut
 from downstream.tasks import TASKS, Prompt

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, GOLDEN, command, refused, refused_here
+from harness import FAMILIES, GOLDEN, command, refused, refused_here
 from safetensors.torch import load_file
 
 from utils.evaluation import MixtureScore, label_log_probabilities, predicted_positions
@@ -173,7 +173,7 @@ class TestRefused:
         assert "mamba" in text
 
     def test_token_ids_beyond_the_vocabulary(self, llama_world, tmp_path):
-        from conftest import make_base
+        from tiny_models import make_base
 
         small = make_base("llama", tmp_path / "small", vocabulary=50)
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -198,7 +198,7 @@ class TestRefused:
 
 
 def test_a_padded_vocabulary_is_cut_to_the_tokenizer_and_that_is_said(llama_world, tmp_path, capsys):
-    from conftest import make_base
+    from tiny_models import make_base
 
     padded = make_base("llama", tmp_path / "padded", vocabulary=300)
     command(

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from warm import Command, kill_before, note_steps, pause_before, together
+from harness import ROOT, Command, kill_before, note_steps, pause_before, together
 
 from knn_utils.datastore import Datastore
 from knn_utils.parts import datastore_batch, write_single_file

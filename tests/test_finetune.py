@@ -8,9 +8,10 @@ import time
 
 import pytest
 import torch
-from conftest import command, make_base, make_text, refused_here
+from conftest import make_text
+from harness import Command, command, refused_here
 from safetensors.torch import load_file
-from warm import Command
+from tiny_models import make_base
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from conftest import World, command
+from conftest import World
+from harness import command
 
 pytestmark = [
     pytest.mark.gpu,

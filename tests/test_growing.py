@@ -8,7 +8,7 @@ import json
 import datasets
 import numpy as np
 import pytest
-from conftest import GOLDEN, command, refused_here
+from harness import GOLDEN, command, refused_here
 
 from knn_utils.datastore import Datastore
 from knn_utils.manifest import read_manifest

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, command, refused_here, run
-from qa_models import plain_greedy, plain_log_probs, save_models
+from harness import ROOT, command, refused_here, run
+from tiny_models import plain_greedy, plain_log_probs, save_models
 
 pytest.importorskip("lm_eval", reason="the package lm-eval is not installed")
 

@@ -126,6 +126,19 @@ def test_micro_batches_with_num_rows_add_up_to_the_whole_step(fused):
 
 
 @pytest.mark.unit
+# The smallest numbers of float64 and float32, and around the number whose inverse is infinite in float32.
+@pytest.mark.parametrize("alpha", [5e-324, 1.5e-45, 2.9e-39, 1e-20])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_vanishing_weight_of_a_row_without_label_gives_the_gradient_of_the_plain_loss(dtype, alpha):
+    hidden, weight = head_inputs(2, dtype)
+    targets = torch.tensor([-100, 3]), torch.tensor([2, 1]), torch.tensor([1, 2, 3]), torch.tensor([0.25, 0.5, 1.0])
+    plain, fused = run_both(hidden, weight, targets, alpha)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6 if dtype == torch.float32 else 0.02
+    assert_same(fused, plain, atol=tolerance, rtol=tolerance)
+    assert fused[3][0].abs().max() <= 10 * alpha
+
+
+@pytest.mark.unit
 def test_gradient_follows_the_factor_on_the_loss_and_backward_can_be_repeated():
     hidden, weight = head_inputs(len(COUNTS))
     targets = ragged_targets(COUNTS)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import run
+from harness import run
 from tiny_models import HIDDEN, VOCABULARY, letter_tokenizer, some_ids, tiny_base, tiny_joint, tiny_memory
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 

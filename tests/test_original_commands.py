@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FAMILIES, GOLDEN, ROOT, command, make_base, refused_here
-from script_stub import calls, shell, stub_python
+from harness import FAMILIES, GOLDEN, ROOT, calls, command, refused_here, shell, stub_python
+from tiny_models import make_base
 
 PREPROCESS = """python utils/preprocess_dataset.py \\
     --dataset_name /path/to/wikitext \\

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from harness import GOLDEN
 
 from knn_utils.datastore import Datastore, datastore_schema
 from knn_utils.parts import PartedOutput, datastore_batch, plan_parts, write_single_file

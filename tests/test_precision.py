@@ -6,8 +6,7 @@ import json
 import shutil
 
 import pytest
-from conftest import refused_here, run
-from warm import Command
+from harness import Command, refused_here, run
 
 
 def flags(world, output, *more):

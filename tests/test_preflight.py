@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import GOLDEN, command, make_base, refused_here
+from harness import GOLDEN, command, refused_here
+from tiny_models import make_base
 
 from knn_utils.planner import (
     Rates,

@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, TOKENIZER, command, run
+from harness import ROOT, TOKENIZER, command, run
 
 SCRIPT = "utils/preprocess_dataset.py"
 WORDS = [f"{word}\n" for word in re.split(" ", "so zi ka ni ko ro di ge su ke ci to gi hi pi po mo nelo")]

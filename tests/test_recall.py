@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import command, refused_here
+from harness import command, refused_here
 
 from downstream.recall import cases_of, choose_cases
 

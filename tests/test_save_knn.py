@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, command, refused_here, run
+from harness import GOLDEN, command, refused_here, run
 from knn_files import (
     DIM,
     as_dicts,

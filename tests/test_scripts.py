@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, make_base
-from script_stub import calls, flags, ran, shell, stub_python
-from tiny_models import tiny_memory
+from harness import ROOT, calls, command, flags, ran, shell, stub_python
+from tiny_models import make_base, tiny_memory
 from transformers import AutoModelForCausalLM
 
 SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), *(ROOT / "downstream").glob("*.sh")])

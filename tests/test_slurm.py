@@ -9,8 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from script_stub import shell
+from harness import ROOT, shell
 
 JOBS = ("windows", "datastore", "index", "targets", "train", "evaluate")
 SBATCH = """#!/bin/bash

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, refused, refused_here, run
+from harness import ROOT, command, refused, refused_here, run
 from safetensors.torch import load_file, save_file
 
 from knn_utils.datastore import Datastore

@@ -1,7 +1,8 @@
-"""Commands in processes of their own that start at once: forked from a server that has imported the libraries.
+"""How tests run things: commands in this process, in one of their own, or forked at once; shell scripts with a stub.
 
-A start of Python with torch takes seconds; these tests start dozens of processes. Each is a process like any other: it
-has its own pid, its own files for output, can be killed, and several can form a distributed run.
+A start of Python with torch takes seconds, and some tests start dozens of processes: `Command` forks them from a server
+that has imported the libraries. Each is a process like any other: it has its own pid, its own files for output, can be
+killed, and several can form a distributed run.
 """
 
 from __future__ import annotations
@@ -11,25 +12,81 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from conftest import ROOT
+import pytest
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread: tiny tensors gain nothing by more, and a child of a process whose OpenMP threads have run would hang.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+TOKENIZER = GOLDEN / "preprocess" / "tokenizer"
+FAMILIES = ("gpt2", "llama", "mistral")
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("torch", "torch.distributed", "transformers.models.llama.modeling_llama", "accelerate", "datasets"),
         *("matplotlib.figure", "knn_utils.saveKNNMulti", "knn_utils.build_index"),
-        *("training.rows", "utils.text_files", "models.mlpLlama", "train_base", "faiss"),
+        *("training.trainer", "utils.text_files", "models.mlpLlama", "train_base", "faiss"),
     ]
 )
 # Calls that change what is on disk for good; a kill before the n-th of them hits each gap between two.
 STEPS = ("replace", "rename", "fsync", "unlink", "rmdir")
 PATIENCE = 600
+
+
+def run(*arguments: object, check: bool = True, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Run `python …` in a process of its own. With `check`, a failure shows the process's output."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    if check and done.returncode:
+        raise AssertionError(f"{arguments}\nexit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done
+
+
+def command(module: str, *arguments: object) -> None:
+    """Run a command's `main` in this process, as its command line would."""
+    before = sys.argv
+    sys.argv = [module, *map(str, arguments)]
+    try:
+        importlib.import_module(module).main()
+    finally:
+        sys.argv = before
+
+
+def refused(*arguments: object, **environment: str) -> str:
+    """Run `python …`, expect bad input: exit status 2, one line on stderr, no traceback. Returns the line."""
+    done = run(*arguments, check=False, **environment)
+    assert done.returncode == 2, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "Traceback" not in done.stderr
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def refused_here(module: str, *arguments: object) -> str:
+    """Like `refused`, in this process: the text of the InputError that `main` raises."""
+    from utils.errors import InputError
+
+    with pytest.raises(InputError) as caught:
+        command(module, *arguments)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
 
 
 class Command:
@@ -169,3 +226,60 @@ def pause_before(step: int, mark: str) -> None:
             time.sleep(600)
 
     _watch(before)
+
+
+def shell(*words: object, cwd: Path = ROOT, **environment: object) -> subprocess.CompletedProcess:
+    """Run a shell command with `environment` added; settings of the caller's that scripts read are left out."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "HF_HUB_OFFLINE") if name in os.environ}
+    kept |= {"VIRTUAL_ENV": os.environ.get("VIRTUAL_ENV", "none"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*map(str, words)],
+        cwd=cwd,
+        env=kept | {name: str(value) for name, value in environment.items()},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def stub_python(folder: Path, *, fails: str = "no command") -> Path:
+    """A program that appends its arguments, one a line, to `calls` beside it; exits with 7 where one is `fails`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / "python-stub"
+    program.write_text(
+        "#!/bin/sh\n"
+        f"{{ printf '%s\\n' \"$@\"; echo ----; }} >> '{folder}/calls'\n"
+        f'for word in "$@"; do [ "$word" != \'{fails}\' ] || exit 7; done\n'
+    )
+    program.chmod(0o755)
+    return program
+
+
+def calls(program: Path) -> list[list[str]]:
+    """The argument lists of each call of the stub, in order."""
+    path = program.parent / "calls"
+    if not path.exists():
+        return []
+    return [call.splitlines() for call in path.read_text().split("----\n") if call]
+
+
+def flags(call: list[str]) -> dict[str, str]:
+    """{flag: its values in one string} of a call; a launcher before `-m command` is left out."""
+    begin = max(index for index, word in enumerate(call) if word == "-m") if "-m" in call else 0
+    found: dict[str, str] = {}
+    name = ""
+    for word in call[begin:]:
+        if word.startswith("--"):
+            name = word
+            found[name] = ""
+        elif name:
+            found[name] = f"{found[name]} {word}".strip()
+    return found
+
+
+def ran(folder: Path, script: object, *words: object, cwd: Path = ROOT, **environment: object) -> tuple[str, list]:
+    """(what a script printed, the stub's calls) of a run that succeeds; running again in `folder` adds to the calls."""
+    program = stub_python(folder)
+    done = shell("bash", script, *words, cwd=cwd, PYTHON=program, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, calls(program)
