@@ -14,7 +14,11 @@ run() {
     printf '\n[%s]\n$' "$STAGE"
     printf ' %q' "$@"
     printf '\n'
-    "$@"
+    if [[ " $* " == *" accelerate.commands.launch "* ]]; then
+        OMP_NUM_THREADS="${OMP_NUM_THREADS:-$THREADS}" "$@"
+    else
+        "$@"
+    fi
 }
 
 # once NAME COMMAND...: like run, but skipped where the same command was completed before ($DONE holds the marks).
@@ -68,21 +72,58 @@ install() {
     fi
 }
 
-# find_launcher: LAUNCH, the beginning of a command that may run on several processes, and GPU_SEARCH.
-# ACCELERATE_CONFIG names a file; without one and without a GPU the command runs in one plain process.
+# count_cards: print how many GPUs a command sees here, 0 without any.
+count_cards() {
+    local cards
+    cards="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')" || true
+    if [ "$cards" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        cards="$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]')" || true
+    fi
+    echo "$cards"
+}
+
+# share_of_cores PROCESSES: print the threads of each, of which accelerate gives it one where nobody says more.
+share_of_cores() {
+    local cores="${SLURM_CPUS_PER_TASK:-$(nproc)}"
+    echo "$((cores > $1 ? cores / $1 : 1))"
+}
+
+# find_launcher: LAUNCH, the beginning of a command that may run in several PROCESSES of a machine, THREADS of each, and
+# ON_GPU, the flag of index and search. ACCELERATE_CONFIG names a file; without one and without a GPU the command runs
+# in one plain process. A file that asks for more cards than this machine has (WANTED) gets a process for each card.
 find_launcher() {
-    LAUNCH=("${ONE[@]}") GPU_SEARCH=()
+    local cards machines
+    LAUNCH=("${ONE[@]}") ON_GPU=() PROCESSES=1 WANTED=1
     if [ -n "${ON_ALL+set}" ]; then
-        GPU_SEARCH=(--knn_gpu)
+        ON_GPU=(--knn_gpu)
         return
     fi
-    if [ -z "${ACCELERATE_CONFIG:-}" ] && command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+    cards="$(count_cards)"
+    if [ -z "${ACCELERATE_CONFIG:-}" ] && [ "$cards" -gt 0 ]; then
         ACCELERATE_CONFIG="accelerate_config/${DEFAULT_CONFIG:-1_card}.yaml"
     fi
-    if [ -n "${ACCELERATE_CONFIG:-}" ]; then
-        LAUNCH=("$PYTHON" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG")
-        if nvidia-smi -L >/dev/null 2>&1; then GPU_SEARCH=(--knn_gpu); fi
+    [ -n "${ACCELERATE_CONFIG:-}" ] || return 0
+    LAUNCH=("$PYTHON" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG")
+    [ "$cards" -eq 0 ] || ON_GPU=(--knn_gpu)
+    machines="$(sed -n 's/^num_machines: *//p' "$ACCELERATE_CONFIG")"
+    WANTED="$(sed -n 's/^num_processes: *//p' "$ACCELERATE_CONFIG")"
+    WANTED="$((${WANTED:-1} / ${machines:=1}))" PROCESSES="$WANTED"
+    if [ "$machines" -eq 1 ] && [ "$cards" -gt 0 ] && [ "$cards" -lt "$WANTED" ] &&
+        ! grep -q '^use_cpu: true' "$ACCELERATE_CONFIG"; then
+        PROCESSES="$cards"
+        LAUNCH+=(--num_processes "$cards")
+        echo "$ACCELERATE_CONFIG asks for $WANTED GPUs, this machine has $cards: one process for each"
     fi
+    THREADS="$(share_of_cores "$PROCESSES")"
+}
+
+# choose_dtype: TORCH_DTYPE, unless it is set: bfloat16 where every GPU has it (compute capability 8.0 or more), float32
+# where one is older. Without a GPU it stays empty, and nothing is passed.
+choose_dtype() {
+    local oldest
+    [ -z "${TORCH_DTYPE:-}" ] && [ "$(count_cards)" -gt 0 ] || return 0
+    oldest="$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | sed -n 1p)" || true
+    case "${oldest%%.*}" in [89] | [1-9][0-9]) TORCH_DTYPE=bfloat16 ;; *) TORCH_DTYPE=float32 ;; esac
 }
 
 # add_given FLAG VARIABLE...: to the array `options` each flag whose variable is set, with its value.
@@ -97,7 +138,16 @@ add_given() {
 train_memory() {
     local options=(--weight_decay 0.0 --lr_scheduler_type linear --report_to none)
     DEFAULT_CONFIG=8_card find_launcher
-    add_given --memory_layers MEMORY_LAYERS
+    if [ "$PROCESSES" -lt "$WANTED" ] && [ -z "${GRADIENT_ACCUMULATION_STEPS:-}" ]; then
+        if [ "$((WANTED % PROCESSES))" -eq 0 ]; then
+            GRADIENT_ACCUMULATION_STEPS="$((WANTED / PROCESSES))"
+            echo "a step adds up $GRADIENT_ACCUMULATION_STEPS batches: as many windows as on $WANTED GPUs"
+        else
+            echo "a step takes $PROCESSES batches, on $WANTED GPUs $WANTED: BATCH_SIZE sets the windows of each"
+        fi
+    fi
+    choose_dtype
+    add_given --memory_layers MEMORY_LAYERS --torch_dtype TORCH_DTYPE
     run "train memory ${1##*_}" "${LAUNCH[@]}" -m "$1" \
         --model_name_or_path "${MODEL:-Rubin-Wei/gpt2-large-finetuned-wikitext103}" \
         --dataset_name "${DATASET:-./dataset/wikitext-gpt2}" --dataset_split_name train \

@@ -13,13 +13,15 @@
 #   OUTPUT                   folder of everything                 (default: results/wikitext103)
 #   LAMBDA KNN_TEMP_MEMORY   mixture                              (default: 0.25 and 1)
 #   ACCELERATE_CONFIG        a file of accelerate_config/         (default: 1_card.yaml on a GPU; the paper: 8_card.yaml)
-#   BATCH_SIZE_EVAL TORCH_DTYPE NUM_PROC PLAN_ONLY=1
+#   TORCH_DTYPE              of the models                        (default: bfloat16 on cards that have it)
+#   BATCH_SIZE_EVAL NUM_PROC PLAN_ONLY=1
 # and with TRAIN=1 those of scripts/save_pipeline.sh and scripts/train_mlpmem_offline.sh: K PROBE NCENTROIDS CODE_SIZE
 # INDEX_FACTORY EPOCHS BASE_MODEL_NAME MEMORY_LAYERS and the others. STANDINS=1 is said in the table.
 # shellcheck source=scripts/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 find_python
 find_launcher
+choose_dtype
 
 WORK="${OUTPUT:=results/wikitext103}/work"
 DONE="$WORK/done"
@@ -83,16 +85,17 @@ set_here() {
 }
 if [ "$TRAIN" = 1 ]; then
     set_here K PROBE KNN_TEMP NCENTROIDS CODE_SIZE INDEX_FACTORY NUM_KEYS_TO_ADD BATCH_SIZE_EVAL BATCH_SIZE_KNN \
-        ACCELERATE_CONFIG
+        ACCELERATE_CONFIG TORCH_DTYPE
     once "kNN targets of the teacher" env ${settings[@]+"${settings[@]}"} MODEL_TO_SAVE="$XL" DATASET="$windows" SUBSET=train \
         DSTORE_DIR="$WORK/teacher" OUTPUT_DIR="$WORK/teacher_embed" OUTPUT_PATH="$WORK/targets" PYTHON="$PYTHON" \
         bash scripts/save_pipeline.sh
     once "datastore of the student" "${LAUNCH[@]}" -m train_base --model_name_or_path "$LARGE" \
         --dataset_name "$windows" --do_eval --eval_subset train --per_device_eval_batch_size "${BATCH_SIZE_EVAL:-16}" \
-        --output_dir "$WORK/student_embed" --dstore_dir "$WORK/student" --save_knnlm_dstore --report_to none
+        --output_dir "$WORK/student_embed" --dstore_dir "$WORK/student" --save_knnlm_dstore --report_to none \
+        ${precision[@]+"${precision[@]}"}
     student=$(find "$WORK/student" -maxdepth 1 -name 'dstore_*_train_*.arrow' -print -quit)
     set_here BASE_MODEL_NAME MEMORY_LAYERS LEARNING_RATE WARMUP_STEPS ALPHA BATCH_SIZE GRADIENT_ACCUMULATION_STEPS SEED \
-        ACCELERATE_CONFIG
+        ACCELERATE_CONFIG TORCH_DTYPE
     once "train the memory" env ${settings[@]+"${settings[@]}"} MODEL="$LARGE" DATASET="$windows" KNN_SAVE_PATH="$WORK/targets" \
         DSTORE_PATH="$student" OUTPUT_DIR="$WORK/memory" EPOCHS="$EPOCHS" PYTHON="$PYTHON" \
         bash scripts/train_mlpmem_offline.sh

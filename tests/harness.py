@@ -255,6 +255,20 @@ def stub_python(folder: Path, *, fails: str = "no command") -> Path:
     return program
 
 
+def stub_cards(folder: Path, *capabilities: str) -> dict[str, str]:
+    """The PATH of a machine of 64 cores whose `nvidia-smi` lists a GPU of each of these compute capabilities."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = "\n".join(f"GPU {number}: Stub" for number in range(len(capabilities)))
+    texts = {
+        "nvidia-smi": f"if [ \"$1\" = -L ]; then echo '{listed}'; else printf '%s\\n' {' '.join(capabilities)}; fi",
+        "nproc": "echo 64",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
 def calls(program: Path) -> list[list[str]]:
     """The argument lists of each call of the stub, in order."""
     path = program.parent / "calls"

@@ -178,6 +178,12 @@ def test_accelerate_reads_each_configuration(config):
     assert (environment.get("ACCELERATE_USE_FSDP") == "true") == (config.stem in BLOCKS)
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_keeps_the_number_of_threads_that_the_scripts_set(config, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert launch_environment(config)["OMP_NUM_THREADS"] == "7"
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_sharding_wraps_the_blocks_of_the_memory(name, monkeypatch):
     from accelerate import FullyShardedDataParallelPlugin

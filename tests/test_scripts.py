@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT, calls, command, flags, ran, shell, stub_python
+from harness import ROOT, calls, command, flags, ran, shell, stub_cards, stub_python
 from tiny_models import make_base, tiny_memory
 from transformers import AutoModelForCausalLM
 
@@ -103,6 +103,65 @@ def test_several_processes_are_launched_where_a_configuration_is_named(tmp_path)
     config = {"ACCELERATE_CONFIG": "accelerate_config/cpu.yaml"}
     _, (call,) = ran(tmp_path, "scripts/train_mlpmem_offline.sh", **config)
     assert call[:5] == ["-m", "accelerate.commands.launch", "--config_file", "accelerate_config/cpu.yaml", "-m"]
+
+
+@pytest.mark.parametrize(
+    ("cards", "accumulation", "told"),
+    [(8, "1", None), (4, "2", "adds up 2 batches"), (1, "8", "adds up 8 batches"), (3, "1", "takes 3 batches")],
+)
+def test_one_process_runs_on_each_card_and_a_step_keeps_its_windows(cards, accumulation, told, tmp_path):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    text, (call,) = ran(tmp_path, "scripts/train_mlpmem_offline.sh", **stub_cards(tmp_path / "bin", *["9.0"] * cards))
+    launched = _validate_launch_command(launch_command_parser().parse_args(call[2:]))[0]
+    assert launched.num_processes == cards and launched.training_script == "train_mlpmem_offline"
+    assert flags(call)["--gradient_accumulation_steps"] == accumulation
+    assert ("asks for 8 GPUs" in text) == (cards < 8) and (told is None or told in text)
+
+
+def test_only_cards_that_a_command_may_see_are_counted_and_what_is_set_stays(tmp_path):
+    machine = stub_cards(tmp_path / "bin", *["9.0"] * 8)
+    script = "scripts/train_mlpmem_online.sh"
+    settings = {"CUDA_VISIBLE_DEVICES": "2,5", "GRADIENT_ACCUMULATION_STEPS": "3"}
+    _, (call,) = ran(tmp_path / "two", script, **machine, **settings)
+    assert call[4:6] == ["--num_processes", "2"] and flags(call)["--gradient_accumulation_steps"] == "3"
+    for config in ("cpu", "multi_node"):
+        settings = {"ACCELERATE_CONFIG": f"accelerate_config/{config}.yaml", "CUDA_VISIBLE_DEVICES": "0"}
+        _, (call,) = ran(tmp_path / config, script, **machine, **settings)
+        assert "--num_processes" not in call and flags(call)["--gradient_accumulation_steps"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "settings", "dtype"),
+    [
+        *((("8.0", "9.0"), {}, "bfloat16"), (("12.0",), {}, "bfloat16"), (("9.0", "7.5"), {}, "float32")),
+        *((("9.0",), {"TORCH_DTYPE": "float16"}, "float16"), ((), {}, None)),
+    ],
+)
+def test_bases_are_in_bfloat16_on_cards_that_have_it(capabilities, settings, dtype, tmp_path):
+    (tmp_path / "dstore_gpt2_train_8.arrow").mkdir()
+    for side in ("teacher", "student"):
+        (tmp_path / "work" / side / "dstore_gpt2_train_8.arrow").mkdir(parents=True)
+    settings = settings | {"DSTORE_DIR": tmp_path, "OUTPUT": tmp_path, "TRAIN": 1}
+    settings |= stub_cards(tmp_path / "bin", *capabilities)
+    scripts = ("evaluate_base", "evaluate_joint", "save_pipeline", "train_mlpmem_online", "reproduce_wikitext103")
+    found = [call for script in scripts for call in ran(tmp_path / script, f"scripts/{script}.sh", **settings)[1]]
+    loading = ("train_base", "evaluate_joint", "train_mlpmem_offline", "train_mlpmem_online")
+    passed = [flags(call).get("--torch_dtype") for call in found if set(loading) & set(call)]
+    assert passed == [dtype] * 11
+
+
+def test_index_and_search_take_the_gpu_and_each_process_its_share_of_the_cores(tmp_path):
+    (tmp_path / "dstore_gpt2_train_8.arrow").mkdir()
+    program = stub_python(tmp_path / "stub")
+    program.write_text(f"{program.read_text()}echo ${{OMP_NUM_THREADS:-all}} >> {tmp_path}/threads\n")
+    machine = stub_cards(tmp_path / "bin", *["9.0"] * 4)
+    settings = {"ACCELERATE_CONFIG": "accelerate_config/8_card.yaml", "DSTORE_DIR": tmp_path, "PYTHON": program}
+    for given in ("", "3"):
+        done = shell("bash", "scripts/save_pipeline.sh", **machine, **settings, OMP_NUM_THREADS=given)
+        assert done.returncode == 0, done.stderr
+    assert ["--knn_gpu" in call for call in calls(program)] == [False, True, True] * 2
+    assert (tmp_path / "threads").read_text().split() == ["16", "all", "16", "3", "3", "3"]
 
 
 def test_the_first_failure_stops_a_script_with_the_name_of_its_stage(tmp_path):

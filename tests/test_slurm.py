@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import os
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ SCONTROL = """#!/bin/bash
 printf 'first\\nsecond\\n'
 """
 SRUN = """#!/bin/bash
+echo "$*" >>"$FAKE/steps"
 while [[ "$1" == -* ]]; do case "$1" in *=*) shift ;; *) shift 2 ;; esac; done
 for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done
 """
@@ -55,7 +57,8 @@ def submitted(folder: Path) -> list[list[str]]:
 
 
 def test_the_chain_submits_each_stage_after_those_it_needs(cluster):
-    cluster("chain.sh", PARTITION="gpu", CPU_PARTITION="cpu", ACCOUNT="us", NODES="4")
+    machine = {"GPUS_PER_NODE": "4", "CPUS_PER_GPU": "12", "MEMORY_PER_GPU": "20", "NUM_PROC": "6"}
+    cluster("chain.sh", PARTITION="gpu", CPU_PARTITION="cpu", ACCOUNT="us", NODES="4", **machine)
     jobs = submitted(cluster.folder)
     stages = [Path(job[-1]).stem for job in jobs]
     assert stages == ["windows", "datastore", "datastore", "index", "targets", "train", "evaluate"]
@@ -64,7 +67,10 @@ def test_the_chain_submits_each_stage_after_those_it_needs(cluster):
     after = [(), (0,), (0,), (1,), (3,), (4, 2), (5,)]
     assert needs == ["afterok:" + ":".join(number[one] for one in those) if those else "" for those in after]
     for stage, job in zip(stages, jobs, strict=True):
-        assert ("--gpus-per-node" in job) == (stage != "windows")
+        asked = dict(pairwise(job))
+        names = ("--gpus-per-node", "--cpus-per-task", "--mem")
+        wanted = [None, "6", None] if stage == "windows" else ["4", "48", "80G"]
+        assert [asked.get(name) for name in names] == wanted
         assert job[job.index("--partition") + 1] == ("cpu" if stage == "windows" else "gpu")
 
 
@@ -106,7 +112,19 @@ def test_a_job_starts_its_stage_on_every_machine_with_flags_that_are_known(clust
         assert (ROOT / options["--config_file"]).is_file()
         known = known_flags(stage[0])
         assert {word for word in stage[1:] if word.startswith("--")} <= known
+        assert ("--knn_gpu" in stage) == (job in ("index", "targets"))
     assert started[0][started[0].index("--machine_rank") + 2 :] == started[1][started[1].index("--machine_rank") + 2 :]
+
+
+@pytest.mark.parametrize(("given", "threads"), [("", "8"), ("3", "3")])
+def test_a_job_hands_cpus_and_memory_on_and_each_process_gets_its_share_of_the_cores(cluster, given, threads):
+    program = cluster.folder / "python"
+    program.write_text('#!/bin/bash\necho "$OMP_NUM_THREADS" >>"$FAKE/threads"\n')
+    program.chmod(0o755)
+    job = {"SLURM_CPUS_PER_TASK": "32", "SLURM_MEM_PER_NODE": "81920", "GPUS_PER_NODE": "4", "OMP_NUM_THREADS": given}
+    cluster("train.sh", PYTHON=str(program), **job)
+    assert "--cpus-per-task 32 --mem 81920 bash" in (cluster.folder / "steps").read_text()
+    assert (cluster.folder / "threads").read_text().split() == [threads] * 2
 
 
 def known_flags(module: str) -> set[str]:

@@ -10,6 +10,9 @@
 #   DATASET                               folder of the windows made from it
 #   DSTORE_DIR STUDENT_DSTORE_DIR OUTPUT_DIR RESULTS_DIR
 #   NODES GPUS_PER_NODE                   machines of the GPU jobs (default: 1 of 8)
+#   CPUS_PER_GPU MEMORY_PER_GPU           what the GPU jobs ask for with each GPU, memory in GB; set to nothing, they leave
+#                                         it to the cluster (default: 8 and 48)
+#   NUM_PROC                              CPUs of the first stage      (default: 1)
 #   PARTITION CPU_PARTITION ACCOUNT TIME  where and how long the jobs may run
 # shellcheck source=scripts/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -19,6 +22,7 @@ mkdir -p "${LOGS:=slurm_logs}"
 export MODEL_TO_SAVE MODEL DATASET GPUS_PER_NODE EPOCHS
 : "${MODEL_TO_SAVE:=Clover-Hill/gpt2-xl-finetuned-wikitext103}" "${DATASET:=./dataset/wikitext-gpt2}"
 : "${MODEL:=Rubin-Wei/gpt2-large-finetuned-wikitext103}" "${GPUS_PER_NODE:=8}" "${EPOCHS:=50}"
+: "${CPUS_PER_GPU=8}" "${MEMORY_PER_GPU=48}"
 : "${TEACHER_DIM:=1600}" "${STUDENT_DIM:=1280}" "${MODEL_TYPE:=gpt2}" "${DSTORE_DIR:=./dstore/wikitext-gpt2}"
 : "${STUDENT_DSTORE_DIR:=./dstore/wikitext-gpt2-large}" "${OUTPUT_DIR:=./output/mlpmem-gpt2-large}"
 teacher="$DSTORE_DIR/dstore_${MODEL_TYPE}_train_$TEACHER_DIM.arrow"
@@ -32,8 +36,11 @@ submit() {
     shift 3
     STAGE="submit $stage"
     if [ "$kind" = gpu ]; then
-        options=(--nodes "${NODES:-1}" --gpus-per-node "$GPUS_PER_NODE")
+        options=(--nodes "${NODES:-1}" --ntasks-per-node 1 --gpus-per-node "$GPUS_PER_NODE")
+        [ -z "$CPUS_PER_GPU" ] || options+=(--cpus-per-task "$((CPUS_PER_GPU * GPUS_PER_NODE))")
+        [ -z "$MEMORY_PER_GPU" ] || options+=(--mem "$((MEMORY_PER_GPU * GPUS_PER_NODE))G")
     else
+        options=(--cpus-per-task "${NUM_PROC:-1}")
         partition="${CPU_PARTITION:-$partition}"
     fi
     [ -z "$partition" ] || options+=(--partition "$partition")

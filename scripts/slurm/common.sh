@@ -20,6 +20,9 @@ on_all_machines() {
         [ "$machines" -eq 1 ] || ACCELERATE_CONFIG=accelerate_config/multi_node.yaml
     fi
     export ACCELERATE_CONFIG GPUS_PER_NODE MAIN_HOST MAIN_PORT
+    # srun does not take over by itself what the job asked for.
     ON_ALL=(srun --nodes "$machines" --ntasks "$machines" --ntasks-per-node 1 --kill-on-bad-exit=1
+        ${SLURM_CPUS_PER_TASK:+--cpus-per-task "$SLURM_CPUS_PER_TASK"}
+        ${SLURM_MEM_PER_NODE:+--mem "$SLURM_MEM_PER_NODE"}
         bash scripts/slurm/machine.sh)
 }
