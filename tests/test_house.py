@@ -225,6 +225,21 @@ def test_two_machines_started_by_hand_get_ranks_of_their_own():
         assert arguments.rdzv_endpoint == "HOST:29500" and arguments.rdzv_backend == "static"
 
 
+def test_the_page_for_gpus_is_short_and_accelerate_reads_each_of_its_commands():
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    page = (ROOT / "README.md").read_text().split("## Your first hour on a GPU\n")[1].split("\n## ")[0]
+    assert len(page.splitlines()) <= 40 and "CONDA_OVERRIDE_CUDA" in page
+    lines = page.replace("\\\n", "").splitlines()
+    commands = [line.split("accelerate launch")[1].split() for line in lines if "accelerate launch" in line]
+    read = [_validate_launch_command(launch_command_parser().parse_args(words))[0] for words in commands]
+    sizes = [(each.num_processes, each.num_machines, int(each.machine_rank)) for each in read]
+    assert sizes == [(8, 1, 0), (4, 1, 0), (16, 2, 0), (16, 2, 1)]
+    assert all((ROOT / each.training_script.replace(".", "/")).with_suffix(".py").is_file() for each in read)
+    scripts = [word for line in lines for word in line.split() if word.startswith("scripts/")]
+    assert len(scripts) == 6 and all((ROOT / script).is_file() for script in scripts)
+
+
 def test_the_cpu_configuration_hides_gpus():
     assert launch_environment(ROOT / "accelerate_config" / "cpu.yaml")["CUDA_VISIBLE_DEVICES"] == "-1,-1"
 
