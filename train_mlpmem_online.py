@@ -23,7 +23,7 @@ class OnlineArguments:
 def main() -> None:
     arguments, online = parse(TrainerArguments, OnlineArguments, description="Train an MLP memory online.")
     arguments.check()
-    from training.rows import OnlineRows
+    from training.online import OnlineRows
     from training.trainer import train_memory
 
     def make_rows(windows, config, open_base):

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from knn_utils.datastore import Datastore, KNNTargets, TargetRows, check_belongs
-from models.capture import hidden_states
 from training.arguments import TrainerArguments
 from utils.errors import InputError
 from utils.evaluation import count_rows, predicted_positions
-from utils.loading import model_fingerprint
 
 CHECKED_WINDOWS = 2048
 
@@ -155,39 +153,3 @@ class OfflineRows(WindowRows):
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"model": self.datastore.settings.get("model", self.origin())}
-
-
-class OnlineRows(WindowRows):
-    """Rows whose hidden states the frozen `base` computes when they are needed, `batch_size` windows at a time.
-
-    `round_to_half` rounds them to float16, as a datastore does.
-    """
-
-    def __init__(
-        self, windows: Any, config: Any, arguments: TrainerArguments, base: Any, batch_size: int, round_to_half: bool
-    ) -> None:
-        super().__init__(windows, config, arguments)
-        self.base, self.batch_size, self.round_to_half = base, batch_size, round_to_half
-        self.device = base.get_input_embeddings().weight.device
-
-    def read(self, windows: np.ndarray) -> Any:
-        rows = self.windows[np.asarray(windows)]
-        return (np.asarray(rows["input_ids"]), np.asarray(rows["labels"])), self.read_targets(windows)
-
-    def rows(self, read: Any) -> Rows:
-        (input_ids, labels), targets = read
-        mask, _ = predicted_positions(torch.from_numpy(labels))
-        pieces = []
-        with torch.no_grad():
-            for start in range(0, len(input_ids), self.batch_size):
-                ids = torch.from_numpy(input_ids[start : start + self.batch_size]).to(self.device, torch.int64)
-                hidden = hidden_states(self.base, ids, layer_position=self.layer_position)
-                pieces.append(hidden[mask[start : start + self.batch_size].to(self.device)])  # (rows, hidden)
-        hidden = torch.cat(pieces)
-        return Rows.of(hidden.half() if self.round_to_half else hidden, targets)
-
-    def origin(self) -> str:
-        return str(self.base.config.name_or_path)
-
-    def identity(self) -> dict[str, Any]:
-        return super().identity() | {"model": model_fingerprint(self.base)}

@@ -6,7 +6,6 @@ A line names the file, flag or value, what was expected and what to do; `utils.c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 
 class InputError(ValueError):
@@ -31,12 +30,3 @@ def check_positive(flag: str, value: float) -> float:
     if not (math.isfinite(value) and value > 0):
         raise InputError(f"{flag} {value:g}: expected a number above 0")
     return value
-
-
-def check_grid(lmbda: Sequence[float], knn_temp: Sequence[float]) -> None:
-    """Check the values of `--lmbda` (each in [0, 1]) and `--knn_temp` (each above 0). Raises InputError."""
-    for name, values, check in (("--lmbda", lmbda, check_fraction), ("--knn_temp", knn_temp, check_positive)):
-        if not values:
-            raise InputError(f"{name}: expected at least one value")
-        for value in values:
-            check(name, value)

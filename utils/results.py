@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import flag, say
-from utils.errors import InputError, check_grid
+from utils.errors import InputError, check_fraction, check_positive
 from utils.files import ensure_folder, read_json, write_json
 from utils.loading import BaseArguments
 
@@ -37,6 +38,15 @@ class ScoreArguments(BaseArguments):
             self.require_base()
         if self.dataset_name is None:
             raise InputError("--dataset_name: expected a windows folder made by utils/preprocess_dataset.py")
+
+
+def check_grid(lmbda: Sequence[float], knn_temp: Sequence[float]) -> None:
+    """Check the values of `--lmbda` (each in [0, 1]) and `--knn_temp` (each above 0). Raises InputError."""
+    for name, values, check in (("--lmbda", lmbda, check_fraction), ("--knn_temp", knn_temp, check_positive)):
+        if not values:
+            raise InputError(f"{name}: expected at least one value")
+        for value in values:
+            check(name, value)
 
 
 def chosen(path: str) -> tuple[list[float], list[float]]:
