@@ -61,7 +61,8 @@ def test_the_command_writes_windows_summary_and_record_and_nothing_else(tmp_path
     home, out = tmp_path / "home", tmp_path / "deep" / "out"
     home.mkdir()
     done = run(SCRIPT, *flags(text, out, "--num_proc", 1), HOME=str(home), HF_HOME=str(home / "hf"))
-    assert done.stdout == "train: 1 documents, 18 rows, 16 tokens, 4 windows, 15 datastore rows\n" and done.stderr == ""
+    told = "1 documents, 18 rows, 18 tokens of text, 2 tokens left out, 16 tokens, 4 windows, 15 datastore rows"
+    assert done.stdout == f"train: {told}\n" and done.stderr == ""
     assert list(home.rglob("*")) == [] and [path.name for path in out.parent.iterdir()] == ["out"]
     windows = datasets.load_from_disk(str(out))
     assert list(windows) == ["train"]
@@ -70,18 +71,21 @@ def test_the_command_writes_windows_summary_and_record_and_nothing_else(tmp_path
     record = json.loads((out / "preprocess.json").read_text())
     assert record["settings"]["block_size"] == 8 and record["settings"]["stride"] == 4
     assert record["settings"]["tokenizer_length"] == 276 and record["tokenizer"] == str(TOKENIZER)
-    assert record["dataset_name"] == str(text) and record["splits"]["train"]["tokens"] == 16
+    amounts = {"tokens_of_text": 18, "tokens_left_out": 2, "tokens": 16}
+    assert record["dataset_name"] == str(text) and record["splits"]["train"].items() >= amounts.items()
 
 
-def test_files_named_by_split_give_their_splits_whatever_their_kind(tmp_path):
+def test_files_named_by_split_give_their_splits_whatever_their_kind(tmp_path, capsys):
     source = tmp_path / "source"
     source.mkdir()
     (source / "train.txt").write_text("".join(WORDS))
     with open(source / "valid.jsonl", "w") as file:
         file.writelines(json.dumps({"id": number, "body": word}) + "\n" for number, word in enumerate(WORDS[::-1]))
     pq.write_table(pa.table({"body": WORDS[1:], "id": list(range(17))}), source / "test.parquet")
-    (source / "README.md").write_text("nothing")
+    for name in ("README.md", "chapter1.txt", ".hidden"):
+        (source / name).write_text("nothing")
     windows = make(source, tmp_path / "out", "--text_column", "body")
+    assert f"{source}: not used: README.md, chapter1.txt\n" in capsys.readouterr().out
     assert list(windows) == ["train", "validation", "test"]
     assert [first_tokens(part) for part in windows.values()] == [[2, 3, 4, 5], [19, 18, 17, 16], [3, 4, 5, 6]]
 
@@ -120,6 +124,28 @@ def test_text_files_in_split_folders_keep_their_newlines(tmp_path):
 
     rows = open_source(str(tmp_path / "source"), work=tmp_path)
     assert list(rows["test"]["text"]) == list(rows["train"]["text"]) == WORDS
+
+
+def test_files_of_another_kind_than_most_are_named(tmp_path, capsys):
+    (tmp_path / "source").mkdir()
+    for name, content in (("a.txt", "so"), ("b.jsonl", '{"text": "so"}\n' * 9)):
+        (tmp_path / "source" / name).write_text(content)
+    assert len(make(tmp_path / "source", tmp_path / "out")["train"]) == 2
+    assert "not used: a.txt\n" in capsys.readouterr().out
+
+
+@pytest.mark.unit
+def test_text_from_windows_gives_the_documents_of_its_plain_form(tmp_path):
+    from utils.text_files import iterate_documents, open_source
+
+    lines = ["= a =\n", "so\rzi\n", "\n", "= b =\n", '{"text": "ka"}\n', "end"]
+    found = []
+    for name, end in (("plain", "\n"), ("windows", "\r\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.txt").write_bytes("".join(lines).replace("\n", end).encode())
+        rows = open_source(str(tmp_path / name), document_separator="\n\n", work=tmp_path / name)["train"]
+        found.append(list(iterate_documents(rows)))
+    assert found[0] == found[1] == ["= a =\nso\rzi\n", '= b =\n{"text": "ka"}\nend\n']
 
 
 def test_a_folder_of_articles_is_divided_by_article_and_its_text_kept(tmp_path):

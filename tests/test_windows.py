@@ -158,10 +158,10 @@ def test_documents_read_in_pieces_are_those_of_the_whole_text(text, separator):
     assert found == [piece if piece.endswith("\n") else piece + "\n" for piece in expected]
 
 
-def test_only_a_newline_ends_a_line_and_a_byte_order_mark_is_no_text(tmp_path):
+def test_only_a_newline_ends_a_line_of_windows_too_and_a_byte_order_mark_is_no_text(tmp_path):
     path = tmp_path / "lines.txt"
     path.write_bytes("\ufeffone\r\n\ntwo\x0b\u2028three\rfour".encode())
-    assert list(text_files.read_lines(path)) == ["one\r\n", "\n", "two\x0b\u2028three\rfour"]
+    assert list(text_files.read_lines(path)) == ["one\n", "\n", "two\x0b\u2028three\rfour"]
 
 
 def split_texts(dataset, work, validation=0.2, seed=1):

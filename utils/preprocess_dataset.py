@@ -116,7 +116,7 @@ def tokenize_and_group_text(
         if "text" not in rows.column_names:
             rows = rows.rename_column(rows.column_names[0], "text")
         with tempfile.TemporaryDirectory() as work:
-            windows[split], _ = windows_of_split(rows, tokenizer, sizes, num_process, Path(work), in_memory=True)
+            windows[split], *_ = windows_of_split(rows, tokenizer, sizes, num_process, Path(work), in_memory=True)
     return datasets.DatasetDict(windows)
 
 
@@ -253,7 +253,7 @@ def make_windows(
     for split, rows in splits.items():
         parts, before = ensure_folder(work / f"windows-{split}"), windows.get(split)
         first_row = before[-1]["dstore_range"][1] if before else 0
-        made, tokens = windows_of_split(rows, tokenizer, sizes, arguments.num_proc, parts, first_row=first_row)
+        made, tokens, in_text = windows_of_split(rows, tokenizer, sizes, arguments.num_proc, parts, first_row=first_row)
         if tokens < arguments.block_size:
             raise InputError(
                 f"--dataset_name {arguments.dataset_name}: split {split} has {tokens} tokens, less than one window "
@@ -262,8 +262,10 @@ def make_windows(
         if before:
             made = datasets.concatenate_datasets([before, made.cast(before.features)])
         windows[split], earlier = made, counts.get(split, {})
-        amounts = {"documents": int(document_numbers(rows)[-1]) + 1, "rows": len(rows), "tokens": tokens}
-        counts[split] = {name: earlier.get(name, 0) + amount for name, amount in amounts.items()}
+        amounts = {"documents": int(document_numbers(rows)[-1]) + 1, "rows": len(rows)}
+        amounts |= {"tokens_of_text": in_text, "tokens_left_out": in_text - tokens, "tokens": tokens}
+        counted = amounts.keys() & earlier.keys() if earlier else amounts.keys()  # older records count less
+        counts[split] = {name: earlier.get(name, 0) + amount for name, amount in amounts.items() if name in counted}
         counts[split] |= {"windows": len(made), "dstore_size": made[-1]["dstore_range"][1]}
     record = {
         "settings": settings,
@@ -275,8 +277,8 @@ def make_windows(
     raw_before = Path(arguments.append_to) / "raw" if arguments.append_to else None
     write_output(output, windows, record, splits, raw_before)
     for split, count in counts.items():
-        amounts = ", ".join(f"{value:,} {name}" for name, value in count.items() if name != "dstore_size")
-        say(f"{split}: {amounts}, {count['dstore_size']:,} datastore rows")
+        amounts = (f"{value:,} {name.replace('_', ' ')}" for name, value in count.items() if name != "dstore_size")
+        say(f"{split}: {', '.join(amounts)}, {count['dstore_size']:,} datastore rows")
 
 
 def write_output(

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from utils.cli import say
 from utils.errors import InputError, one_line
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -35,7 +36,10 @@ LONGEST_SEPARATOR = 1 << 20  # characters that one match of a separator, with wh
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file, each with its newline; only a newline ends a line. Raises InputError."""
+    """The lines of a UTF-8 text file, each with its newline; Windows' \\r\\n is one too, nothing else ends a line.
+
+    Raises InputError.
+    """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -44,7 +48,8 @@ def read_lines(path: Path) -> Iterator[str]:
                 raise InputError(
                     f"{path}: line {number} is not UTF-8 text ({error.reason}); convert the file"
                 ) from None
-            yield text.removeprefix("\ufeff") if number == 1 else text
+            text = text.removeprefix("\ufeff") if number == 1 else text
+            yield text[:-2] + "\n" if text.endswith("\r\n") else text
 
 
 def read_documents(path: Path, separator: re.Pattern[str]) -> Iterator[str]:
@@ -164,6 +169,7 @@ def open_source(
     if separator is not None and not any(paths[0].suffix.lower() == ".txt" for paths in files.values()):
         raise InputError(f"--document_separator: separates documents in .txt files; {name} holds none")
     if files:
+        name_unused(path, [file for paths in files.values() for file in paths])
         return {split: _open_files(paths, split, text_column, separator, work) for split, paths in files.items()}
     splits = _open_with_datasets(str(path) if path.exists() else name, config_name, work)
     return {split: _text_only(rows, f"split {split} of {name}", text_column) for split, rows in splits.items()}
@@ -188,6 +194,15 @@ def local_files(path: Path) -> dict[str, list[Path]]:
     if not splits and files and all(file.suffix.lower() == ".txt" for file in files):
         return {"train": files}
     return {split: splits[split] for split in ("train", "validation", "test") if split in splits}
+
+
+def name_unused(folder: Path, used: Iterable[str | Path]) -> None:
+    """Say which files of `folder`, hidden ones left out, are not among `used`; of a file there is nothing to say."""
+    read = {Path(file).resolve() for file in used}
+    left = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.resolve() not in read)
+    if names := [name for file in left if "/." not in f"/{(name := file.relative_to(folder).as_posix())}"]:
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        say(f"--dataset_name {folder}: not used: {', '.join(names[:8])}{more}")
 
 
 def _open_files(paths: list[Path], split: str, column: str, separator: re.Pattern[str] | None, work: Path) -> Any:
@@ -221,6 +236,8 @@ def _open_with_datasets(
                 prepared.config.keep_linebreaks = True
             prepared.download_and_prepare()
             loaded = prepared.as_dataset()
+            if path.is_dir():
+                name_unused(path, itertools.chain.from_iterable((prepared.config.data_files or {}).values()))
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise

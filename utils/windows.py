@@ -114,20 +114,24 @@ def _lists(values: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)))
 
 
-def _write_part(first_row: int, path: Path, *, rows: Any, tokenizer: Any, sizes: WindowSizes) -> np.ndarray:
-    """Write the windows of one part's rows; returns int64 (windows, 2): labels, and labels but the first position's."""
+def _write_part(first_row: int, path: Path, *, rows: Any, tokenizer: Any, sizes: WindowSizes) -> tuple[np.ndarray, int]:
+    """Write the windows of one part's rows.
+
+    Returns int64 (windows, 2): labels, and labels but the first position's; and how many tokens the rows have.
+    """
     pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     past_last = min(first_row + BATCHES_PER_PART * ROWS_PER_BATCH, len(rows))
-    counts = [np.zeros((0, 2), np.int64)]
+    counts, in_text = [np.zeros((0, 2), np.int64)], 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, WINDOW_SCHEMA) as writer:
         for start in range(first_row, past_last, ROWS_PER_BATCH):
             tokens = token_ids(rows[start : start + ROWS_PER_BATCH]["text"], tokenizer)
+            in_text += len(tokens)
             for ids, labels in cut_windows(tokens, sizes, pad_token):
                 columns = [_lists(ids), _lists(labels), _lists(np.ones(ids.shape, np.int8))]
                 writer.write_batch(pa.record_batch(columns, schema=WINDOW_SCHEMA))
                 predicted = labels != sizes.padding_index  # (windows, block_size)
                 counts.append(np.stack([predicted.sum(1), predicted[:, 1:].sum(1)], axis=1))
-    return np.concatenate(counts)
+    return np.concatenate(counts), in_text
 
 
 def windows_of_split(
@@ -139,7 +143,7 @@ def windows_of_split(
     *,
     first_row: int = 0,
     in_memory: bool = False,
-) -> tuple[Any, int]:
+) -> tuple[Any, int, int]:
     """The windows of one split.
 
     Each run of 1,000 rows is tokenized row by row, concatenated by itself and cut (`cut_windows`), whichever process
@@ -153,7 +157,8 @@ def windows_of_split(
     Returns:
         A Dataset with input_ids, labels (int32), attention_mask (int8, all ones), each a list of block_size, and
         dstore_range (int64): first and past-last datastore row of the window, where a window has a row for each of
-        labels[1:] that is not padding_index. And the number of tokens that are a label in the windows.
+        labels[1:] that is not padding_index. The number of tokens that are a label in the windows, and of those in the
+        text: what does not fill a window at the end of 1,000 rows is left out.
 
     Raises:
         InputError: no token to pad with; a worker process was killed.
@@ -163,10 +168,11 @@ def windows_of_split(
     first_rows = range(0, len(rows), BATCHES_PER_PART * ROWS_PER_BATCH)
     paths = [work / f"windows-{number:05d}.arrow" for number in range(len(first_rows))]
     if not paths:
-        return datasets.Dataset(WINDOW_SCHEMA.append(pa.field("dstore_range", pa.list_(pa.int64()))).empty_table()), 0
+        schema = WINDOW_SCHEMA.append(pa.field("dstore_range", pa.list_(pa.int64())))
+        return datasets.Dataset(schema.empty_table()), 0, 0
     write = functools.partial(_write_part, rows=rows.with_format(None), tokenizer=tokenizer, sizes=sizes)
     done = _run(write, first_rows, paths, num_process)
-    counts = list(tqdm(done, desc="windows", total=len(paths), unit="part", disable=None))
+    counts, in_text = zip(*tqdm(done, desc="windows", total=len(paths), unit="part", disable=None), strict=True)
 
     labels, in_datastore = np.concatenate(counts).T
     bounds = first_row + np.concatenate([[0], np.cumsum(in_datastore)])
@@ -177,10 +183,12 @@ def windows_of_split(
         new_fingerprint="windows",  # the same in every run
         feature=datasets.List(datasets.Value("int64")),
     )
-    return windows, int(labels.sum())
+    return windows, int(labels.sum()), sum(in_text)
 
 
-def _run(write: Any, first_rows: Sequence[int], paths: Sequence[Path], num_process: int) -> Iterable[np.ndarray]:
+def _run(
+    write: Any, first_rows: Sequence[int], paths: Sequence[Path], num_process: int
+) -> Iterable[tuple[np.ndarray, int]]:
     """What `write` returns for each part, in order, from this process or from `num_process` others."""
     workers = min(num_process, len(paths))
     if workers <= 1:
