@@ -25,9 +25,11 @@ def main() -> None:
     arguments.check()
     from training.online import OnlineRows
     from training.trainer import train_memory
+    from utils.windows import check_windows
 
     def make_rows(windows, config, open_base):
         base = open_base()
+        check_windows(arguments.dataset_name, windows, base.config, arguments.open_tokenizer())
         return OnlineRows(windows, config, arguments, base, online.base_batch_size, online.round_hidden_states)
 
     train_memory(arguments, make_rows, subfolder="knn_generator")

@@ -146,12 +146,12 @@ class Setting(BenchmarkArguments):
         from transformers import AutoConfig
 
         from models import memory_class
-        from models.stack import memory_config
+        from models.stack import memory_config, vocabulary_size
         from utils.loading import load_tokenizer
 
         config = memory_config(AutoConfig.from_pretrained(self.model), self.memory_layers)
         tokenizer = load_tokenizer(self.model)
-        config.vocab_size = config.vocab_size if tokenizer is None else len(tokenizer)
+        config.vocab_size = config.vocab_size if tokenizer is None else vocabulary_size(tokenizer)
         torch.manual_seed(0)
         return memory_class(config)(config).to(self.device, torch.float32).eval()
 

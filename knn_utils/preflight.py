@@ -73,6 +73,7 @@ class Chain:
     def __init__(self, layer_position: int | None) -> None:
         self.facts: list[str] = []
         self.config: Any = None
+        self.tokenizer: Any = None
         self.windows: Any = None
         self.entries_per_row: float | None = None
         self._stated: dict[str, tuple[Any, str]] = {}
@@ -137,13 +138,14 @@ def check_arguments(arguments: PreflightArguments) -> None:
 def look_at_model(arguments: PreflightArguments, chain: Chain) -> None:
     from transformers import AutoConfig
 
+    from models.stack import vocabulary_size
     from utils.loading import from_pretrained, load_tokenizer
 
     path, remote = arguments.model_name_or_path, {"trust_remote_code": arguments.trust_remote_code}
     whole = from_pretrained(AutoConfig.from_pretrained, path, "--model_name_or_path", **remote)
     chain.config = config = whole.get_text_config()
-    tokenizer = load_tokenizer(path, **remote)
-    vocab = len(tokenizer) if tokenizer is not None else config.vocab_size
+    chain.tokenizer = tokenizer = load_tokenizer(path, **remote)
+    vocab = vocabulary_size(tokenizer) if tokenizer is not None else config.vocab_size
     chain.state(path, vocab=vocab, dim=config.hidden_size)
     chain.facts.append(f"model {path}: {config.model_type}, {config.hidden_size} wide, {vocab} tokens")
 
@@ -151,9 +153,12 @@ def look_at_model(arguments: PreflightArguments, chain: Chain) -> None:
 def look_at_windows(arguments: PreflightArguments, chain: Chain) -> None:
     from utils.evaluation import check_token_ids, count_rows
     from utils.loading import load_windows
+    from utils.windows import check_windows
 
     path = f"{arguments.dataset_name} ({arguments.dataset_split_name})"
     chain.windows = load_windows(arguments.dataset_name, arguments.dataset_split_name)
+    if chain.config is not None:
+        check_windows(arguments.dataset_name, chain.windows, chain.config, chain.tokenizer)
     if chain.stated("vocab") is not None:
         check_token_ids(chain.windows, chain.stated("vocab"), arguments.dataset_name)
     chain.state(path, rows=int(count_rows(chain.windows).sum()))

@@ -21,7 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from .stack import download
+from .stack import download, resize_vocabulary, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -136,14 +136,14 @@ def read_joint_config(folder: str | os.PathLike) -> MLPMemoryConfig | None:
 
 
 def resize_to_memory(base: PreTrainedModel, memory: nn.Module, reference: str | None) -> None:
-    """Resize a base with a padded vocabulary to its tokenizer's length, where that is the memory's vocabulary."""
+    """Resize a base's vocabulary to its tokenizer's, where that is the memory's."""
     vocabulary = memory.lm_head.weight.shape[0]
     if base.config.get_text_config().vocab_size == vocabulary or not reference:
         return
     tokenizer = _tokenizer(reference)
-    if tokenizer is not None and len(tokenizer) == vocabulary:
+    if tokenizer is not None and vocabulary_size(tokenizer) == vocabulary:
         logger.warning("%s: embeddings resized to the tokenizer's %d tokens", reference, vocabulary)
-        base.resize_token_embeddings(vocabulary)
+        resize_vocabulary(base, vocabulary)
 
 
 def _tokenizer(path: str) -> Any:

@@ -210,6 +210,23 @@ def memory_config(base_config: PretrainedConfig, layers: int) -> PretrainedConfi
     return config
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """How many rows a tokenizer's ids need: its length, or its highest id + 1 where its ids have holes."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
+@torch.no_grad()
+def resize_vocabulary(base: nn.Module, size: int) -> None:
+    """Cut or grow a base's embeddings and head to `size` rows; new ones are the mean of the old, so always the same."""
+    old = base.get_input_embeddings().weight.shape[0]
+    base.resize_token_embeddings(size, mean_resizing=False)
+    if size > old:
+        for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
+            for weight in layer.parameters():
+                # In float64 the order of the sum, another on each machine, makes no difference.
+                weight[old:] = weight[:old].mean(0, dtype=torch.float64)
+
+
 def check_fit(base_config: PretrainedConfig, memory: nn.Module) -> None:
     """Raises ValueError when a memory cannot belong to a base: family, hidden size or vocabulary differ."""
     base = base_config.get_text_config()

@@ -204,6 +204,13 @@ def test_too_few_documents_to_divide_are_refused(tmp_path, texts, fraction):
         split_texts(datasets.Dataset.from_dict({"text": texts}), tmp_path / "a", validation=fraction)
 
 
+def test_a_padding_token_makes_no_other_tokenizer_but_another_vocabulary_does():
+    digest = windows.vocabulary_digest(letters_tokenizer())
+    assert digest == windows.vocabulary_digest(letters_tokenizer(pad_token="<pad>"))
+    other = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    assert digest != windows.vocabulary_digest(other)
+
+
 WINDOW = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 1, 1], "dstore_range": [0, 2]}
 
 

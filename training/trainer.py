@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, get_scheduler, set_seed
 
-from models.stack import find_memory, read_memory_state
+from models.stack import find_memory, read_memory_state, vocabulary_size
 from training.arguments import (
     RECORD,
     STATE,
@@ -72,7 +72,7 @@ def train_memory(
     load, remote = AutoConfig.from_pretrained, {"trust_remote_code": arguments.trust_remote_code}
     base_config = from_pretrained(load, arguments.require_base(), "--model_name_or_path", **remote)
     tokenizer = arguments.open_tokenizer()
-    vocabulary = base_config.vocab_size if tokenizer is None else len(tokenizer)
+    vocabulary = base_config.vocab_size if tokenizer is None else vocabulary_size(tokenizer)
     config = memory_config(arguments, base_config, vocabulary)
     arguments.seed = arguments.draw_seed()
     accelerator = arguments.make_accelerator()
@@ -153,7 +153,10 @@ class MemoryTrainer:
         self.accelerator, self.subfolder, self.output = accelerator, subfolder, Path(arguments.output_dir)
         self.load_size = arguments.per_device_train_batch_size
         self.windows_per_step = self.load_size * arguments.gradient_accumulation_steps * accelerator.num_processes
-        self.steps_per_epoch = math.ceil(len(source.counts) / self.windows_per_step)
+        self.filled = np.flatnonzero(source.counts)  # a last window of one token holds no row, and is skipped
+        if not len(self.filled):
+            raise InputError(f"--dataset_name {arguments.dataset_name}: its windows hold no row")
+        self.steps_per_epoch = math.ceil(len(self.filled) / self.windows_per_step)
         self.total_steps = self.steps_per_epoch * arguments.num_train_epochs
         if arguments.max_train_steps is not None:
             self.total_steps = min(self.total_steps, arguments.max_train_steps)
@@ -203,17 +206,13 @@ class MemoryTrainer:
 
     def windows_of_step(self, step: int) -> np.ndarray:
         epoch, number = divmod(step, self.steps_per_epoch)
-        order = epoch_order(len(self.source.counts), self.arguments.seed, epoch)
+        order = self.filled[epoch_order(len(self.filled), self.arguments.seed, epoch)]
         return order[number * self.windows_per_step : (number + 1) * self.windows_per_step]
 
     def loads(self, windows: np.ndarray, process: int) -> list[np.ndarray]:
-        """Windows of a step that `process` reads at once, load by load, so that gradient accumulation bounds memory.
-
-        Loads without a row are left out.
-        """
+        """Windows of a step that `process` reads at once, load by load, so that gradient accumulation bounds memory."""
         share = windows[process :: self.accelerator.num_processes]
-        loads = [share[start : start + self.load_size] for start in range(0, len(share), self.load_size)]
-        return [load for load in loads if self.source.counts[load].any()]
+        return [share[start : start + self.load_size] for start in range(0, len(share), self.load_size)]
 
     def passes(self, windows: np.ndarray) -> int:
         """Forward passes of a step: as many as the process with most needs, since in each all exchange weights."""
@@ -243,8 +242,6 @@ class MemoryTrainer:
     def train_step(self, windows: np.ndarray, reads: Iterator[Any]) -> dict[str, Any]:
         """One step of the optimizer on `windows`, whose loads on this process are the next of `reads`."""
         num_rows = int(self.source.counts[windows].sum())
-        if num_rows == 0:
-            raise InputError(f"step {self.step + 1}: {self.source.where(windows)} hold no row")
         left = self.passes(windows)
         sums = torch.zeros(3, device=self.accelerator.device)
         for load in self.loads(windows, self.accelerator.process_index):

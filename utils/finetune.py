@@ -14,13 +14,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import Trainer, default_data_collator
 
 from utils.cli import say
 from utils.errors import InputError, one_line
-from utils.evaluation import check_token_ids
+from utils.evaluation import check_token_ids, count_rows, predicted_positions
 from utils.files import TEMPORARY_PREFIX, ensure_folder, read_json, require_same, sync_file, sync_folder, write_json
 from utils.loading import load_windows, model_fingerprint, windows_fingerprint
+from utils.windows import check_windows
 
 RECORD = "finetune.json"
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -47,16 +50,20 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
     Raises:
         InputError: windows that do not fit the model, an output folder with another run, a loss that is not finite.
     """
-    from transformers import Trainer, default_data_collator
-
     output = ensure_folder(training.output_dir)
     # Padding is on the right, so the model needs no mask of it.
     needed = {"type": "torch", "columns": ["input_ids", "labels"]}
-    windows = load_windows(data.dataset_name, "train", data.max_train_samples).with_format(**needed)
-    check_windows(base, windows, data.dataset_name)
-    held_out = None
+    windows = load_windows(data.dataset_name, "train", data.max_train_samples)
+    counts = count_rows(windows)
+    if not counts.all():  # a last window of one token predicts nothing, and is skipped
+        windows = windows.select(np.flatnonzero(counts))
+    windows = windows.with_format(**needed)
+    check_token_ids(windows, base.get_input_embeddings().weight.shape[0], data.dataset_name)
+    check_windows(data.dataset_name, windows, base.config, tokenizer)
+    held_out, held_out_tokens = None, 0
     if data.patience is not None or training.eval_strategy != "no":
-        held_out = load_windows(data.dataset_name, data.eval_subset, data.max_eval_samples).with_format(**needed)
+        held_out = load_windows(data.dataset_name, data.eval_subset, data.max_eval_samples)
+        held_out_tokens, held_out = int(count_rows(held_out).sum()), held_out.with_format(**needed)
     settle(training, data.patience)
     values = training.to_dict()
     settings = {name: values[name] for name in IDENTITY} | {
@@ -73,7 +80,7 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
         say(f"fine-tuning: continuing from {resume}")
     if training.gradient_checkpointing:
         base.config.use_cache = False
-    trainer = Trainer(
+    trainer = TokenWeightedTrainer(
         model=base.train(),
         args=training,
         train_dataset=windows,
@@ -82,6 +89,7 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
         processing_class=tokenizer,
         callbacks=callbacks(data.patience),
     )
+    trainer.held_out_tokens = held_out_tokens
     try:
         trainer.train(resume_from_checkpoint=resume)
     except torch.OutOfMemoryError as error:
@@ -93,16 +101,20 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
     return output
 
 
-def check_windows(base: Any, windows: Any, path: object) -> None:
-    """Refuse windows with token ids or positions that the model does not have. Raises InputError."""
-    check_token_ids(windows, base.get_input_embeddings().weight.shape[0], path)
-    length = len(windows[0]["input_ids"])
-    positions = getattr(base.config, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise InputError(
-            f"--dataset_name {path}: windows of {length} tokens, but the model has {positions} positions; "
-            f"make the windows with --block_size {positions} or less"
-        )
+class TokenWeightedTrainer(Trainer):
+    """Its `eval_loss` is the mean over all `held_out_tokens` predicted tokens; the Trainer's changes with the batches."""
+
+    held_out_tokens: int
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, torch.Tensor], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """A batch's share, for the mean that the Trainer takes over all windows."""
+        mask, labels = predicted_positions(inputs["labels"])
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(input_ids=inputs["input_ids"]).logits[mask]  # (rows, V)
+        total = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        return total * len(self.eval_dataset) / (len(mask) * self.held_out_tokens), None, None
 
 
 def settle(training: Any, patience: int | None) -> None:

@@ -28,6 +28,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json"),
     *("tokenizer.model", "spiece.model", "vocab.txt"),
 )
+WINDOWS_RECORD = "preprocess.json"  # what made the windows, in their folder
 WINDOW_COLUMNS = ("input_ids", "labels", "attention_mask", "dstore_range")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -72,7 +73,7 @@ class BaseArguments:
         """The base in evaluation mode: any decoder that `AutoModelForCausalLM` loads.
 
         Args:
-            tokenizer: where its length differs from the embeddings, these are resized, as the original does everywhere.
+            tokenizer: the embeddings are cut or grown to its ids, as the original does everywhere.
             dtype: of the weights, by default what the flags say. Quantised bases keep it as their compute dtype.
             device: where to put it, by default this process's; --device_map and quantised bases go their own way.
             config_name: config to use in place of the base's own.
@@ -83,6 +84,8 @@ class BaseArguments:
         """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
+
+        from models.stack import resize_vocabulary, vocabulary_size
 
         if not torch.cuda.is_available():
             keep_freed_memory()
@@ -109,10 +112,9 @@ class BaseArguments:
                     "expected a complete causal language model"
                 )
         rows = model.get_input_embeddings().weight.shape[0]
-        if tokenizer is not None and rows != len(tokenizer):
-            verb = "cut" if rows > len(tokenizer) else "grown"
-            say(f"{path}: vocabulary of {rows} {verb} to the tokenizer's {len(tokenizer)} tokens")
-            model.resize_token_embeddings(len(tokenizer))
+        if tokenizer is not None and rows != (size := vocabulary_size(tokenizer)):
+            say(f"{path}: vocabulary of {rows} {'cut' if rows > size else 'grown'} to the tokenizer's {size} tokens")
+            resize_vocabulary(model, size)
         if "device_map" not in options:
             model.to(default_device() if device is None else device)
         return model.eval()
@@ -127,18 +129,23 @@ class BaseArguments:
         four, eight = self.load_in_4bit, self.load_in_8bit
         return BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=eight, bnb_4bit_compute_dtype=dtype)
 
+    def captured(self, base: Any) -> Any:
+        """The module of `base` that --layer_position names. Raises InputError where there is none."""
+        from models.capture import captured_module
+
+        try:
+            return captured_module(base, self.layer_position)
+        except ValueError as error:
+            raise InputError(f"--layer_position {self.layer_position}: {error}") from None
+
     def open_memory_of(self, base: Any, path: str | os.PathLike, *, dtype: Any = None) -> Any:
         """The memory in `path`, in evaluation mode, on the device of the block of `base` that it reads from.
 
         Raises InputError: no such block, no memory in `path`, or one of another base.
         """
-        from models.capture import captured_module
         from models.stack import check_fit
 
-        try:
-            device = next(captured_module(base, self.layer_position).parameters()).device
-        except ValueError as error:
-            raise InputError(f"--layer_position {self.layer_position}: {error}") from None
+        device = next(self.captured(base).parameters()).device
         # Weights that accelerate keeps elsewhere until they are used are "meta" meanwhile.
         device = base.device if device.type == "meta" else device
         memory = open_memory(path, dtype=self.dtype() if dtype is None else dtype, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,8 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from utils.errors import InputError
+from utils.files import read_json
+from utils.loading import WINDOWS_RECORD
 
 ROWS_PER_BATCH = 1000  # rows that are concatenated and cut together: published token counts depend on it
 BATCHES_PER_PART = 50  # batches in one file: the unit of work of a process
@@ -211,3 +214,29 @@ def _start_worker() -> None:
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's tokens and their ids; added tokens, such as one for padding, do not count."""
+    added = tokenizer.get_added_vocab()
+    tokens = [(number, token) for token, number in tokenizer.get_vocab().items() if token not in added]
+    return hashlib.sha256(repr(sorted(tokens)).encode()).hexdigest()
+
+
+def check_windows(path: str | os.PathLike, windows: Any, config: Any, tokenizer: Any = None) -> None:
+    """Refuse windows in `path` that a base (its config, its tokenizer) cannot read. Raises InputError.
+
+    They are recorded to be of another tokenizer, or longer than the model has positions.
+    """
+    record = Path(path) / WINDOWS_RECORD
+    recorded = read_json(record) if tokenizer is not None and record.exists() else {}
+    if recorded.get("vocabulary_sha256") not in (None, tokenizer and vocabulary_digest(tokenizer)):
+        made_with = recorded["tokenizer"]
+        raise InputError(f"--dataset_name {path}: was made with another tokenizer ({made_with}) than this model's")
+    length = len(windows[0]["input_ids"])
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and 0 < positions < length:
+        raise InputError(
+            f"--dataset_name {path}: windows of {length} tokens, but the model has {positions} positions; "
+            f"make the windows with --block_size {positions} or less"
+        )
