@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from train_base import scored_rows
 from utils.cli import command, flag, parse
-from utils.errors import InputError
+from utils.errors import InputError, check_at_least
 from utils.results import ScoreArguments
 
 
@@ -32,6 +32,7 @@ class JointArguments(ScoreArguments):
 def main() -> None:
     (arguments,) = parse(JointArguments, description=__doc__.split("\n")[0])
     arguments.check_scored()
+    check_at_least(1, arguments, "per_device_eval_batch_size")
     if arguments.knn_generator_path is None:
         raise InputError("--knn_generator_path: is required")
     from utils.cli import say
@@ -50,6 +51,7 @@ def evaluate(arguments: JointArguments) -> None:
     from utils.evaluation import MixtureScore, label_log_probabilities
     from utils.loading import default_device, load_windows, open_memory
     from utils.results import report_scores
+    from utils.windows import check_windows
 
     started = time.time()
     dtype = arguments.dtype(bf16=arguments.bf16, fp16=arguments.fp16)
@@ -58,7 +60,9 @@ def evaluate(arguments: JointArguments) -> None:
     if arguments.dstore_path:
         memory = open_memory(arguments.knn_generator_path, dtype=dtype, device=default_device())
     else:
-        base = arguments.open_base(arguments.open_tokenizer(), dtype=dtype)
+        tokenizer = arguments.open_tokenizer()
+        base = arguments.open_base(tokenizer, dtype=dtype)
+        check_windows(arguments.dataset_name, windows, base.config, tokenizer)
         memory = arguments.open_memory_of(base, arguments.knn_generator_path, dtype=dtype)
     weight = memory.lm_head.weight
     score = MixtureScore(arguments.lmbda, arguments.knn_temp)

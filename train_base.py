@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import command, flag, make_parser, note_unused, parse
-from utils.errors import InputError
+from utils.errors import InputError, check_at_least, check_positive, check_seed
 from utils.results import ScoreArguments
 
 DESCRIPTION = "Fine-tune, score or embed with a base language model."
@@ -61,6 +61,7 @@ def main() -> None:
     import torch
 
     from utils.loading import load_windows, quiet_libraries
+    from utils.windows import check_windows
 
     quiet_libraries()
     windows = None
@@ -75,6 +76,9 @@ def main() -> None:
     base = arguments.open_base(
         tokenizer, dtype=dtype, config_name=arguments.config_name, from_scratch=arguments.from_scratch
     )
+    if windows is not None:
+        arguments.captured(base)
+        check_windows(arguments.dataset_name, windows, base.config, tokenizer)
     if training.do_train:
         from utils.finetune import finetune
 
@@ -99,12 +103,11 @@ def check_arguments(arguments: StageArguments, training: Any) -> None:
     if arguments.from_scratch:
         arguments.model_name_or_path = arguments.model_name_or_path or arguments.config_name
     arguments.check_scored()
+    check_numbers(arguments, training)
     if arguments.knn:
         for name in ("val_file", "index_file"):
             if getattr(arguments, name) is None:
                 raise InputError(f"--knn: needs --{name}")
-        if arguments.k < 1:
-            raise InputError(f"--k {arguments.k}: expected at least 1")
     note_unused(("block_size", "stride"), "here: the windows of --dataset_name have those they were made with")
     if not arguments.knn:
         names = ("knn_gpu", "val_file", "index_file", "lmbda", "k", "knn_temp", "choose_on", "probe", "refine_factor")
@@ -115,6 +118,21 @@ def check_arguments(arguments: StageArguments, training: Any) -> None:
         note_unused(("patience", "max_train_samples"), "without --do_train")
     elif arguments.load_in_4bit or arguments.load_in_8bit:
         raise InputError("--load_in_4bit/--load_in_8bit: hold a frozen base; fine-tuning needs its full weights")
+
+
+def check_numbers(arguments: StageArguments, training: Any) -> None:
+    """Refuse numbers that no stage takes, and that transformers does not refuse itself. Raises InputError."""
+    check_at_least(1, arguments, "max_train_samples", "patience", "k", "probe", "block_size", "stride")
+    batch_sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    check_at_least(1, training, *batch_sizes)
+    check_at_least(0, training, "weight_decay", "max_grad_norm", "adam_epsilon", "adam_beta1", "adam_beta2")
+    for name in ("learning_rate", "num_train_epochs"):
+        check_positive(f"--{name}", getattr(training, name))
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(training, name) >= 1:
+            raise InputError(f"--{name} {getattr(training, name)}: expected a number below 1")
+    for name in ("seed", "data_seed"):
+        check_seed(f"--{name}", getattr(training, name))
 
 
 def save(base: Any, windows: Any, arguments: StageArguments, training: Any, dtype: Any) -> None:

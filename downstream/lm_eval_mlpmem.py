@@ -24,7 +24,7 @@ if __package__ in (None, ""):
 
 from downstream.model import ModelArguments
 from utils.cli import command, flag, parse, required, started_together
-from utils.errors import InputError, check_positive, one_line
+from utils.errors import InputError, check_at_least, check_seed, one_line
 
 OWN_TASKS = Path(__file__).resolve().parent / "general_tasks"
 
@@ -44,9 +44,9 @@ class HarnessArguments:
 
     def check(self) -> None:
         """Check the values by themselves. Raises InputError."""
-        for name in ("limit", "per_device_eval_batch_size"):
-            if getattr(self, name) is not None:
-                check_positive(f"--{name}", getattr(self, name))
+        check_at_least(1, self, "limit", "per_device_eval_batch_size")
+        check_at_least(0, self, "num_fewshot")
+        check_seed("--seed", self.seed)
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise InputError(f"--include_path {self.include_path}: no such folder")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import command, flag, parse, required
-from utils.errors import InputError, check_fraction, check_positive
+from utils.errors import InputError, check_at_least, check_fraction, check_positive
 from utils.loading import BaseArguments
 
 RULE = (
@@ -65,8 +65,9 @@ class RecallArguments(BaseArguments):
 
             (self.lmbda,), (self.knn_temp,) = chosen(self.choose_on)
         check_fraction("--lmbda", self.lmbda)
-        for name in ("knn_temp", "max_cases", "answer_words", "batch_size"):
-            check_positive(f"--{name}", getattr(self, name))
+        check_positive("--knn_temp", self.knn_temp)
+        check_at_least(1, self, "max_cases", "answer_words", "batch_size", "new_tokens")
+        check_at_least(0, self, "examples")
 
 
 def cases_of(article: str, answer_words: int = ANSWER_WORDS) -> Iterator[Case]:

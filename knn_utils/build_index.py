@@ -47,7 +47,7 @@ from knn_utils.faiss_files import (
 )
 from knn_utils.index_training import block_rows, float_keys, ivfpq, make_index, sample_size, supported, training_sample
 from utils.cli import command, flag, parse, required, say
-from utils.errors import InputError
+from utils.errors import InputError, check_at_least, check_seed
 from utils.files import (
     FolderLock,
     atomic_file,
@@ -89,10 +89,8 @@ class BuildArguments:
 def main() -> None:
     """Entry point of `python -m knn_utils.build_index`."""
     (arguments,) = parse(BuildArguments, description="Build a FAISS index over the keys of a datastore.")
-    for name in ("num_keys_to_add_at_a_time", "probe", "ncentroids", "code_size", "num_shards"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value}: expected 1 or more")
+    check_at_least(1, arguments, "num_keys_to_add_at_a_time", "probe", "ncentroids", "code_size", "num_shards")
+    check_seed("--seed", arguments.seed, bits=31)
     from knn_utils.datastore import Datastore
 
     datastore = Datastore.open(arguments.dstore_path)

@@ -147,6 +147,12 @@ class TestRefused:
             *(("--lmbda", value, "--lmbda") for value in (1.2, -0.1)),
             *(("--knn_temp", value, "--knn_temp") for value in (0, "nan")),
             ("--dataset_split_name", "exam", "exam; it has train, validation, test"),
+            *(
+                (name, value, name)
+                for name in ("--per_device_eval_batch_size", "--max_eval_samples")
+                for value in (0, -1)
+            ),
+            ("--layer_position", 9, "--layer_position 9"),
         ],
     )
     def test_values_that_cannot_be(self, llama_world, tmp_path, flag, value, says):
@@ -185,6 +191,22 @@ class TestRefused:
         )
         assert "token id" in text and "50" in text
 
+    @pytest.mark.parametrize("module", ["train_base", "evaluate_joint", "train_mlpmem_online"])
+    def test_windows_of_another_tokenizer_or_longer_than_the_positions(self, llama_world, tmp_path, module):
+        from tiny_models import letter_tokenizer, make_base
+
+        flags = {
+            "train_base": ("--do_eval", "--output_dir", tmp_path / "out", "--dataset_name", llama_world.windows),
+            "evaluate_joint": joint_flags(llama_world, "x", tmp_path / "out"),
+            "train_mlpmem_online": llama_world.trainer(tmp_path / "out"),
+        }[module]
+        short = make_base("llama", tmp_path / "short", positions=32)
+        assert "has 32 positions" in refused_here(module, *flags, "--model_name_or_path", short)
+        letter_tokenizer().save_pretrained(tmp_path / "letters")
+        other = ("--model_name_or_path", llama_world.base, "--tokenizer_name", tmp_path / "letters")
+        text = refused_here(module, *flags, *other)
+        assert "another tokenizer" in text and str(llama_world.base) in text
+
     def test_windows_whose_rows_do_not_follow_each_other(self, llama_world, tmp_path):
         import datasets
 
@@ -207,3 +229,44 @@ def test_a_padded_vocabulary_is_cut_to_the_tokenizer_and_that_is_said(llama_worl
         *("--eval_subset", "test", "--output_dir", tmp_path / "out"),
     )
     assert "300 cut to the tokenizer's 276" in capsys.readouterr().out
+
+
+@pytest.mark.unit
+def test_a_vocabulary_whose_ids_have_holes_keeps_its_highest_id(tmp_path):
+    from tiny_models import make_base
+    from transformers import AutoTokenizer
+
+    from utils.loading import BaseArguments
+
+    folder = make_base("llama", tmp_path, vocabulary=320)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = state["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 310
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (len(tokenizer), max(tokenizer.get_vocab().values())) == (276, 310)
+    base = BaseArguments(model_name_or_path=str(folder)).open_base(tokenizer)
+    assert base.get_input_embeddings().weight.shape[0] == base.config.vocab_size == 311
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_rows_of_added_tokens_are_the_same_at_every_start_and_in_every_stage(tmp_path, family):
+    from tiny_models import make_base, tiny_memory
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from models.joint_files import resize_to_memory
+    from utils.loading import BaseArguments, model_fingerprint
+
+    folder = make_base(family, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    first, second = (BaseArguments(model_name_or_path=str(folder)).open_base(tokenizer) for _ in range(2))
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    resize_to_memory(loaded, tiny_memory(first), str(folder))
+    assert model_fingerprint(first) == model_fingerprint(second) == model_fingerprint(loaded)
+    for other in (second, loaded):
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in first.state_dict().items())
+    for layer in (first.get_input_embeddings(), first.get_output_embeddings()):
+        assert torch.allclose(layer.weight[276], layer.weight[:276].mean(0), atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 
@@ -101,9 +102,54 @@ def test_patience_stops_when_the_held_out_loss_no_longer_falls_and_keeps_the_bes
     evaluated = [entry["eval_loss"] for entry in found["log"] if "eval_loss" in entry]
     assert len(evaluated) < 12
     assert found["best"]["eval_loss"] == pytest.approx(min(evaluated))
-    # The windows have one label for each position but the first window's, so both means nearly agree.
     perplexity = json.loads((tmp_path / "results.json").read_text())["perplexity"]
-    assert torch.tensor(perplexity).log().item() == pytest.approx(min(evaluated), rel=0.05)
+    assert math.log(perplexity) == pytest.approx(min(evaluated), rel=1e-5)
+
+
+def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batch_size(ground, tmp_path):
+    for size in (3, 64):
+        more = ("--max_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1, "--per_device_eval_batch_size", size)
+        command("train_base", *flags(ground, tmp_path / str(size), "--do_eval", *more))
+        (found,) = (entry["eval_loss"] for entry in record(tmp_path / str(size))["log"] if "eval_loss" in entry)
+        perplexity = json.loads((tmp_path / str(size) / "results.json").read_text())["perplexity"]
+        assert found == pytest.approx(math.log(perplexity), rel=1e-5)
+
+
+def test_a_last_window_of_one_token_is_skipped(ground, tmp_path):
+    import datasets
+
+    windows = datasets.load_from_disk(str(ground[1]))["train"].select(range(3))
+    end = windows[1]["dstore_range"][1]
+    rows = [windows[0], windows[1], windows[2] | {"labels": [3] + [-100] * 63, "dstore_range": [end, end]}]
+    few = datasets.Dataset.from_list(rows, features=windows.features)
+    datasets.DatasetDict({"train": few}).save_to_disk(str(tmp_path / "windows"))
+    more = ("--per_device_train_batch_size", 1, "--num_train_epochs", 1)
+    command("train_base", *flags((ground[0], tmp_path / "windows"), tmp_path / "out", *more))
+    assert record(tmp_path / "out")["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(
+            ("seed", -1),
+            ("data_seed", 1 << 32),
+            ("learning_rate", -1),
+            ("num_train_epochs", 0),
+            ("max_train_samples", 0),
+        ),
+        *(("per_device_train_batch_size", 0), ("per_device_eval_batch_size", -1), ("gradient_accumulation_steps", 0)),
+        *(("weight_decay", -1), ("max_grad_norm", -1), ("adam_beta1", 1), ("adam_beta2", -1), ("adam_epsilon", -1)),
+        *(("max_eval_samples", 0), ("patience", 0), ("k", 0)),
+    ],
+)
+def test_numbers_out_of_range_are_refused(ground, tmp_path, flag, value):
+    assert f"--{flag} {value}" in refused_here("train_base", *flags(ground, tmp_path, f"--{flag}", value))
+
+
+def test_a_layer_that_the_base_lacks_is_refused(ground, tmp_path):
+    given = flags(ground, tmp_path, "--do_eval", "--layer_position", 9)
+    assert "--layer_position 9" in refused_here("train_base", *given)
 
 
 def test_an_output_folder_with_another_run_is_refused_and_overwritten_on_request(ground, tmp_path):

@@ -155,6 +155,8 @@ def test_the_group_holds_the_nine_tasks_of_the_paper():
     [
         (("--tasks", "no_such_task"), ["no_such_task", "mlpmem_general"]),
         (("--tasks", "mlpmem_mr", "--limit", 0), ["--limit 0"]),
+        (("--tasks", "mlpmem_mr", "--seed", -1), ["--seed -1"]),
+        (("--tasks", "mlpmem_mr", "--num_fewshot", -1), ["--num_fewshot -1"]),
         (("--tasks", "mlpmem_mr", "--include_path", "nowhere"), ["--include_path nowhere"]),
         (("--tasks", "mlpmem_mr", "--use_neural_knn"), ["--knn_generator_path"]),
         (("--tasks", "mlpmem_mr", "--with_base"), ["--with_base", "--use_neural_knn"]),

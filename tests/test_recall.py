@@ -42,6 +42,8 @@ def test_a_definition_is_answered_by_as_many_words_as_are_asked_for(tmp_path, ca
     [
         ("--layer_position", 9, "--layer_position 9: "),
         ("--answer_words", 0, "--answer_words"),
+        ("--new_tokens", 0, "--new_tokens 0"),
+        ("--examples", -1, "--examples -1"),
         ("--articles", "{bad}", "row 0 has no text"),
         ("--knn_generator_path", "{bad}", "--knn_generator_path"),
     ],

@@ -137,6 +137,21 @@ def test_a_folder_with_another_run_is_refused_and_overwritten_on_request(llama_w
     assert record(tmp_path)["settings"]["alpha"] == 0.1
 
 
+def test_a_last_window_of_one_token_is_skipped(llama_world, tmp_path):
+    import datasets
+
+    windows = datasets.load_from_disk(str(llama_world.windows))["train"]
+    number, end = len(windows), windows[-1]["dstore_range"][1]
+    last = windows[-1] | {"labels": [3] + [-100] * 63, "dstore_range": [end, end]}
+    longer = datasets.concatenate_datasets([windows, datasets.Dataset.from_list([last], features=windows.features)])
+    datasets.DatasetDict({"train": longer}).save_to_disk(str(tmp_path / "windows"))
+    # A seed with which it would make a step by itself.
+    seed = next(seed for seed in range(10_000) if epoch_order(number + 1, seed, 0)[-1] == number)
+    more = ("--dataset_name", tmp_path / "windows", "--per_device_train_batch_size", number, "--seed", seed)
+    offline(llama_world, tmp_path / "out", *more)
+    assert len(losses(tmp_path / "out")) == 1
+
+
 def test_order_of_windows_depends_on_seed_and_epoch_alone():
     assert (epoch_order(50, 1, 0) == epoch_order(50, 1, 0)).all()
     assert (epoch_order(50, 1, 0) != epoch_order(50, 1, 1)).any()
@@ -262,7 +277,12 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         ("flag", "value"),
-        [("alpha", 1.5), ("learning_rate", -1), ("num_train_epochs", 0), ("checkpointing_steps", "sometimes")],
+        [
+            *(("alpha", 1.5), ("learning_rate", -1), ("num_train_epochs", 0), ("checkpointing_steps", "sometimes")),
+            *(("checkpointing_steps", "²"), ("seed", -1), ("seed", 1 << 32), ("lr_scheduler_type", "nope")),
+            *(("weight_decay", -1), ("weight_decay", "nan"), ("num_warmup_steps", -1), ("max_eval_samples", 0)),
+            ("per_device_eval_batch_size", 0),
+        ],
     )
     def test_values_out_of_range(self, llama_world, tmp_path, flag, value):
         assert f"--{flag}" in self.refuse(llama_world, tmp_path, **{flag: value})

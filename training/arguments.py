@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import flag, note_unused, say, started_together
-from utils.errors import InputError, check_fraction, check_positive, one_line
+from utils.errors import InputError, check_at_least, check_fraction, check_positive, check_seed, one_line
 from utils.files import read_json
 from utils.loading import BaseArguments, default_device, fastest_dtype, keep_freed_memory
 
@@ -36,6 +36,14 @@ PRESETS = {
     "mistral": Preset("mistral", 8),
 }
 DEFAULT_LAYERS = 8
+CHOICES = {
+    "mixed_precision": (None, "no", "bf16", "fp16"),
+    "loss": ("plain", "fused"),
+    "lr_scheduler_type": (  # of transformers' schedules those that need no settings of their own
+        *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
+        "inverse_sqrt",
+    ),
+}
 
 
 @dataclass
@@ -55,7 +63,7 @@ class TrainerArguments(BaseArguments):
     overwrite: bool = flag(False, "begin again where the folder holds another run")
     learning_rate: float = flag(5e-5, "peak learning rate of AdamW")
     weight_decay: float = flag(0.0, "weight decay of AdamW")
-    lr_scheduler_type: str = flag("linear", "schedule: linear, cosine, constant, constant_with_warmup, …")
+    lr_scheduler_type: str = flag("linear", f"schedule: {', '.join(CHOICES['lr_scheduler_type'])}")
     num_warmup_steps: int = flag(0, "steps over which the learning rate rises from 0")
     num_train_epochs: int = flag(3, "passes over the data")
     max_train_steps: int | None = flag(None, "stop after this many steps")
@@ -104,16 +112,17 @@ class TrainerArguments(BaseArguments):
         for name in ("learning_rate", "max_grad_norm"):
             check_positive(f"--{name}", getattr(self, name))
         counts = ("num_train_epochs", "gradient_accumulation_steps", "per_device_train_batch_size", "logging_steps")
-        for name in (*counts, "memory_layers", "max_train_steps", "micro_batch_rows"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: expected at least 1")
-        for name, values in (("mixed_precision", (None, "no", "bf16", "fp16")), ("loss", ("plain", "fused"))):
+        counts += ("per_device_eval_batch_size", "max_eval_samples", "memory_layers", "max_train_steps")
+        check_at_least(1, self, *counts, "micro_batch_rows")
+        check_at_least(0, self, "weight_decay", "num_warmup_steps")
+        check_seed("--seed", self.seed)
+        for name, values in CHOICES.items():
             if getattr(self, name) not in values:
                 raise InputError(f"--{name} {getattr(self, name)}: expected {', '.join(filter(None, values))}")
         if self.init_lm_head and self.init_from_base:
             raise InputError("--init_lm_head and --init_from_base: expected one of them")
         steps = self.checkpointing_steps
-        if steps not in (None, "epoch") and not (steps.isdigit() and int(steps) > 0):
+        if steps not in (None, "epoch") and not (steps.isdecimal() and int(steps) > 0):
             raise InputError(f"--checkpointing_steps {steps}: expected a number of steps, or epoch")
         if not self.with_tracking:
             told = () if self.report_to == "none" else ("report_to",)

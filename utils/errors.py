@@ -6,6 +6,7 @@ A line names the file, flag or value, what was expected and what to do; `utils.c
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
 class InputError(ValueError):
@@ -30,3 +31,17 @@ def check_positive(flag: str, value: float) -> float:
     if not (math.isfinite(value) and value > 0):
         raise InputError(f"{flag} {value:g}: expected a number above 0")
     return value
+
+
+def check_at_least(least: float, arguments: Any, *names: str) -> None:
+    """Refuse flags among `names` whose value, where there is one, is below `least` or no number. Raises InputError."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise InputError(f"--{name} {value}: expected {least} or more")
+
+
+def check_seed(flag: str, seed: int | None, bits: int = 32) -> None:
+    """Refuse a seed that random generators of so many bits do not take. Raises InputError."""
+    if seed is not None and not 0 <= seed < 1 << bits:
+        raise InputError(f"{flag} {seed}: expected a whole number from 0 to {(1 << bits) - 1}")

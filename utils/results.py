@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import flag, say
-from utils.errors import InputError, check_fraction, check_positive
+from utils.errors import InputError, check_at_least, check_fraction, check_positive
 from utils.files import ensure_folder, read_json, write_json
 from utils.loading import BaseArguments
 
@@ -34,6 +34,7 @@ class ScoreArguments(BaseArguments):
         if self.choose_on:
             self.lmbda, self.knn_temp = chosen(self.choose_on)
         check_grid(self.lmbda, self.knn_temp)
+        check_at_least(1, self, "max_eval_samples")
         if not self.dstore_path:
             self.require_base()
         if self.dataset_name is None:
