@@ -22,7 +22,6 @@ import re
 import shutil
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +141,7 @@ class IndexBuild:
     def __init__(self, arguments: BuildArguments, datastore: Any) -> None:
         from accelerate import PartialState
 
-        # Training on one process may take hours in which the others wait.
-        self.state = PartialState(timeout=timedelta(days=7))
+        self.state = PartialState()
         self.arguments, self.datastore = arguments, datastore
         self.path, self.values_path = default_names(Path(arguments.dstore_path), arguments.index_path)
         self.work = self.path.with_name(self.path.name + ".building")

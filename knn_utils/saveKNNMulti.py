@@ -20,7 +20,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def main() -> None:
     check_arguments(arguments)
     from accelerate import PartialState
 
-    state = PartialState(timeout=timedelta(days=7))
+    state = PartialState()
     if arguments.single_file and state.num_processes > 1:
         raise InputError("--single_file: is written by one process; run without accelerate launch")
     started = time.perf_counter()

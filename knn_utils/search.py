@@ -13,7 +13,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +23,7 @@ import torch.distributed as distributed
 
 from knn_utils.distribution import float32_from_float16
 from knn_utils.faiss_files import Shard, faiss_reason, find_index, has_gpu, read_faiss, set_probe, to_gpu
+from utils.cli import patience
 from utils.errors import InputError, one_line
 
 # Queries that go through FAISS at once on a CPU: their hits stay in the cache until they are aggregated.
@@ -367,7 +367,7 @@ def search_blocks(
     process, processes = searcher.share
     # Arrays travel by gloo, whatever the GPUs talk by.
     is_gloo = distributed.get_backend() == "gloo"
-    group = None if is_gloo else distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    group = None if is_gloo else distributed.new_group(backend="gloo", timeout=patience())
     everyones_ranges: list[Any] = [None] * processes
     distributed.all_gather_object(everyones_ranges, ranges, group=group)
     rounds = zip_longest(*(blocks_of(theirs, block_rows) for theirs in everyones_ranges))

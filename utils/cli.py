@@ -23,10 +23,6 @@ from utils.errors import InputError, one_line
 EXIT_BAD_INPUT = 2
 EXIT_LOST_PROCESS = 1
 EXIT_INTERRUPTED = 130
-# A process may work for days on its parts while the others wait for it at the end.
-PATIENCE = timedelta(days=7)
-# Time for the launcher to end this process, which has nothing of its own to say.
-GRACE_SECONDS = 2.0
 LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Socket Timeout")
 
 
@@ -95,19 +91,19 @@ def describe_os_error(error: OSError) -> str:
     return f"{path}: {error.strerror or error}"
 
 
-def command(main: Callable[[], None]) -> Callable[[], None]:
+def command(main: Callable[[], None], *, training: bool = False) -> Callable[[], None]:
     """Decorator of an entry script's `main`: turns bad input into one line on stderr and exit status 2.
 
-    Handles `InputError`, operating-system errors on files, and Ctrl-C. Any other exception is a
-    fault of ours and keeps its traceback. `MLPMEM_TRACEBACK=1` keeps the traceback of all.
-    Where a launcher started several processes they are connected first, and one that fails ends them all.
+    Handles `InputError`, operating-system errors on files, and Ctrl-C. Any other exception is a fault of ours and keeps
+    its traceback; `MLPMEM_TRACEBACK=1` keeps that of all. Processes that a launcher started together are connected
+    first, and one that fails ends them all. `training`: they wait for each other for torch's own time (minutes).
     """
 
     @functools.wraps(main)
     def run() -> None:
         try:
             if started_together():
-                join()
+                join(None if training else patience())
             else:
                 note_lone_process()
             main()
@@ -123,7 +119,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             text = describe_os_error(error) if isinstance(error, OSError) and error.errno else error
             leave(EXIT_BAD_INPUT, f"error: {one_line(text)}")
         except RuntimeError as error:
-            if os.environ.get("MLPMEM_TRACEBACK") or not is_lost_connection(error):
+            if os.environ.get("MLPMEM_TRACEBACK") or not (started_together() and is_lost_connection(error)):
                 raise
             let_others_speak(lost=True)
             line = "another process of this run has ended, its own line says why"
@@ -136,8 +132,7 @@ def leave(status: int, line: str) -> None:
     """Exit with `status` after `line` on stderr; a process of a distributed run does not wait for the others."""
     sys.stdout.flush()
     print(line, file=sys.stderr, flush=True)
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    if started_together():
         os._exit(status)
     sys.exit(status)
 
@@ -164,7 +159,14 @@ def note_lone_process() -> None:
         )
 
 
-def join() -> Any:
+def patience() -> timedelta:
+    """How long a process waits for another, which may work for days on its parts. Raises InputError."""
+    if not (minutes := os.environ.get("MLPMEM_TIMEOUT_MINUTES", "10080")).isdecimal() or not 0 < int(minutes) < 10**9:
+        raise InputError(f"MLPMEM_TIMEOUT_MINUTES {minutes}: expected a number of minutes")
+    return timedelta(minutes=int(minutes))
+
+
+def join(timeout: timedelta | None) -> Any:
     """Connect the processes of this run; returns accelerate's `PartialState`. One process alone needs no connection.
 
     accelerate starts several processes on a machine without GPUs (`distributed_type: MULTI_GPU`), but takes each of
@@ -176,7 +178,7 @@ def join() -> Any:
     on_cpu = started_together() and not torch.cuda.is_available()
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    return PartialState(cpu=on_cpu, timeout=PATIENCE)
+    return PartialState(cpu=on_cpu, timeout=timeout)
 
 
 def part() -> None:
@@ -194,13 +196,11 @@ def let_others_speak(lost: bool = False) -> None:
     What is wrong is mostly wrong for all, and the main process tells it at once. One that `lost` another always waits.
     """
     if lost or (started_together() and process_number() > 0):
-        time.sleep(GRACE_SECONDS)
+        time.sleep(2.0)
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
     """Whether `error` says that another process of this run has ended in the middle of an exchange."""
-    if not started_together():
-        return False
     import torch
 
     return isinstance(error, torch.distributed.DistError) or any(text in str(error) for text in LOST)

@@ -1,0 +1,42 @@
+"""How long the processes of a run wait for each other."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from datetime import timedelta
+
+import pytest
+
+from utils.cli import patience
+from utils.errors import InputError
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        ("train_mlpmem_offline", None),
+        ("train_mlpmem_online", None),
+        ("evaluate_joint", timedelta(days=7)),
+    ],
+)
+def test_training_waits_as_torch_does_and_the_other_stages_for_days(module, expected, monkeypatch):
+    waits = []
+    monkeypatch.setattr("utils.cli.join", waits.append)
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(module, run_name="__main__")
+        assert ended.value.code == 0
+        monkeypatch.setenv("MLPMEM_TIMEOUT_MINUTES", "90")
+    assert waits == [expected, expected and timedelta(minutes=90)]
+
+
+@pytest.mark.parametrize("minutes", ["", "0", "-5", "1.5", "soon", "9" * 30])
+def test_a_time_that_is_none_is_refused_in_one_line(minutes, monkeypatch):
+    monkeypatch.setenv("MLPMEM_TIMEOUT_MINUTES", minutes)
+    with pytest.raises(InputError, match="MLPMEM_TIMEOUT_MINUTES"):
+        patience()
