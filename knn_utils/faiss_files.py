@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from knn_utils.datastore import Datastore
 from utils.cli import say
 from utils.errors import InputError, one_line
 from utils.files import atomic_file, read_json
+from utils.loading import default_device
 
 FORMAT = "mlpmemory-index"
 FORMAT_VERSION = 1
@@ -30,6 +32,11 @@ TRAINED_NAME = "trained.index"
 SAMPLED_ROWS = 256
 SAMPLE_PREFIX = "rows-"
 EDGE_BYTES = 1 << 20
+# PyPI's FAISS with GPU code, and the compute capabilities that the code is for.
+GPU_WHEEL = "faiss-gpu-cu12"
+WHEEL_FROM, WHEEL_BELOW = (7, 0), (9, 0)
+# Codes of so many bytes need half-precision tables to fit a GPU's shared memory.
+LONG_CODE = 56
 
 
 @dataclass(frozen=True)
@@ -184,12 +191,26 @@ def faiss_reason(error: Exception) -> str:
 
 
 def has_gpu() -> bool:
-    """Whether the installed FAISS has a GPU, for `--knn_gpu`; says so where it has none."""
+    """Whether the installed FAISS can work on this process's GPU, for `--knn_gpu`; says so where it cannot."""
     import faiss
+    import torch
 
     if not faiss.get_num_gpus():
         say("--knn_gpu: FAISS sees no GPU here, the CPU does the work")
-    return faiss.get_num_gpus() > 0
+        return False
+    device = default_device()
+    if device.type == "cpu" or not any(distributions(name=GPU_WHEEL)):
+        return True
+    capability = torch.cuda.get_device_capability(device)
+    if WHEEL_FROM <= capability < WHEEL_BELOW:
+        return True
+    # FAISS would end the process there, not raise.
+    found = ".".join(map(str, capability))
+    say(
+        f"--knn_gpu: {GPU_WHEEL} has no code for a GPU of compute capability {found}, the CPU does the work; conda-forge's "
+        "faiss-gpu has (conda env create -f environment.yml)"
+    )
+    return False
 
 
 @functools.cache
@@ -201,11 +222,16 @@ def gpu_resources() -> Any:
 
 
 def to_gpu(index: Any, *, half_precision: bool = False) -> Any:
-    """`index` on this process's GPU. Raises RuntimeError where FAISS cannot."""
+    """`index` on this process's GPU, where long codes are always looked up in half precision.
+
+    Raises RuntimeError where FAISS cannot.
+    """
     import faiss
 
+    ivf = faiss.try_extract_index_ivf(index)
+    ivf = None if ivf is None else faiss.downcast_index(ivf)
     options = faiss.GpuClonerOptions()
-    options.useFloat16 = half_precision
+    options.useFloat16 = half_precision or (isinstance(ivf, faiss.IndexIVFPQ) and ivf.pq.code_size >= LONG_CODE)
     device = int(os.environ.get("LOCAL_RANK", "0")) % faiss.get_num_gpus()
     return faiss.index_cpu_to_gpu(gpu_resources(), device, index, options)
 

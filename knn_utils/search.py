@@ -62,7 +62,6 @@ class IndexShard:
         set_probe(index, probe)
         if gpu is not None:
             try:
-                # Codes of 56 bytes and more need half-precision tables to fit a GPU's shared memory.
                 index = to_gpu(index, half_precision=True)
             except RuntimeError as error:
                 reason = one_line(error, 200)

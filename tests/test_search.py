@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
 import pytest
+import torch
 from knn_files import DIM, exact_neighbours, random_rows, write_datastore
 
-from knn_utils import search
+from knn_utils import faiss_files, search
 from knn_utils.datastore import Datastore
 from knn_utils.search import KNNSearcher, in_order, rank_exactly
 from utils.errors import InputError
@@ -160,3 +162,29 @@ def test_a_gpu_asked_for_without_one_is_said_in_one_line(tmp_path: Path, capsys:
     searcher = KNNSearcher(write_index(tmp_path / "flat.index", keys), probe=1, gpu=True)
     assert not searcher.on_gpu
     assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("wheel", "capability", "works"),
+    [(True, (7, 0), True), (True, (8, 9), True), (True, (9, 0), False), (True, (12, 0), False), (False, (9, 0), True)],
+)
+def test_a_gpu_for_which_the_wheel_has_no_code_is_left_alone(monkeypatch, capsys, wheel, capability, works) -> None:
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss_files, "default_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(faiss_files, "distributions", lambda name: [name] if wheel and name == "faiss-gpu-cu12" else [])
+    assert faiss_files.has_gpu() is works
+    said = capsys.readouterr().out
+    assert said.count("\n") == (not works)
+    assert works or ("conda-forge" in said and ".".join(map(str, capability)) in said)
+
+
+@pytest.mark.parametrize(("factory", "half"), [("IVF4,PQ48", False), ("IVF4,PQ64", True), ("OPQ64,IVF4,PQ64", True)])
+def test_long_codes_go_to_a_gpu_with_half_precision_tables(monkeypatch, factory, half) -> None:
+    cloned = []
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "GpuClonerOptions", SimpleNamespace, raising=False)
+    monkeypatch.setattr(faiss_files, "gpu_resources", lambda: None)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda *arguments: cloned.append(arguments[3]), raising=False)
+    faiss_files.to_gpu(faiss.index_factory(192, factory))
+    assert cloned[0].useFloat16 is half
