@@ -54,9 +54,11 @@ def main() -> None:
         parser = make_parser((StageArguments,), DESCRIPTION)
         parser.epilog = "Every flag of transformers.TrainingArguments is accepted too (--do_eval, --output_dir, …)."
         parser.parse_args(["--help"])
-    from transformers import TrainingArguments, set_seed
+    from transformers import set_seed
 
-    arguments, training = parse(StageArguments, TrainingArguments, description=DESCRIPTION)
+    from utils.finetune import FinetuneArguments
+
+    arguments, training = parse(StageArguments, FinetuneArguments, description=DESCRIPTION)
     check_arguments(arguments, training)
     import torch
 

@@ -334,9 +334,7 @@ def lora(work: Quickstart) -> Method:
     times along the way, and the adapter with the lowest one is kept. An interrupted training continues.
     """
     peft = library("peft", "lora")
-    from transformers import TrainingArguments
-
-    from utils.finetune import RECORD, finetune
+    from utils.finetune import RECORD, FinetuneArguments, finetune
 
     flags, training = work.flags, work.training
     rank, at_once = flags.lora_rank, training["windows_per_step"]
@@ -346,7 +344,7 @@ def lora(work: Quickstart) -> Method:
     folder = work.output / "work" / f"lora-{digest}"
     steps = math.ceil(len(work.windows("train")) / at_once) * epochs
     every = max(math.ceil(steps / LORA_EVALUATIONS), 1)  # and once more at the end
-    arguments = TrainingArguments(
+    arguments = FinetuneArguments(
         output_dir=str(folder),
         learning_rate=flags.lora_learning_rate,
         lr_scheduler_type="linear",

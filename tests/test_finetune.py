@@ -88,6 +88,16 @@ def test_a_killed_run_continues_to_the_same_losses_and_weights(ground, tmp_path)
     assert "nothing to do" in Command(tmp_path / "log" / "again", "train_base", *flags(ground, killed, *more)).done()
 
 
+def test_one_process_works_on_one_gpu_where_there_are_several(ground, tmp_path, monkeypatch, capsys):
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))  # as without a launcher on two GPUs
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    command("train_base", *flags(ground, tmp_path, "--num_train_epochs", 1, "--max_train_samples", 16))
+    assert record(tmp_path)["steps"] == 2
+    assert "one GPU of 2" in capsys.readouterr().out
+
+
 def test_a_named_checkpoint_is_continued_from(ground, tmp_path):
     command("train_base", *flags(ground, tmp_path / "first", "--save_steps", 4))
     checkpoint = tmp_path / "first" / "checkpoint-4"

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, default_data_collator
+from transformers import Trainer, TrainingArguments, default_data_collator
 
-from utils.cli import say
+from utils.cli import say, started_together
 from utils.errors import InputError, one_line
 from utils.evaluation import check_token_ids, count_rows, predicted_positions
 from utils.files import TEMPORARY_PREFIX, ensure_folder, read_json, require_same, sync_file, sync_folder, write_json
@@ -36,6 +36,14 @@ IDENTITY = (
 )
 
 
+class FinetuneArguments(TrainingArguments):
+    """The Trainer's arguments without its DataParallel, which multiplies the batch: one process works on one GPU."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, super().n_gpu)
+
+
 def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: bool = False) -> Path:
     """Train `base` on the train split of `data.dataset_name`; returns the folder that holds the result.
 
@@ -43,7 +51,7 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
         base: a causal language model in float32; `--bf16` and `--fp16` compute in half precision over these weights.
         tokenizer: saved beside the model; None saves none.
         data: flags `dataset_name`, `eval_subset`, `max_train_samples`, `max_eval_samples`, `patience`.
-        training: `transformers.TrainingArguments`. `resume_from_checkpoint` names a checkpoint; without it the
+        training: `FinetuneArguments`. `resume_from_checkpoint` names a checkpoint; without it the
             output folder's last complete one is continued.
         overwrite: begin again where the folder holds another run.
 
@@ -78,6 +86,9 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
         return output
     if resume:
         say(f"fine-tuning: continuing from {resume}")
+    gpus = torch.cuda.device_count()
+    if training.n_gpu and gpus > 1 and not started_together() and not hasattr(base, "hf_device_map"):
+        say(f"fine-tuning: on one GPU of {gpus}; on all of them with accelerate launch -m train_base")
     if training.gradient_checkpointing:
         base.config.use_cache = False
     trainer = TokenWeightedTrainer(
