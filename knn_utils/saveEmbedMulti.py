@@ -101,7 +101,7 @@ def capture_rows(
                 keys, logprob = scorer.score(batch["input_ids"], mask, values.to(device))
             else:
                 hidden = hidden_states(base, batch["input_ids"].to(device), layer_position=layer_position)
-                keys, logprob = hidden[mask.to(device)], None  # (rows, hidden)
+                keys, logprob = hidden[mask.to(hidden.device)], None  # (rows, hidden)
             keys = keys.to(torch.float16).cpu()
         if not bool(torch.isfinite(keys).all()):
             raise InputError(

@@ -185,7 +185,7 @@ def logit_scale(base: nn.Module) -> float:
         ids = torch.arange(8, device=embeddings.device).remainder(len(embeddings)).unsqueeze(0)
         with HiddenCapture(head) as capture:
             logits = base(input_ids=ids, use_cache=False).logits.float()
-            raw = head(capture.take()).float()
+            raw = head(capture.take()).float().to(logits.device)  # a base may be spread over devices
         # Loosely: a model in bfloat16 rounds its logits to 0.4%.
         close = {"rtol": 0.02, "atol": 0.02 * logits.abs().max().item()}
         scale = 1.0

@@ -33,6 +33,24 @@ def joint_flags(world, memory, output, *more):
     )
 
 
+@pytest.mark.unit
+@pytest.mark.parametrize("vocabulary", [50_257, 256_000])
+def test_logits_of_a_large_vocabulary_come_in_blocks_of_bytes_away_from_the_cpu_too(vocabulary):
+    class Largest(torch.overrides.TorchFunctionMode):
+        size = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            self.size = max(self.size, result.nbytes if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    hidden, weight = torch.empty(4096, 16, device="meta"), torch.empty(vocabulary, 16, device="meta")
+    labels = torch.empty(4096, dtype=torch.int64, device="meta")
+    with Largest() as largest:
+        assert label_log_probabilities(hidden, weight, labels, (1.0, 2.0)).shape == (4096, 2)
+    assert 1 << 26 < largest.size <= 1 << 29
+
+
 def test_every_combination_equals_the_joint_model_scored_by_itself(world, memory, tmp_path):
     from transformers import AutoModelForCausalLM
 

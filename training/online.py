@@ -39,7 +39,7 @@ class OnlineRows(WindowRows):
             for start in range(0, len(input_ids), self.batch_size):
                 ids = torch.from_numpy(input_ids[start : start + self.batch_size]).to(self.device, torch.int64)
                 hidden = hidden_states(self.base, ids, layer_position=self.layer_position)
-                pieces.append(hidden[mask[start : start + self.batch_size].to(self.device)])  # (rows, hidden)
+                pieces.append(hidden[mask[start : start + self.batch_size].to(hidden.device)])  # (rows, hidden)
         hidden = torch.cat(pieces)
         return Rows.of(hidden.half() if self.round_to_half else hidden, targets)
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from utils.errors import InputError
 
-PRODUCT_BYTES = 64 << 20  # logits of one product on a CPU
+PRODUCT_BYTES, GPU_PRODUCT_BYTES = 64 << 20, 512 << 20  # logits of one product on a CPU, on a GPU
 CACHED_BYTES = 4 << 20  # of these, what stays in a core's cache while it is read several times
 
 
@@ -52,13 +52,13 @@ def _by_blocks(
     """(rows, T) float32 as `temperature_grid` has it, never holding more than a block of logits."""
     out = torch.empty(len(labels), len(temperatures), dtype=torch.float32, device=labels.device)
     on_cpu = labels.device.type == "cpu"
-    block = max(1, PRODUCT_BYTES // (4 * vocabulary)) if on_cpu else 4096
+    block = max(1, (PRODUCT_BYTES if on_cpu else GPU_PRODUCT_BYTES) // (4 * vocabulary))
     piece = max(1, CACHED_BYTES // (4 * vocabulary)) if on_cpu else block
     for start in range(0, len(labels), block):
         logits = logits_of(slice(start, start + block))  # (block, V)
         for begin in range(0, len(logits), piece):
             rows = slice(start + begin, start + min(begin + piece, len(logits)))
-            out[rows] = temperature_grid(logits[begin : begin + piece], labels[rows], temperatures)
+            out[rows] = temperature_grid(logits[begin : begin + piece], labels[rows].to(logits.device), temperatures)
     return out
 
 
@@ -231,6 +231,4 @@ class Scorer:
         for _, batch in tqdm(batches, total=total, desc=description, unit="batch", disable=silent):
             mask, labels = predicted_positions(batch["labels"])
             if labels.numel():
-                labels = labels.to(self.device)
-                captured, base = self.score(batch["input_ids"], mask, labels)
-                yield captured, base, labels
+                yield *self.score(batch["input_ids"], mask, labels), labels

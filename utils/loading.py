@@ -70,7 +70,7 @@ class BaseArguments:
         config_name: str | None = None,
         from_scratch: bool = False,
     ) -> Any:
-        """The base in evaluation mode: any decoder that `AutoModelForCausalLM` loads.
+        """The base in evaluation mode: any decoder that `AutoModelForCausalLM` loads. MLPMEM_NO_TF32 refuses TF32 on GPUs.
 
         Args:
             tokenizer: the embeddings are cut or grown to its ids, as the original does everywhere.
@@ -89,6 +89,8 @@ class BaseArguments:
 
         if not torch.cuda.is_available():
             keep_freed_memory()
+        elif not os.environ.get("MLPMEM_NO_TF32"):
+            torch.set_float32_matmul_precision("high")
         path, remote = self.require_base(), {"trust_remote_code": self.trust_remote_code}
         dtype = self.dtype() if dtype is None else dtype
         options: dict[str, Any] = {"dtype": dtype, **remote}

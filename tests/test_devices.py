@@ -1,0 +1,130 @@
+"""Each stage's forward pass on one GPU and on a base spread over two, with tensors that claim to be there."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import datasets
+import faiss
+import numpy as np
+import pytest
+import torch
+from devices import claimed_devices, put, spread
+from tiny_models import HIDDEN, byte_tokenizer, make_base, some_ids, tiny_base, tiny_memory
+
+import evaluate_joint
+import train_base
+from downstream.scoring import Encoded, Evaluator
+from knn_utils.datastore import TargetRows
+from knn_utils.saveEmbedMulti import capture_rows
+from models import MLPMemory
+from models.capture import captured_module
+from training.online import OnlineRows
+from utils.loading import BaseArguments
+
+pytestmark = pytest.mark.unit
+
+IDS = some_ids(batch=3).numpy()  # (windows, time)
+WINDOWS = datasets.Dataset.from_dict(
+    {"input_ids": IDS, "labels": IDS, "dstore_range": [[11 * row, 11 * row + 11] for row in range(len(IDS))]}
+).with_format("numpy")
+PLACES = {
+    "one": lambda base: put(base, "cuda:0"),
+    "two": spread,
+    "two, the head beside the embeddings": lambda base: spread(base, head=0),
+}
+
+
+def embedded(base, folder):
+    return [array for rows in capture_rows(base, WINDOWS, 0, 3, 2, -1, False) for array in rows[:2]]
+
+
+def embedded_and_scored(base, folder):
+    return [array for rows in capture_rows(base, WINDOWS, 0, 3, 2, -1, True) for array in rows]
+
+
+def knn_lm(base, folder):
+    keys = np.random.default_rng(0).standard_normal((50, HIDDEN)).astype(np.float32)
+    index = faiss.IndexFlatL2(HIDDEN)
+    index.add(keys)
+    faiss.write_index(index, str(folder / "index"))
+    np.save(folder / "values.npy", np.arange(50, dtype=np.int32))
+    training = SimpleNamespace(per_device_eval_batch_size=2, output_dir=folder)
+    files = {"index_file": str(folder / "index"), "val_file": str(folder / "values.npy"), "k": 8, "knn": True}
+    train_base.evaluate(base, WINDOWS, train_base.StageArguments(knn_temp=[1.0, 9.0], **files), training)
+    return perplexities(folder)
+
+
+def joint(base, folder):
+    arguments = evaluate_joint.JointArguments(
+        lmbda=[0.1, 0.5], per_device_eval_batch_size=2, output_dir=str(folder), dataset_name=str(folder / "windows")
+    )
+    memory = memory_beside(base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.loading.load_windows", lambda *_: WINDOWS)
+        for name, value in {"open_tokenizer": None, "open_base": base, "open_memory_of": memory}.items():
+            patch.setattr(BaseArguments, name, lambda *_, value=value, **__: value)
+        evaluate_joint.evaluate(arguments)
+    return perplexities(folder)
+
+
+def online_rows(base, folder):
+    source = object.__new__(OnlineRows)  # without the files of targets
+    source.base, source.layer_position, source.batch_size, source.round_to_half = base, -1, 2, True
+    source.device = base.get_input_embeddings().weight.device
+    labels = IDS[:, 1:].reshape(-1).astype(np.int32)
+    one = np.ones(len(labels), np.int32)
+    targets = TargetRows(id_cnt=one, token_id=labels, prob=one.astype(np.float16), label=labels)
+    return [source.rows(((IDS, IDS), targets)).hidden.cpu()]
+
+
+def recall(base, folder):
+    model = MLPMemory(base, memory_beside(base))
+    found = Evaluator(model, byte_tokenizer(), batch_size=2).likelihoods([Encoded(row, 5) for row in IDS])
+    return [each.total for each in found]
+
+
+def memory_beside(base):
+    return put(tiny_memory(base), next(captured_module(base).parameters()).device)
+
+
+def perplexities(folder):
+    found = json.loads((folder / "results.json").read_text())
+    return [found["base_perplexity"], *(row["perplexity"] for row in found["grid"])]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("stage", [embedded, embedded_and_scored, knn_lm, joint, online_rows, recall])
+def test_a_stage_runs_where_its_base_is_and_gives_the_numbers_of_the_cpu(stage, place, tmp_path):
+    expected = stage(tiny_base("llama"), tmp_path)
+    base = tiny_base("llama")
+    with claimed_devices():
+        found = stage(PLACES[place](base), tmp_path)
+    assert len(found) == len(expected) > 0
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_mixing_devices_raises_as_on_a_gpu():
+    with claimed_devices():
+        here, there = torch.ones(3).to("cuda:0"), torch.ones(3, device="cuda:1")
+        assert (here + 1).device == torch.device("cuda:0")
+        for mixed in (lambda: here + there, lambda: here + torch.ones(3), lambda: here[there > 0]):
+            with pytest.raises(RuntimeError, match="cuda:"):
+                mixed()
+        with pytest.raises(TypeError):
+            here.numpy()
+        assert there.cpu().numpy().tolist() == here.tolist()
+
+
+@pytest.mark.parametrize(("refused", "allowed"), [("", "high"), ("1", "highest")])
+def test_a_base_on_a_gpu_may_compute_in_tf32_unless_that_is_refused(tmp_path, monkeypatch, refused, allowed):
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setenv("MLPMEM_NO_TF32", refused)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    try:
+        BaseArguments(model_name_or_path=str(make_base("llama", tmp_path))).open_base(dtype=torch.float32, device="cpu")
+        assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
