@@ -128,6 +128,7 @@ def check_numbers(arguments: StageArguments, training: Any) -> None:
     batch_sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
     check_at_least(1, training, *batch_sizes)
     check_at_least(0, training, "weight_decay", "max_grad_norm", "adam_epsilon", "adam_beta1", "adam_beta2")
+    check_at_least(0, training, "dataloader_num_workers", "neftune_noise_alpha")
     for name in ("learning_rate", "num_train_epochs"):
         check_positive(f"--{name}", getattr(training, name))
     for name in ("adam_beta1", "adam_beta2"):

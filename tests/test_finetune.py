@@ -150,10 +150,11 @@ def test_a_last_window_of_one_token_is_skipped(ground, tmp_path):
         ),
         *(("per_device_train_batch_size", 0), ("per_device_eval_batch_size", -1), ("gradient_accumulation_steps", 0)),
         *(("weight_decay", -1), ("max_grad_norm", -1), ("adam_beta1", 1), ("adam_beta2", -1), ("adam_epsilon", -1)),
-        *(("max_eval_samples", 0), ("patience", 0), ("k", 0)),
+        *(("max_eval_samples", 0), ("patience", 0), ("k", 0), ("dataloader_num_workers", -1)),
+        *(("optim_args", "nope"), ("report_to", "nope"), ("lr_scheduler_type", "warmup_stable_decay")),
     ],
 )
-def test_numbers_out_of_range_are_refused(ground, tmp_path, flag, value):
+def test_values_that_cannot_be_are_refused(ground, tmp_path, flag, value):
     assert f"--{flag} {value}" in refused_here("train_base", *flags(ground, tmp_path, f"--{flag}", value))
 
 

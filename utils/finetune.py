@@ -8,9 +8,11 @@ at the end the model and tokenizer. The same command again continues from the la
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +93,16 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
         say(f"fine-tuning: on one GPU of {gpus}; on all of them with accelerate launch -m train_base")
     if training.gradient_checkpointing:
         base.config.use_cache = False
-    trainer = TokenWeightedTrainer(
-        model=base.train(),
-        args=training,
-        train_dataset=windows,
-        eval_dataset=held_out,
-        data_collator=default_data_collator,
-        processing_class=tokenizer,
-        callbacks=callbacks(data.patience),
-    )
+    with told_by_flags(training, "report_to"):
+        trainer = TokenWeightedTrainer(
+            model=base.train(),
+            args=training,
+            train_dataset=windows,
+            eval_dataset=held_out,
+            data_collator=default_data_collator,
+            processing_class=tokenizer,
+            callbacks=callbacks(data.patience),
+        )
     trainer.held_out_tokens = held_out_tokens
     try:
         trainer.train(resume_from_checkpoint=resume)
@@ -126,6 +129,25 @@ class TokenWeightedTrainer(Trainer):
             logits = model(input_ids=inputs["input_ids"]).logits[mask]  # (rows, V)
         total = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
         return total * len(self.eval_dataset) / (len(mask) * self.held_out_tokens), None, None
+
+    def create_optimizer(self, *given: Any, **named: Any) -> Any:
+        with told_by_flags(self.args, "optim", "optim_args"):
+            return super().create_optimizer(*given, **named)
+
+    def create_scheduler(self, *given: Any, **named: Any) -> Any:
+        with told_by_flags(self.args, "lr_scheduler_type", "lr_scheduler_kwargs"):
+            return super().create_scheduler(*given, **named)
+
+
+@contextlib.contextmanager
+def told_by_flags(training: Any, *names: str) -> Iterator[None]:
+    """Turn what transformers says about the values of the flags `names`, or a package they need, into InputError."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        values = {name: value for name, value in training.to_dict().items() if name in names and value}
+        given = (f"--{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in values.items())
+        raise InputError(f"{' '.join(given) or '--do_train'}: {one_line(error, 200)}") from None
 
 
 def settle(training: Any, patience: int | None) -> None:
