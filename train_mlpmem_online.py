@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from training.arguments import TrainerArguments
 from utils.cli import command, flag, parse
+from utils.errors import check_at_least
 
 
 @dataclass
@@ -23,6 +24,7 @@ class OnlineArguments:
 def main() -> None:
     arguments, online = parse(TrainerArguments, OnlineArguments, description="Train an MLP memory online.")
     arguments.check()
+    check_at_least(1, online, "base_batch_size")
     from training.online import OnlineRows
     from training.trainer import train_memory
     from utils.windows import check_windows

@@ -124,7 +124,12 @@ def main() -> None:
 def check_arguments(arguments: PreflightArguments) -> None:
     """Refuse what is wrong whatever the files are. Raises InputError."""
     for name, value in vars(arguments).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "layer_position" and value <= 0:
+        if (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and name != "layer_position"
+            and not value > 0
+        ):
             raise InputError(f"--{name} {value:g}: expected a number above 0")
     if arguments.measure and arguments.device_tflops:
         raise InputError("--measure and --device_tflops: expected one of them, measured or assumed")

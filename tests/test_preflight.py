@@ -175,6 +175,7 @@ def test_assumed_rates_are_called_assumed_and_measured_ones_measured(llama_world
     [
         ((), "nothing to do"),
         (("--tokens", 0), "--tokens 0"),
+        (("--tokens", 10, "--base_parameters", "nan"), "--base_parameters nan"),
         (("--tokens", 10), "--dim"),
         (("--tokens", 10, "--dim", 8, "--vocab", 9), "--base_parameters"),
         # More than the disk, more than a device.

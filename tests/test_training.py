@@ -287,6 +287,14 @@ class TestRefused:
     def test_values_out_of_range(self, llama_world, tmp_path, flag, value):
         assert f"--{flag}" in self.refuse(llama_world, tmp_path, **{flag: value})
 
+    def test_a_polynomial_schedule_ends_below_its_rate(self, llama_world, tmp_path):
+        changes = {"learning_rate": 1e-9, "lr_scheduler_type": "polynomial"}
+        assert "--learning_rate 1e-09" in self.refuse(llama_world, tmp_path, **changes)
+
+    def test_the_base_of_the_online_trainer_reads_windows_at_a_time(self, llama_world, tmp_path):
+        given = llama_world.trainer(tmp_path, "--base_batch_size", 0)
+        assert "--base_batch_size 0" in refused_here("train_mlpmem_online", *given)
+
     def test_another_layer_than_the_datastore(self, llama_world, tmp_path):
         assert "layer_position" in self.refuse(llama_world, tmp_path, layer_position=0)
 

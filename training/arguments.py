@@ -119,6 +119,8 @@ class TrainerArguments(BaseArguments):
         for name, values in CHOICES.items():
             if getattr(self, name) not in values:
                 raise InputError(f"--{name} {getattr(self, name)}: expected {', '.join(filter(None, values))}")
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= 1e-7:
+            raise InputError(f"--learning_rate {self.learning_rate:g}: expected more than 1e-07, where polynomial ends")
         if self.init_lm_head and self.init_from_base:
             raise InputError("--init_lm_head and --init_from_base: expected one of them")
         steps = self.checkpointing_steps

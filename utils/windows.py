@@ -56,6 +56,8 @@ class WindowSizes:
             raise InputError(f"--stride {self.stride}: expected a number from 1 to --block_size {self.block_size}")
         if self.padding_index >= 0:
             raise InputError(f"--padding_index {self.padding_index}: is a token id; expected a negative number")
+        if self.padding_index < -(1 << 31):
+            raise InputError(f"--padding_index {self.padding_index}: expected {-(1 << 31)} or more")
 
 
 def token_ids(texts: Sequence[str], tokenizer: Any) -> np.ndarray:
