@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from train_base import scored_rows
 from utils.cli import command, flag, parse
 from utils.errors import InputError, check_at_least
-from utils.results import ScoreArguments
+from utils.results import ADAPTIVE, ScoreArguments
 
 
 @dataclass
@@ -33,6 +33,8 @@ def main() -> None:
     (arguments,) = parse(JointArguments, description=__doc__.split("\n")[0])
     arguments.check_scored()
     check_at_least(1, arguments, "per_device_eval_batch_size")
+    if ADAPTIVE in arguments.lmbda:
+        raise InputError("--lmbda adaptive: needs a memory with a gate; expected numbers from 0 to 1")
     if arguments.knn_generator_path is None:
         raise InputError("--knn_generator_path: is required")
     from utils.cli import say

@@ -17,7 +17,7 @@ from typing import Any
 
 from utils.cli import command, flag, make_parser, note_unused, parse
 from utils.errors import InputError, check_at_least, check_positive, check_seed
-from utils.results import ScoreArguments
+from utils.results import ADAPTIVE, ScoreArguments
 
 DESCRIPTION = "Fine-tune, score or embed with a base language model."
 
@@ -106,6 +106,8 @@ def check_arguments(arguments: StageArguments, training: Any) -> None:
         arguments.model_name_or_path = arguments.model_name_or_path or arguments.config_name
     arguments.check_scored()
     check_numbers(arguments, training)
+    if ADAPTIVE in arguments.lmbda:
+        raise InputError("--lmbda adaptive: is not built yet; expected numbers from 0 to 1")
     if arguments.knn:
         for name in ("val_file", "index_file"):
             if getattr(arguments, name) is None:

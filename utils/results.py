@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import time
 from collections.abc import Sequence
@@ -17,6 +18,19 @@ from utils.loading import BaseArguments
 if TYPE_CHECKING:
     from utils.evaluation import MixtureScore
 
+ADAPTIVE = "adaptive"
+
+
+class Lambda(float):
+    """The type of a flag that is the weight of what is mixed into the base: a plain float, or the word `ADAPTIVE` for
+    one that differs from token to token. `check_lambda` checks the range."""
+
+    def __new__(cls, text: str | float) -> Any:
+        try:
+            return ADAPTIVE if text == ADAPTIVE else float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to 1, or {ADAPTIVE}") from None
+
 
 @dataclass
 class ScoreArguments(BaseArguments):
@@ -25,7 +39,9 @@ class ScoreArguments(BaseArguments):
     dataset_name: str | None = flag(None, "windows folder made by utils/preprocess_dataset.py")
     max_eval_samples: int | None = flag(None, "use this many windows of the scored split at most")
     dstore_path: str | None = flag(None, "score this datastore (made with --save_logprob) in place of running the base")
-    lmbda: list[float] = flag([0.25], "weight of what is mixed into the base, one or several values")
+    lmbda: list[Lambda] = flag(
+        [0.25], "weight of what is mixed into the base: one or several numbers, or adaptive, or both"
+    )
     knn_temp: list[float] = flag([1.0], "temperature of what is mixed into the base, one or several values")
     choose_on: str | None = flag(None, "results.json of another split: its best lambda and temperature are used")
 
@@ -41,9 +57,14 @@ class ScoreArguments(BaseArguments):
             raise InputError("--dataset_name: expected a windows folder made by utils/preprocess_dataset.py")
 
 
-def check_grid(lmbda: Sequence[float], knn_temp: Sequence[float]) -> None:
-    """Check the values of `--lmbda` (each in [0, 1]) and `--knn_temp` (each above 0). Raises InputError."""
-    for name, values, check in (("--lmbda", lmbda, check_fraction), ("--knn_temp", knn_temp, check_positive)):
+def check_lambda(flag: str, value: float | str) -> float | str:
+    """Return `value` if it is in [0, 1] or `ADAPTIVE`; raises InputError naming `flag` otherwise."""
+    return value if value == ADAPTIVE else check_fraction(flag, float(value))
+
+
+def check_grid(lmbda: Sequence[float | str], knn_temp: Sequence[float]) -> None:
+    """Check the values of `--lmbda` (in [0, 1], or adaptive) and `--knn_temp` (above 0). Raises InputError."""
+    for name, values, check in (("--lmbda", lmbda, check_lambda), ("--knn_temp", knn_temp, check_positive)):
         if not values:
             raise InputError(f"{name}: expected at least one value")
         for value in values:
