@@ -50,10 +50,10 @@ dtype=$(cat "$WORK/dtype")
 case "$dtype" in bfloat16) mixed=bf16 ;; *) mixed=no ;; esac
 echo "precision: $dtype"
 
-# 2. Text to token windows, split by article.
+# 2. Text to token windows, split by article; no token is left out.
 once "windows" python utils/preprocess_dataset.py \
     --dataset_name "$TEXT" --tokenizer_path "$MODEL" --output_dir "$WORK/windows" \
-    --block_size "$BLOCK_SIZE" --stride "$BLOCK_SIZE" --max_documents "${MAX_DOCUMENTS:-$documents}" \
+    --block_size "$BLOCK_SIZE" --stride "$BLOCK_SIZE" --group_rows --max_documents "${MAX_DOCUMENTS:-$documents}" \
     --max_document_characters "$MAX_CHARACTERS" \
     --validation_fraction 0.1 --test_fraction 0.1 --seed "$SEED" "${text_options[@]}"
 

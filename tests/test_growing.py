@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -68,6 +69,18 @@ def test_appended_windows_follow_the_old_ones_and_number_their_rows_on(corpus):
 def test_appending_again_finds_the_windows_there(llama_world, corpus, capsys):
     preprocess(llama_world, corpus / "second", corpus / "both", "--append_to", corpus / "old")
     assert "there already" in capsys.readouterr().out
+
+
+def test_an_older_record_does_not_say_what_was_not_to_choose_then(llama_world, corpus, tmp_path, capsys):
+    older = shutil.copytree(corpus / "old", tmp_path / "older")
+    record = json.loads((older / "preprocess.json").read_text())
+    del record["settings"]["group_rows"], record["vocabulary_sha256"]
+    (older / "preprocess.json").write_text(json.dumps(record))
+    preprocess(llama_world, corpus / "first", older)
+    assert "there already" in capsys.readouterr().out
+    preprocess(llama_world, corpus / "second", tmp_path / "both", "--append_to", older)
+    both = (datasets.load_from_disk(str(folder / "both"))["train"][:] for folder in (tmp_path, corpus))
+    assert next(both) == next(both)
 
 
 def test_a_grown_datastore_keeps_its_parts_and_tells_its_history(llama_world, corpus, tmp_path):

@@ -75,6 +75,13 @@ def test_the_command_writes_windows_summary_and_record_and_nothing_else(tmp_path
     assert record["dataset_name"] == str(text) and record["splits"]["train"].items() >= amounts.items()
 
 
+def test_grouped_rows_keep_every_token_and_say_so(tmp_path, text, capsys):
+    windows = make(text, tmp_path / "out", "--group_rows")["train"]
+    told = "18 tokens of text, 0 tokens left out, 18 tokens, 5 windows, 17 datastore rows"
+    assert told in capsys.readouterr().out
+    assert [label for window in windows["labels"] for label in window if label != -100] == list(range(2, 20))
+
+
 def test_files_named_by_split_give_their_splits_whatever_their_kind(tmp_path, capsys):
     source = tmp_path / "source"
     source.mkdir()
@@ -187,6 +194,7 @@ def test_the_same_run_again_does_nothing_and_other_settings_need_overwrite(tmp_p
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == made
 
     assert "stride 4 there, 2 now" in refuse(moved, leaves=out, stride=2)
+    assert "group_rows False there, True now" in refuse(moved, "--group_rows", leaves=out)
     assert len(make(moved, out, "--overwrite", stride=2)["train"]) == 8
     moved.write_text("so " * 20)
     assert "text_sha256" in refuse(moved, leaves=out, stride=2)

@@ -47,13 +47,13 @@ def letters_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", model_input_names=names, **special)
 
 
-def reference_windows(batches, block_size, stride, pad, ignored=-100):
+def reference_windows(batches, block_size, stride, pad, ignored=-100, keep_all=False):
     """The definition, token by token."""
     found = {name: [] for name in COLUMNS}
     row = 0
     for tokens in batches:
         total = len(tokens)
-        if total >= block_size:
+        if total >= block_size and not keep_all:
             total = total // block_size * block_size
         for i in range(0, total, stride):
             begin, end = max(i + stride - block_size, 0), min(i + stride, total)
@@ -112,6 +112,24 @@ def test_each_thousand_rows_is_cut_by_itself():
     made = tokenize_and_group_text({"train": datasets.Dataset.from_dict({"text": texts})}, letters, 6, 6)["train"]
     expected = reference_windows([[1, 3, 4, 2] * 1000, [1, 5, 2] * 3], 6, 6, 2)
     assert {name: made[name][:] for name in COLUMNS} == expected
+
+
+@pytest.mark.parametrize(("block_size", "stride"), [(6, 6), (6, 4), (6, 1), (64, 3)])
+@pytest.mark.parametrize("num_process", [1, 2])
+def test_grouped_rows_are_cut_as_one_text_and_no_token_is_left_out(
+    block_size, stride, num_process, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(windows, "ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(windows, "BATCHES_PER_PART", 4)
+    letters = letters_tokenizer(pad_token="[SEP]")
+    texts = ["abcdefgh"[: number % 9] for number in range(29)]
+    rows = datasets.Dataset.from_dict({"text": texts})
+    sizes = WindowSizes(block_size, stride, group_rows=True)
+    made, kept, in_text = windows.windows_of_split(rows, letters, sizes, num_process, tmp_path)
+    groups = [windows.token_ids(texts[start : start + 12], letters).tolist() for start in (0, 12, 24)]
+    expected = reference_windows(groups, block_size, stride, 2, keep_all=True)
+    assert {name: made[name][:] for name in COLUMNS} == expected
+    assert kept == in_text == sum(map(len, groups))
 
 
 def test_short_windows_take_the_padding_token_before_the_end_of_sequence_token():

@@ -5,8 +5,8 @@
 Writes a `datasets.DatasetDict` folder with the columns input_ids, labels, attention_mask and dstore_range,
 `dstore_summary.json`, `preprocess.json` (what made it) and, where splits were made by document, the text
 itself in `raw/<split>.jsonl`. As the original does, it leaves out what does not fill a window at the end of each 1,000
-rows of text, and says how many tokens that is. Where text comes from is `utils/text_files.py`, how it is cut
-`utils/windows.py`.
+rows of text, and says how many tokens that is; with --group_rows nothing is left out. Where text comes from is
+`utils/text_files.py`, how it is cut `utils/windows.py`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ FORMAT_VERSION = 1
 DECISIVE = (
     *("dataset_config_name", "text_column", "document_separator", "validation_fraction", "test_fraction", "seed"),
     *("min_document_characters", "max_document_characters", "max_documents", "block_size", "stride", "padding_index"),
+    "group_rows",
 )
-CUT = ("tokenizer_sha256", "block_size", "stride", "padding_index")
+CUT = ("tokenizer_sha256", "block_size", "stride", "padding_index", "group_rows")
+BEFORE = {"group_rows": False}  # what settings were that older records lack
 
 
 @dataclass
@@ -75,6 +77,11 @@ class Arguments:
     max_documents: int | None = flag(None, "take only the first so many documents of each split of the source")
     block_size: int = flag(1024, "tokens of a window")
     stride: int = flag(512, "tokens from one window to the next; those before them are context without labels")
+    group_rows: bool = flag(
+        False,
+        "leave no token out: windows go on from row to row, the last is padded (of each 50,000 rows); without it, what "
+        "does not fill a window at the end of each 1,000 rows is left out, as in the original",
+    )
     padding_index: int = flag(-100, "label of positions that predict nothing; later stages skip -100")
     num_proc: int = flag(1, "processes; the windows are the same for any number")
     trust_remote_code: bool = flag(False, "run tokenizer code that comes with --tokenizer_path")
@@ -184,7 +191,7 @@ def is_done(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         )
     if overwrite:
         return False
-    before = read_json(output / RECORD)["settings"]
+    before = BEFORE | read_json(output / RECORD)["settings"]
     require_same(f"--output_dir {output}", before, settings, "add --overwrite, or choose another folder")
     return True
 
@@ -214,7 +221,7 @@ def open_earlier(folder: str, settings: dict[str, Any]) -> tuple[dict[str, Any],
     if not (path / RECORD).is_file():
         raise InputError(f"--append_to {folder}: holds no windows with a {RECORD}; make them with this command")
     record = read_json(path / RECORD)
-    before, now = ({name: each[name] for name in CUT} for each in (record["settings"], settings))
+    before, now = ({name: each[name] for name in CUT} for each in (BEFORE | record["settings"], settings))
     require_same(f"--append_to {folder}", before, now, "windows of one folder are cut alike")
     names = datasets.load_from_disk(folder).keys()
     return {name: load_windows(folder, name).with_format(None) for name in names}, record
@@ -324,7 +331,7 @@ def main() -> None:
     from utils.loading import load_tokenizer, quiet_libraries
     from utils.windows import WindowSizes
 
-    sizes = WindowSizes(arguments.block_size, arguments.stride, arguments.padding_index)
+    sizes = WindowSizes(arguments.block_size, arguments.stride, arguments.padding_index, arguments.group_rows)
     quiet_libraries()
     tokenizer = load_tokenizer(arguments.tokenizer_path, required=True, trust_remote_code=arguments.trust_remote_code)
     output = Path(arguments.output_dir).expanduser()

@@ -42,12 +42,14 @@ WINDOW_SCHEMA = pa.schema(
 class WindowSizes:
     """How tokens are cut: tokens of a window, tokens from one to the next, the label of what predicts nothing.
 
-    Raises InputError unless 2 <= block_size, 1 <= stride <= block_size, padding_index < 0.
+    `group_rows`: windows go on from each 1,000 rows to the next, and the last one may be short, so that no token is
+    left out. Raises InputError unless 2 <= block_size, 1 <= stride <= block_size, padding_index < 0.
     """
 
     block_size: int = 1024
     stride: int = 512
     padding_index: int = -100
+    group_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size < 2:
@@ -76,18 +78,19 @@ def token_ids(texts: Sequence[str], tokenizer: Any) -> np.ndarray:
 
 
 def cut_windows(
-    tokens: np.ndarray, sizes: WindowSizes, pad_token: int | None
+    tokens: np.ndarray, sizes: WindowSizes, pad_token: int | None, first: int = 0, total: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Cut the tokens of one batch of rows into windows.
 
-    The tokens are cut down to a multiple of block_size if there are that many. The window for
-    i = 0, stride, 2·stride, … is tokens max(i+stride−block_size, 0) … min(i+stride, total); its tokens from i on
-    carry themselves as labels, the others padding_index, so that each token is a label once. Short windows
-    are padded on the right.
+    The window for i = first, first + stride, … is tokens max(i+stride−block_size, 0) … min(i+stride, total); its
+    tokens from i on carry themselves as labels, the others padding_index, so that each token is a label once. Short
+    windows are padded on the right.
 
     Args:
         tokens: (tokens,) int32.
         pad_token: None is an error only if a window is short.
+        first: tokens at the beginning that are context only.
+        total: tokens to cut; by default a multiple of block_size if there are that many, else all.
 
     Yields:
         (input_ids, labels), each int32 (windows, block_size), a few million tokens at a time.
@@ -96,17 +99,17 @@ def cut_windows(
         InputError: a window must be padded and there is no token for it.
     """
     block_size, stride = sizes.block_size, sizes.stride
-    total = len(tokens) // block_size * block_size or len(tokens)
+    total = len(tokens) // block_size * block_size or len(tokens) if total is None else total
     at_once = max(1, TABLE_TOKENS // block_size) * stride
-    for first in range(0, total, at_once):
-        begin = np.arange(first, min(first + at_once, total), stride)[:, None]  # (windows, 1): where labels begin
+    for start in range(first, total, at_once):
+        begin = np.arange(start, min(start + at_once, total), stride)[:, None]  # (windows, 1): where labels begin
         end = np.minimum(begin + stride, total)
         position = np.maximum(begin + stride - block_size, 0) + np.arange(block_size)  # (windows, block_size)
         inside = position < end
         if pad_token is None and not inside.all():
             raise InputError(
                 "--tokenizer_path: the tokenizer has no padding and no end-of-sequence token, and a window is short; "
-                "give it one, or choose --stride equal to --block_size and more text"
+                "give it one, or choose --stride equal to --block_size, more text and no --group_rows"
             )
         ids = tokens[np.minimum(position, total - 1)]
         labels = np.where(inside & (position >= begin), ids, np.int32(sizes.padding_index))
@@ -127,15 +130,23 @@ def _write_part(first_row: int, path: Path, *, rows: Any, tokenizer: Any, sizes:
     pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     past_last = min(first_row + BATCHES_PER_PART * ROWS_PER_BATCH, len(rows))
     counts, in_text = [np.zeros((0, 2), np.int64)], 0
+    kept, first, total = np.zeros(0, np.int32), 0, None  # with group_rows: tokens that the next batch's windows need
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, WINDOW_SCHEMA) as writer:
         for start in range(first_row, past_last, ROWS_PER_BATCH):
             tokens = token_ids(rows[start : start + ROWS_PER_BATCH]["text"], tokenizer)
             in_text += len(tokens)
-            for ids, labels in cut_windows(tokens, sizes, pad_token):
+            if sizes.group_rows:
+                tokens = np.concatenate([kept, tokens])
+                is_last = start + ROWS_PER_BATCH >= past_last
+                total = len(tokens) if is_last else len(tokens) - (len(tokens) - first) % sizes.stride
+            for ids, labels in cut_windows(tokens, sizes, pad_token, first, total):
                 columns = [_lists(ids), _lists(labels), _lists(np.ones(ids.shape, np.int8))]
                 writer.write_batch(pa.record_batch(columns, schema=WINDOW_SCHEMA))
                 predicted = labels != sizes.padding_index  # (windows, block_size)
                 counts.append(np.stack([predicted.sum(1), predicted[:, 1:].sum(1)], axis=1))
+            if total is not None:
+                kept = tokens[max(total + sizes.stride - sizes.block_size, 0) :]
+                first = total - (len(tokens) - len(kept))
     return np.concatenate(counts), in_text
 
 
@@ -152,7 +163,8 @@ def windows_of_split(
     """The windows of one split.
 
     Each run of 1,000 rows is tokenized row by row, concatenated by itself and cut (`cut_windows`), whichever process
-    does it: the windows do not depend on `num_process`.
+    does it: the windows do not depend on `num_process`. With `sizes.group_rows` it is each run of 50,000 rows, and
+    none of its tokens is left out.
 
     Args:
         rows: a Dataset with a column `text`.
@@ -163,7 +175,7 @@ def windows_of_split(
         A Dataset with input_ids, labels (int32), attention_mask (int8, all ones), each a list of block_size, and
         dstore_range (int64): first and past-last datastore row of the window, where a window has a row for each of
         labels[1:] that is not padding_index. The number of tokens that are a label in the windows, and of those in the
-        text: what does not fill a window at the end of 1,000 rows is left out.
+        text: without group_rows, what does not fill a window at the end of 1,000 rows is left out.
 
     Raises:
         InputError: no token to pad with; a worker process was killed.
