@@ -112,6 +112,9 @@ def check_arguments(arguments: StageArguments, training: Any) -> None:
         for name in ("val_file", "index_file"):
             if getattr(arguments, name) is None:
                 raise InputError(f"--knn: needs --{name}")
+        from knn_utils.faiss_files import check_faiss
+
+        check_faiss()
     note_unused(("block_size", "stride"), "here: the windows of --dataset_name have those they were made with")
     if not arguments.knn:
         names = ("knn_gpu", "val_file", "index_file", "lmbda", "k", "knn_temp", "choose_on", "probe", "refine_factor")

@@ -31,6 +31,7 @@ from knn_utils.faiss_files import (
     FORMAT,
     FORMAT_VERSION,
     TRAINED_NAME,
+    check_faiss,
     faiss_reason,
     find_index,
     has_gpu,
@@ -90,6 +91,7 @@ def main() -> None:
     (arguments,) = parse(BuildArguments, description="Build a FAISS index over the keys of a datastore.")
     check_at_least(1, arguments, "num_keys_to_add_at_a_time", "probe", "ncentroids", "code_size", "num_shards")
     check_seed("--seed", arguments.seed, bits=31)
+    check_faiss()
     from knn_utils.datastore import Datastore
 
     datastore = Datastore.open(arguments.dstore_path)

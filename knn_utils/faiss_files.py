@@ -144,6 +144,17 @@ def same_rows(recorded: Any, datastore: Any, rows: int | None = None) -> bool:
     return not is_comparable(recorded) or recorded == rows_fingerprint(datastore, rows)
 
 
+def check_faiss() -> None:
+    """Raise InputError unless FAISS, which comes with an extra, can be imported."""
+    try:
+        import faiss  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f'FAISS cannot be imported ({one_line(error, 160)}); install it with pip install ".[cpu]", on a machine '
+            'with a GPU ".[gpu]" or conda (README.md, FAISS, CUDA and torch)'
+        ) from None
+
+
 def read_faiss(path: str | os.PathLike, *, memory_map: bool = False) -> Any:
     """A FAISS index from its file.
 
@@ -196,7 +207,12 @@ def has_gpu() -> bool:
     import torch
 
     if not faiss.get_num_gpus():
-        say("--knn_gpu: FAISS sees no GPU here, the CPU does the work")
+        why = (
+            '; torch sees one: install a FAISS for GPUs (pip install ".[gpu]", or conda)'
+            if torch.cuda.is_available()
+            else ""
+        )
+        say(f"--knn_gpu: FAISS sees no GPU here, the CPU does the work{why}")
         return False
     device = default_device()
     if device.type == "cpu" or not any(distributions(name=GPU_WHEEL)):

@@ -214,13 +214,15 @@ def measure_rates(model: str, sizes: Sizes, disk: float, trust_remote_code: bool
     """Rates of this process, from random tokens through `model` and searches among its hidden states in an index of
     the kind of `sizes`, but smaller. `disk` is taken as given.
 
-    Raises InputError when the model cannot be loaded.
+    Raises InputError when the model cannot be loaded, or there is no FAISS.
     """
     import torch
 
+    from knn_utils.faiss_files import check_faiss
     from models.capture import hidden_states
     from utils.loading import BaseArguments
 
+    check_faiss()
     opening = BaseArguments(model_name_or_path=model, trust_remote_code=trust_remote_code)
     base = opening.open_base(opening.open_tokenizer())
     embeddings = base.get_input_embeddings().weight

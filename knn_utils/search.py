@@ -22,7 +22,7 @@ import torch
 import torch.distributed as distributed
 
 from knn_utils.distribution import float32_from_float16
-from knn_utils.faiss_files import Shard, faiss_reason, find_index, has_gpu, read_faiss, set_probe, to_gpu
+from knn_utils.faiss_files import Shard, check_faiss, faiss_reason, find_index, has_gpu, read_faiss, set_probe, to_gpu
 from utils.cli import patience
 from utils.errors import InputError, one_line
 
@@ -146,6 +146,7 @@ class KNNSearcher:
         datastore: Any = None,
         share: tuple[int, int] | None = None,
     ) -> None:
+        check_faiss()
         if probe < 1:
             raise InputError(f"--probe {probe}: expected 1 or more")
         if refine_factor < 0 or (refine_factor and datastore is None):

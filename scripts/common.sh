@@ -56,9 +56,10 @@ find_python() {
     PYTHON="${PYTHON:-python}" ONE=("${ON_ALL[@]:-${PYTHON:-python}}")
 }
 
-# install EXTRAS: make .venv unless an environment is active, and install the project's requirements once.
+# install EXTRAS: make .venv unless an environment is active, and install the project's requirements once. A FAISS that is
+# there stays (conda's has GPU code), so does a PyTorch with its NumPy; faiss-cpu is installed where there is no FAISS.
 install() {
-    local extras="$1" python="${PYTHON:-python3}" stamp
+    local extras="$1" python="${PYTHON:-python3}" stamp wanted="$1" kept='^$'
     if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
         [ -x .venv/bin/python ] || run "make environment" "$python" -m venv .venv
         # shellcheck disable=SC1091
@@ -66,8 +67,11 @@ install() {
     fi
     PYTHON=python
     stamp="$(python -c 'import sys; print(sys.prefix)')/.mlpmemory-installed"
-    if ! cmp -s <(cat pyproject.toml constraints.txt && echo "$extras") "$stamp"; then
-        run "install" python -m pip install --quiet --constraint constraints.txt ".${extras:+[$extras]}"
+    python -c "import faiss" 2>/dev/null || wanted="cpu${extras:+,$extras}"
+    if [ "$wanted" != "$extras" ] || ! cmp -s <(cat pyproject.toml constraints.txt && echo "$extras") "$stamp"; then
+        ! python -c "import torch" 2>/dev/null || kept='^(torch|numpy)=='
+        run "install" python -m pip install --quiet --constraint /dev/stdin ".${wanted:+[$wanted]}" \
+            < <(grep -vE "$kept" constraints.txt)
         { cat pyproject.toml constraints.txt && echo "$extras"; } >"$stamp" 2>/dev/null || true
     fi
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import subprocess
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "accelerate_config").glob("*.yaml"))
 BLOCKS = {"gpt2": "GPT2MLPBlock", "llama_7B": "LlamaMLPBlock", "mistral_7B": "MistralMLPBlock"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OTHER_EXTRAS = ("", *(PROJECT["optional-dependencies"].keys() - {"cpu", "gpu"}))
 
 pytestmark = pytest.mark.unit
 # A room's imports run downward only: the rooms that each may import, beside itself.
@@ -246,11 +249,27 @@ def test_the_cpu_configuration_hides_gpus():
 
 def test_the_versions_of_ci_lie_in_the_ranges_of_the_project():
     pins = constraints("3.11")
-    for requirement in requirements("demo", "eval", "compare", "dev"):
+    for requirement in requirements("cpu", "demo", "eval", "compare", "dev"):
         version = pins.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement.name} has no line in constraints.txt"
         assert requirement.specifier.contains(version), f"{requirement} but constraints.txt has {version}"
     assert pins["torch"] == "2.13.0"
+
+
+@pytest.mark.parametrize(("extra", "brought"), [*((name, set()) for name in OTHER_EXTRAS), ("cpu", {"faiss-cpu"})])
+def test_faiss_comes_with_an_extra_of_its_own_so_that_pip_leaves_the_one_of_an_environment(extra, brought):
+    """All that pip would install with the extra, by the metadata of what is installed here."""
+    found, waiting = set(), requirements(*filter(None, [extra]))
+    while waiting:
+        wanted = waiting.pop()
+        key = (canonicalize_name(wanted.name), frozenset(wanted.extras))
+        if key not in found:
+            found.add(key)
+            with contextlib.suppress(PackageNotFoundError):
+                needs = map(Requirement, distribution(wanted.name).requires or ())
+                asked = [{"extra": name} for name in ("", *wanted.extras)]
+                waiting += [each for each in needs if each.marker is None or any(map(each.marker.evaluate, asked))]
+    assert {name for name, _ in found if "faiss" in name} == brought and ("torch", frozenset()) in found
 
 
 def test_the_oldest_python_has_versions_of_its_own_for_what_a_first_run_needs():
@@ -267,7 +286,7 @@ def test_the_conda_environment_meets_the_ranges_of_the_project():
     assert "python=3.11" in plain and "pip" in plain
     minimum = dict(line.split(">=") for line in [*plain, *pip] if ">=" in line)
     conda_names = {"torch": "pytorch-gpu", "faiss-cpu": "faiss-gpu"}
-    for requirement in requirements():
+    for requirement in requirements("cpu"):
         name = conda_names.get(requirement.name, requirement.name)
         assert requirement.specifier.contains(minimum[name]), f"{requirement} but environment.yml has {minimum[name]}"
 

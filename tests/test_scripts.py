@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,44 @@ def test_index_and_search_take_the_gpu_and_each_process_its_share_of_the_cores(t
         assert done.returncode == 0, done.stderr
     assert ["--knn_gpu" in call for call in calls(program)] == [False, True, True] * 2
     assert (tmp_path / "threads").read_text().split() == ["16", "all", "16", "3", "3", "3"]
+
+
+STAND_IN_PIP = """
+import pathlib, sys
+text = pathlib.Path(sys.argv[sys.argv.index("--constraint") + 1]).read_text()
+held = [f"{name} as tested" for name in ("numpy", "torch") if f"\\n{name}==" in text]
+print("asked for", ", ".join([sys.argv[-1], *held]))
+if "cpu" in sys.argv[-1]:
+    (pathlib.Path(__file__).parent.parent / "faiss.py").write_text("")
+"""
+
+
+def test_an_environment_keeps_its_faiss_whichever_is_installed_first(tmp_path):
+    venv.create(tmp_path / "env", symlinks=True)
+    (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    (packages / "pip").mkdir()
+    (packages / "pip" / "__main__.py").write_text(STAND_IN_PIP)
+    active = {"VIRTUAL_ENV": tmp_path / "env", "PATH": f"{tmp_path}/env/bin{os.pathsep}{os.environ['PATH']}"}
+
+    def install(extras: str) -> list[str]:
+        done = shell("bash", "-c", f". scripts/common.sh; install '{extras}'", **active)
+        assert done.returncode == 0, done.stderr
+        return re.findall("^asked for (.*)$", done.stdout, re.MULTILINE)
+
+    faiss = packages / "faiss.py"
+    bare = [".[cpu,dev], numpy as tested, torch as tested"]
+    assert install("dev") == bare and install("dev") == []
+    faiss.write_text("raise ImportError('libcublas')")
+    assert install("dev") == bare
+    # conda's, put there afterwards
+    (packages / "torch.py").touch()
+    faiss.write_text("conda = True")
+    assert install("dev") == [] and install("") == ["."]
+    # and first
+    (stamp,) = (tmp_path / "env").glob(".mlpmemory*")
+    stamp.unlink()
+    assert install("dev") == [".[dev]"] and install("") == ["."]
+    assert faiss.read_text() == "conda = True"
 
 
 def test_the_first_failure_stops_a_script_with_the_name_of_its_stage(tmp_path):

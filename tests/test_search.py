@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from harness import refused_here
 from knn_files import DIM, exact_neighbours, random_rows, write_datastore
 
 from knn_utils import faiss_files, search
@@ -162,6 +164,31 @@ def test_a_gpu_asked_for_without_one_is_said_in_one_line(tmp_path: Path, capsys:
     searcher = KNNSearcher(write_index(tmp_path / "flat.index", keys), probe=1, gpu=True)
     assert not searcher.on_gpu
     assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [
+        ("knn_utils.build_index", ("--dstore_path", "x")),
+        (
+            "train_base",
+            ("--model_name_or_path", "x", "--dataset_name", "x", "--knn", "--index_file", "x", "--val_file", "x"),
+        ),
+        ("knn_utils.preflight", ("--tokens", 1000, "--dim", 8, "--vocab", 9, "--base_parameters", 9, "--measure", "x")),
+    ],
+)
+def test_without_faiss_a_command_says_what_to_install_before_it_reads_anything(monkeypatch, module, flags) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setenv("MLPMEM_TRACEBACK", "1")
+    line = refused_here(module, *flags)
+    assert "FAISS cannot be imported" in line and '".[cpu]"' in line and '".[gpu]"' in line
+
+
+def test_without_faiss_no_index_is_opened(monkeypatch, tmp_path: Path) -> None:
+    keys, _ = random_rows(50)
+    path = write_index(tmp_path / "flat.index", keys)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    assert '".[cpu]"' in refuses(lambda: KNNSearcher(path, probe=1))
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    faiss = ("faiss-cpu", "faiss-gpu-cu12")
+    faiss = ("faiss", "faiss-cpu", "faiss-gpu-cu12")
     for package in ("torch", "transformers", "datasets", "accelerate", *faiss, "numpy", "pyarrow"):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
