@@ -92,12 +92,19 @@ class HiddenCapture:
     def _keep(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if threading.get_ident() == self._thread:
             self.hidden = args[0] if args else next(iter(kwargs.values()))
+            self._with_gradient = torch.is_grad_enabled()
 
     def take(self) -> torch.Tensor:
-        """The captured hidden states, handed over (the capture forgets them). Raises RuntimeError if none were seen."""
+        """The captured hidden states, handed over (the capture forgets them). Raises RuntimeError if none were seen, or
+        if they are without the gradient that is wanted: reentrant checkpointing runs a block without one."""
         hidden, self.hidden = self.hidden, None
         if hidden is None:
             raise RuntimeError("the captured module did not run in this forward pass")
+        if torch.is_grad_enabled() and not self._with_gradient:
+            raise RuntimeError(
+                "the captured hidden state has no gradient, because the base's blocks run under reentrant gradient "
+                'checkpointing: enable it with {"use_reentrant": False}, or run under torch.no_grad()'
+            )
         return hidden
 
     def remove(self) -> None:

@@ -17,15 +17,13 @@ from .capture import decoder_blocks, final_norm
 from .stack import MLPBlock, MLPStack, memory_config
 
 
-class GenericMLPBlock(MLPBlock):
-    """x + MLP(norm(x)), (…, hidden) → (…, hidden), whatever the base's own block does around its MLP."""
-
-
 class GenericMLPModel(MLPStack):
-    """MLP memory for a decoder family without a class of its own; `generic_class` joins it to the family's base class."""
+    """MLP memory for a decoder family without a class of its own; `generic_class` joins it to the family's base class.
 
-    block_class = GenericMLPBlock
-    _no_split_modules = ["GenericMLPBlock"]  # noqa: RUF012
+    Its blocks are x + MLP(norm(x)), whatever the base's own blocks do around their MLP.
+    """
+
+    _no_split_modules = ["MLPBlock"]  # noqa: RUF012
 
     @classmethod
     def make_parts(cls, config: PretrainedConfig) -> tuple[list[MLPBlock], nn.Module]:

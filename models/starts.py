@@ -39,10 +39,6 @@ class Affine:
     bias: torch.Tensor
     centred: bool
 
-    @classmethod
-    def identity(cls, width: int) -> Affine:
-        return cls(torch.ones(width), torch.zeros(width), False)
-
     def centre(self, values: torch.Tensor) -> torch.Tensor:
         """`values` (…, hidden) without their mean, where this norm takes it off."""
         return values - values.mean(-1, keepdim=True) if self.centred else values
@@ -151,7 +147,8 @@ def measure_scale(
     hidden, captured, mlp_output, output = (each[rows].flatten(0, -2).float().cpu() for each in tensors)
     # each (tokens, hidden)
 
-    before = _affine(norm) if norm is not None else Affine.identity(hidden.shape[-1])
+    width = hidden.shape[-1]
+    before = _affine(norm) if norm is not None else Affine(torch.ones(width), torch.zeros(width), centred=False)
     after = _affine(final_norm(base))
     weighted = _away_from_zero(before.weight) * after.centre(output)
     return BaseScale(

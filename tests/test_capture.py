@@ -121,6 +121,22 @@ def test_a_pass_of_another_thread_is_not_captured():
         assert capture.take().shape[:2] == (1, 12)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_checkpointed_blocks_change_no_state_and_are_refused_where_they_lose_its_gradient(
+    family,
+):
+    base, ids = tiny_base(family).train(), some_ids()
+    expected = hidden_states(base, ids)
+    positions = torch.ones_like(ids, dtype=torch.bool)
+    for reentrant in (False, True):
+        base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        assert torch.equal(hidden_states(base, ids), expected)  # as the online trainer and the datastore take them
+        with torch.no_grad():
+            assert torch.equal(hidden_and_head_input(base, ids, positions)[0], expected.flatten(0, 1))
+    with pytest.raises(RuntimeError, match=r'reentrant gradient checkpointing: .*"use_reentrant": False'):
+        hidden_and_head_input(base, ids, positions)
+
+
 def test_states_keep_the_models_dtype_and_carry_no_gradient():
     base = tiny_base("llama").to(torch.bfloat16)
     hidden = hidden_states(base, some_ids(1, CONTEXT))

@@ -61,6 +61,29 @@ def test_the_gradient_reaches_base_and_memory_and_the_numbers_are_those_without_
     assert all(parameter.grad.abs().sum() > 0 for parameter in joint.parameters())
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_gradients_are_the_same_under_gradient_checkpointing_or_it_is_refused(family):
+    joint = tiny_joint(family, lmbda=0.4).train()
+    ids = some_ids()
+
+    def gradients():
+        joint.zero_grad()
+        joint(ids, labels=ids).loss.backward()
+        return [parameter.grad for parameter in joint.parameters()]
+
+    expected = gradients()
+    joint.base_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(gradients(), expected)
+    joint.base_lm.gradient_checkpointing_enable({"use_reentrant": True})
+    joint.base_lm.enable_input_require_grads()
+    with pytest.raises(RuntimeError, match="reentrant gradient checkpointing"):
+        gradients()
+    with torch.no_grad():
+        assert joint(ids, labels=ids).loss > 0
+    joint.eval()  # where nothing is checkpointed
+    torch.testing.assert_close(gradients(), expected)
+
+
 def test_training_leaves_the_frozen_base_without_gradient_or_dropout():
     base = tiny_base("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     joint = MLPMemory(base, tiny_memory(base), is_train=True).train()
