@@ -12,20 +12,20 @@ import json
 import logging
 import math
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from .stack import download, resize_vocabulary, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
-INSIDE = "base"
+INSIDE, MEMORY = "base", "memory"
 # Arguments of a hub look-up that concern the joint folder's own repository, not the base's.
 OWN_HUB_ARGUMENTS = ("revision", "subfolder", "code_revision", "adapter_kwargs", "_from_auto", "_commit_hash")
 
@@ -115,7 +115,7 @@ def joint_parts(
         raise ValueError(f"{folder}: does not say which base it belongs to; {hint}")
     elif os.path.isabs(base) and not os.path.isdir(base):
         raise ValueError(f"{folder}: belongs to the base {base}, which is not there; {hint}")
-    return folder / "memory", base, config
+    return folder / MEMORY, base, config
 
 
 def read_joint_config(folder: str | os.PathLike) -> MLPMemoryConfig | None:
@@ -157,23 +157,24 @@ def _tokenizer(path: str) -> Any:
 def save_joint(
     joint: PreTrainedModel,
     folder: str | os.PathLike,
-    include_base: bool,
+    include_base: bool | None,
     base_reference: str | None,
     tokenizer: Any,
     results: dict[str, Any] | list[dict[str, Any]] | None,
     max_shard_size: int | str,
 ) -> None:
     """Write a joint model's folder; `MLPMemory.save_pretrained` documents the arguments."""
-    reference = base_reference or joint.config.base_model_name_or_path or joint.base_lm.name_or_path
-    if not reference and not include_base:
-        raise ValueError(
-            "the base was not loaded from anywhere, so there is nothing to refer to: pass base_reference= or "
-            "include_base=True"
-        )
-    if reference and os.path.isdir(reference):
-        reference = os.path.abspath(reference)
-    if tokenizer is None and reference:
-        tokenizer = _tokenizer(reference)
+    folder = Path(folder)
+    _check_target(folder)
+    named = joint.config.base_model_name_or_path
+    if base_reference is None and not include_base and (why := _not_found_again(joint, named)):
+        if include_base is False:
+            raise ValueError(f"{why}: pass base_reference= or include_base=True")
+        logger.warning("%s: saved along in %s", why, folder / INSIDE)
+        include_base = True
+    reference = absolute(base_reference) or named
+    if tokenizer is None:
+        tokenizer = next(filter(None, map(_tokenizer, filter(None, (_opened_from(joint), reference)))), None)
     config = copy.deepcopy(joint.config)
     config.base_model_name_or_path = reference or None
     config.architectures = [type(joint).__name__]
@@ -184,30 +185,78 @@ def save_joint(
         tokenizer.pad_token = tokenizer.eos_token  # so that the saved folder generates in batches
         logger.info("the tokenizer has no padding token: %s takes its place", tokenizer.eos_token)
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
-        joint.knn_generator.save_pretrained(f"{temporary}/memory", max_shard_size=max_shard_size)
+        new = Path(temporary, "new")
+        joint.knn_generator.save_pretrained(new / MEMORY, max_shard_size=max_shard_size)
         if include_base:
-            joint.base_lm.save_pretrained(f"{temporary}/{INSIDE}", max_shard_size=max_shard_size)
+            joint.base_lm.save_pretrained(new / INSIDE, max_shard_size=max_shard_size)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            tokenizer.save_pretrained(new)
             if include_base:
-                tokenizer.save_pretrained(f"{temporary}/{INSIDE}")
-        joint.generation_config.save_pretrained(temporary)
-        Path(temporary, "README.md").write_text(model_card(joint, reference, results), encoding="utf-8")
-        config.save_pretrained(temporary)
-        _move_in(Path(temporary), Path(folder))
+                tokenizer.save_pretrained(new / INSIDE)
+        joint.generation_config.save_pretrained(new)
+        (new / "README.md").write_text(model_card(joint, reference, results), encoding="utf-8")
+        config.save_pretrained(new)
+        _move_in(new, folder, Path(temporary, "old"))
 
 
-def _move_in(temporary: Path, folder: Path) -> None:
-    """Move what was written into `folder`, its config.json last: without one a folder is no joint model."""
-    (folder / "config.json").unlink(missing_ok=True)
-    if (folder / INSIDE).is_dir() and not (temporary / INSIDE).is_dir():
-        shutil.rmtree(folder / INSIDE)
-    for source in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+def absolute(name: str | os.PathLike | None) -> str | None:
+    """A base's name as it stays true in every working directory: a folder's whole path, else (a hub name) itself."""
+    return os.path.abspath(name) if name and os.path.isdir(name) else name and str(name)
+
+
+def _check_target(folder: Path) -> None:
+    """Raises ValueError when a joint model saved in `folder` would overwrite something else."""
+    if read_joint_config(folder) is None:
+        for name in ("config.json", MEMORY, INSIDE):
+            if (folder / name).exists():
+                raise ValueError(
+                    f"{folder}: its {name} belongs to no joint model and would be overwritten; save to another folder"
+                )
+
+
+def _not_found_again(joint: PreTrainedModel, named: str | None) -> str | None:
+    """Why loading from `named`, the folder or hub name of the base, would not give the joint model's base; None: it would."""
+    base = joint.base_lm
+    if not named:
+        return "the base was not loaded from anywhere, so there is nothing to refer to"
+    for place in (base.name_or_path, named):
+        if os.path.basename(place) == INSIDE and read_joint_config(os.path.dirname(place)) is not None:
+            return f"the base is a part of the folder {os.path.dirname(place)}"
+    own_code = type(base).__module__.startswith("transformers_modules.")
+    try:
+        source = AutoModelForCausalLM.from_pretrained(named, dtype=base.dtype, trust_remote_code=own_code)
+        resize_to_memory(source, joint.knn_generator, named)
+    except Exception as error:
+        return f"the base cannot be loaded from {named} ({type(error).__name__})"
+    there = dict(source.named_parameters())
+    for name, weight in base.named_parameters():
+        if weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            continue  # offloaded and quantised weights are not trained
+        if name not in there or not torch.equal(weight.detach().cpu(), there[name].detach()):
+            return f"the base's weights are not those of {named} ({name} differs)"
+    return None
+
+
+def _opened_from(joint: PreTrainedModel) -> str | None:
+    """The joint folder that `joint` was opened from."""
+    return joint.name_or_path if read_joint_config(joint.name_or_path) is not None else None
+
+
+def _move_in(new: Path, folder: Path, old: Path) -> None:
+    """Move what was written to `new` into `folder`, its config.json last: without one a folder is no joint model.
+
+    What it replaces goes to `old`, to be deleted only when the new is in place.
+    """
+    old.mkdir()
+    for name in ("config.json", INSIDE):
+        if (folder / name).exists():
+            os.replace(folder / name, old / name)
+    for source in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
         target = folder / source.name
         if target.is_dir():
-            shutil.rmtree(target)
+            os.replace(target, old / source.name)
         os.replace(source, target)
 
 

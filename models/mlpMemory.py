@@ -21,6 +21,7 @@ from .capture import HiddenCapture, captured_module, hidden_states
 from .families import load_memory
 from .joint_files import (
     MLPMemoryConfig,
+    absolute,
     check_lambda,
     check_temperature,
     joint_parts,
@@ -96,7 +97,11 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         check_fit(base_lm.config, knn_generator)
         # A copy: a composite config hands its attention settings down to the configs inside it.
         config = MLPMemoryConfig(
-            text_config=copy.deepcopy(base_lm.config), lmbda=lmbda, knn_temp=knn_temp, layer_position=layer_position
+            text_config=copy.deepcopy(base_lm.config),
+            lmbda=lmbda,
+            knn_temp=knn_temp,
+            layer_position=layer_position,
+            base_model_name_or_path=absolute(base_lm.name_or_path),
         )
         super().__init__(config)
         self.config._attn_implementation_internal = base_lm.config._attn_implementation
@@ -167,17 +172,18 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
 
         Raises ValueError when the memory does not fit the base, or a setting is out of range.
         """
+        opened = None
         if memory is None:
             memory, base, config = joint_parts(base, config, base_arguments)
-            reference = config.base_model_name_or_path or base
+            opened = memory.parent
         else:
             config = None if isinstance(memory, nn.Module) else read_joint_config(memory)
-            reference = base.name_or_path if isinstance(base, nn.Module) else str(base)
+        reference = absolute(base.name_or_path if isinstance(base, nn.Module) else base)
         given = {"lmbda": lmbda, "knn_temp": knn_temp, "layer_position": layer_position}
         settings = {} if config is None else {name: getattr(config, name) for name in given}
         settings |= {name: value for name, value in given.items() if value is not None}
         if not isinstance(base, nn.Module):
-            base = AutoModelForCausalLM.from_pretrained(str(base), **base_arguments)
+            base = AutoModelForCausalLM.from_pretrained(reference, **base_arguments)
             if device is not None:
                 base.to(device)
         if not isinstance(memory, nn.Module):
@@ -186,7 +192,9 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
             memory = load_memory(memory, dtype=memory_dtype or base.dtype, device=memory_device or place)
         resize_to_memory(base, memory, reference)
         joint = cls(base, memory, **settings)
-        joint.config.base_model_name_or_path = reference
+        if opened is not None:
+            joint.name_or_path = joint.config.name_or_path = str(opened)
+            joint.config.base_model_name_or_path = config.base_model_name_or_path or reference
         return joint.eval()
 
     def save_pretrained(
@@ -194,7 +202,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
         *,
-        include_base: bool = False,
+        include_base: bool | None = None,
         base_reference: str | None = None,
         tokenizer: Any = None,
         results: dict[str, Any] | list[dict[str, Any]] | None = None,
@@ -203,9 +211,11 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         """Write a folder that `from_pretrained`, `AutoModelForCausalLM` and `pipeline` open again.
 
         It holds the memory, the settings and a model card, and says which base it belongs to: `base_reference`, else
-        the name or folder the base was loaded from; `include_base` puts the base itself inside. The tokenizer given,
-        else the base's, is written along. `results`: measured rows (`results.json` of an evaluation) for the card.
-        Raises ValueError when there is no base to refer to.
+        the name or folder the base was loaded from. `include_base` puts the base itself inside; left at None, that is
+        done where the base could not be loaded again as it is (it was trained, it is a part of another joint folder,
+        its source is gone). The tokenizer given, else the base's, is written along. `results`: measured rows
+        (`results.json` of an evaluation) for the card. Raises ValueError where the folder holds something else, or
+        `include_base` is False and the base could not be loaded again.
         """
         if is_main_process:
             save_joint(self, save_directory, include_base, base_reference, tokenizer, results, max_shard_size)

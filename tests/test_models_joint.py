@@ -247,15 +247,78 @@ def test_a_failed_save_leaves_the_folder_as_it_was(joint, tmp_path, monkeypatch)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_base_from_nowhere_must_be_named_or_included(tmp_path):
+def test_a_base_from_nowhere_is_named_or_included(tmp_path):
     joint = tiny_joint()
     with pytest.raises(ValueError, match=r"base_reference= or include_base=True"):
-        joint.save_pretrained(tmp_path / "one")
+        joint.save_pretrained(tmp_path / "one", include_base=False)
     assert not (tmp_path / "one").exists()
-    joint.save_pretrained(tmp_path / "two", include_base=True)
+    joint.save_pretrained(tmp_path / "two")
     assert torch.equal(log_probs(MLPMemory.from_pretrained(tmp_path / "two")), log_probs(joint))
     joint.save_pretrained(tmp_path / "three", base_reference="someone/a-base")
     assert json.loads((tmp_path / "three" / "config.json").read_text())["base_model_name_or_path"] == "someone/a-base"
+
+
+@pytest.mark.parametrize("include", [None, True])
+def test_a_base_inside_its_folder_is_never_lost_by_saving_again(files, joint, tmp_path, include):
+    joint.save_pretrained(tmp_path / "joint", include_base=True)
+    MLPMemory.from_pretrained(tmp_path / "joint").save_pretrained(tmp_path / "joint", include_base=include)
+    opened = MLPMemory.from_pretrained(tmp_path / "joint")
+    assert torch.equal(log_probs(opened), log_probs(joint))
+    opened.save_pretrained(tmp_path / "elsewhere", include_base=include)
+    with pytest.raises(ValueError, match="the base is a part of"):
+        opened.save_pretrained(tmp_path / "none", include_base=False)
+    shutil.rmtree(tmp_path / "joint")
+    assert torch.equal(log_probs(MLPMemory.from_pretrained(tmp_path / "elsewhere")), log_probs(joint))
+    assert AutoTokenizer.from_pretrained(tmp_path / "elsewhere" / "base").eos_token == "<eos>"
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_base_opened_by_a_relative_path_is_found_from_everywhere(files, tmp_path, monkeypatch, by_name):
+    monkeypatch.chdir(files)
+    base = "base" if by_name else AutoModelForCausalLM.from_pretrained("base")
+    joint = MLPMemory.from_pretrained(base, "memory") if by_name else MLPMemory(base, load_memory("memory"))
+    (tmp_path / "far").mkdir()
+    monkeypatch.chdir(tmp_path / "far")
+    joint.save_pretrained("joint")
+    monkeypatch.chdir(tmp_path)
+    assert not (tmp_path / "far" / "joint" / "base").exists()
+    assert torch.equal(log_probs(MLPMemory.from_pretrained("far/joint")), log_probs(joint))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("where", ["source", "inside"])
+def test_a_base_trained_through_the_mixture_is_saved_along(family, where, tmp_path):
+    base = tiny_base(family)
+    base.save_pretrained(tmp_path / "source")
+    joint = MLPMemory.from_pretrained(tmp_path / "source", tiny_memory(base))
+    if where == "inside":
+        joint.save_pretrained(tmp_path / "inside", include_base=True)
+        joint = MLPMemory.from_pretrained(tmp_path / "inside")
+    optimizer = torch.optim.SGD(joint.base_lm.parameters(), lr=1e-3)
+    joint(some_ids(), labels=some_ids()).loss.backward()
+    optimizer.step()
+    trained = log_probs(joint)
+    with pytest.raises(ValueError, match=r"include_base=True"):
+        joint.save_pretrained(tmp_path / "refused", include_base=False)
+    joint.save_pretrained(tmp_path / "joint")
+    assert torch.equal(log_probs(MLPMemory.from_pretrained(tmp_path / "joint")), trained)
+    assert not torch.equal(log_probs(MLPMemory.from_pretrained(tmp_path / "source", tiny_memory(base))), trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_held_in_another_dtype_is_not_taken_for_a_trained_one(files, tmp_path, dtype):
+    joint = MLPMemory.from_pretrained(files / "base", files / "memory", dtype=dtype)
+    joint.save_pretrained(tmp_path / "joint")
+    assert not (tmp_path / "joint" / "base").exists()
+
+
+@pytest.mark.parametrize("taken", ["base", "memory", "."])
+def test_saving_over_another_model_is_refused(joint, files, tmp_path, taken):
+    shutil.copytree(files / "base", tmp_path / "work" / taken)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="belongs to no joint model and would be overwritten"):
+        joint.save_pretrained(tmp_path / "work")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
