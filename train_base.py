@@ -106,8 +106,6 @@ def check_arguments(arguments: StageArguments, training: Any) -> None:
         arguments.model_name_or_path = arguments.model_name_or_path or arguments.config_name
     arguments.check_scored()
     check_numbers(arguments, training)
-    if ADAPTIVE in arguments.lmbda:
-        raise InputError("--lmbda adaptive: is not built yet; expected numbers from 0 to 1")
     if arguments.knn:
         for name in ("val_file", "index_file"):
             if getattr(arguments, name) is None:
@@ -184,9 +182,10 @@ def evaluate(base: Any, windows: Any, arguments: StageArguments, training: Any) 
     from utils.results import report_scores
 
     started = time.time()
-    score = MixtureScore(arguments.lmbda, arguments.knn_temp)
-    neighbours, search = None, {}
+    knn_temp, neighbours, adaptive, search = arguments.knn_temp, None, None, {}
+    score = MixtureScore([value for value in arguments.lmbda if value != ADAPTIVE], knn_temp)
     if arguments.knn:
+        from knn_utils.adaptive import adaptive_score
         from knn_utils.knn_lm import Neighbours
 
         search = {"k": arguments.k, "index": str(arguments.index_file), "probe": arguments.probe}
@@ -199,15 +198,23 @@ def evaluate(base: Any, windows: Any, arguments: StageArguments, training: Any) 
             refine_factor=arguments.refine_factor,
             layer_position=arguments.layer_position,
         )
+        adaptive = adaptive_score(arguments, windows, neighbours)
+        knn_temp = [*knn_temp, *(each for each in (adaptive.knn_temp if adaptive else ()) if each not in knn_temp)]
     batch_size = training.per_device_eval_batch_size
     for hidden, logprob, labels in scored_rows(base, windows, arguments, arguments.eval_subset, batch_size):
-        other = None if neighbours is None else neighbours.probability(hidden, labels, arguments.knn_temp)
+        other = None
+        if neighbours is not None:
+            other, nearest = neighbours.probability(hidden, labels, knn_temp)
+            if adaptive:
+                adaptive.add(logprob, other[:, [knn_temp.index(each) for each in adaptive.knn_temp]], nearest)
+            other = other[:, : len(arguments.knn_temp)]
         score.add(logprob, other, other_is_probability=True)
     report_scores(
         score,
         "kNN-LM" if arguments.knn else None,
         training.output_dir or "trainer_output",
         started,
+        adaptive=adaptive and adaptive.result(),
         model=str(arguments.model_name_or_path),
         memory=None,
         dataset=str(arguments.dataset_name),

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from knn_utils.adaptive import Buckets
 from knn_utils.datastore import Datastore
 from knn_utils.distribution import dense_probability, hit_tokens, label_probability
 from knn_utils.faiss_files import load_values
@@ -62,10 +63,12 @@ class Neighbours:
         queries = hidden.detach().to(torch.float16).cpu().numpy()
         return self.searcher.search(queries, self.k)
 
-    def probability(self, hidden: Tensor, labels: Tensor, knn_temp: Sequence[float]) -> Tensor:
-        """kNN probability (rows, temperatures) float64 of `labels` (rows,) at `hidden` (rows, dim), from one search."""
+    def probability(self, hidden: Tensor, labels: Tensor, knn_temp: Sequence[float]) -> tuple[Tensor, np.ndarray]:
+        """From one search at `hidden` (rows, dim): the kNN probability (rows, temperatures) float64 of `labels` (rows,),
+        and the squared distance (rows,) of the nearest hit, infinity where there is none."""
         distances, ids = self.search(hidden)
-        return torch.from_numpy(label_probability(distances, ids, self.values, labels.cpu().numpy(), knn_temp))
+        found = label_probability(distances, ids, self.values, labels.cpu().numpy(), knn_temp)
+        return torch.from_numpy(found), distances[:, 0]
 
 
 class KNNLM(Neighbours):
@@ -74,12 +77,16 @@ class KNNLM(Neighbours):
         with KNNLM(index, values, k=1024, probe=32, lmbda=0.25, knn_temp=10.0).on(model):
             model.generate(...)
 
-    While it is on, the model's logits are log-probabilities of the mixture; afterwards nothing is left of it.
+    While it is on, the model's logits are log-probabilities of the mixture; afterwards nothing is left of it. `lmbda` is
+    a number, or `Buckets` of numbers by the nearest neighbour's distance.
     """
 
-    def __init__(self, *args: Any, lmbda: float, knn_temp: float, layer_position: int = -1, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, lmbda: float | Buckets, knn_temp: float, layer_position: int = -1, **options: Any
+    ) -> None:
         super().__init__(*args, layer_position=layer_position, **options)
-        self.lmbda, self.knn_temp = check_fraction("--lmbda", lmbda), check_positive("--knn_temp", knn_temp)
+        self.lmbda = lmbda if isinstance(lmbda, Buckets) else check_fraction("--lmbda", lmbda)
+        self.knn_temp = check_positive("--knn_temp", knn_temp)
         self.layer_position = layer_position
         self._capture: Any = None
         self._hook: Any = None
@@ -89,7 +96,9 @@ class KNNLM(Neighbours):
         distances, ids = self.search(hidden)  # (rows, k) each
         knn = dense_probability(distances, hit_tokens(ids, self.values), logits.shape[-1], self.knn_temp)
         base = torch.softmax(logits.double(), dim=-1)  # (rows, V)
-        return base.mul_(1 - self.lmbda).add_(torch.from_numpy(knn).to(base.device), alpha=self.lmbda).log_()
+        lmbda = self.lmbda.of(distances[:, 0]) if isinstance(self.lmbda, Buckets) else np.array([self.lmbda])
+        lmbda = torch.from_numpy(lmbda).to(base.device)[:, None]  # (rows or 1, 1)
+        return base.mul_(1 - lmbda).add_(torch.from_numpy(knn).to(base.device).mul_(lmbda)).log_()
 
     def on(self, model: Any) -> KNNLM:
         """Put the wrapper on `model`. Raises InputError when it is on one already."""

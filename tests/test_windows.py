@@ -19,7 +19,7 @@ from utils import text_files, windows
 from utils.errors import InputError
 from utils.loading import load_windows
 from utils.preprocess_dataset import tokenize_and_group_text
-from utils.windows import WindowSizes, cut_windows
+from utils.windows import WindowSizes, cut_windows, shared_runs
 
 GOLDEN = Path(__file__).parent / "golden" / "preprocess"
 COLUMNS = ("input_ids", "labels", "attention_mask", "dstore_range")
@@ -257,3 +257,13 @@ def test_a_windows_folder_that_is_empty_or_was_cut_off_is_refused(tmp_path):
     datasets.DatasetDict({"train": none}).save_to_disk(str(tmp_path / "empty"))
     with pytest.raises(InputError, match="make the windows with"):
         load_windows(tmp_path / "empty", "train")
+
+
+def test_a_text_that_is_part_of_another_is_told_from_one_that_is_not():
+    random = np.random.default_rng(0)
+    text, other = random.integers(0, 500, 40_000), random.integers(0, 500, 9000)
+    other[:3000] = text[20_007:23_007]
+    gaps = np.delete(text, np.arange(0, len(text), 1024))  # as other windows leave them out
+    assert shared_runs(text[5000:9000], gaps) > 0.9
+    assert shared_runs(other, text) == pytest.approx(1 / 3, abs=0.02)
+    assert shared_runs(other[3000:], text) == shared_runs(text[:5], text) == shared_runs(text, text[:5]) == 0

@@ -48,7 +48,8 @@ class ScoreArguments(BaseArguments):
     def check_scored(self) -> None:
         """Take lambda and temperature from `choose_on`, and refuse what cannot be scored. Raises InputError."""
         if self.choose_on:
-            self.lmbda, self.knn_temp = chosen(self.choose_on)
+            lmbda, self.knn_temp = chosen(self.choose_on)
+            self.lmbda = self.lmbda if self.lmbda == [ADAPTIVE] else lmbda
         check_grid(self.lmbda, self.knn_temp)
         check_at_least(1, self, "max_eval_samples")
         if not self.dstore_path:
@@ -62,6 +63,11 @@ def check_lambda(flag: str, value: float | str) -> float | str:
     return value if value == ADAPTIVE else check_fraction(flag, float(value))
 
 
+def lambda_text(value: float | str) -> str:
+    """A lambda as a table shows it."""
+    return value if isinstance(value, str) else f"{value:g}"
+
+
 def check_grid(lmbda: Sequence[float | str], knn_temp: Sequence[float]) -> None:
     """Check the values of `--lmbda` (in [0, 1], or adaptive) and `--knn_temp` (above 0). Raises InputError."""
     for name, values, check in (("--lmbda", lmbda, check_lambda), ("--knn_temp", knn_temp, check_positive)):
@@ -71,26 +77,32 @@ def check_grid(lmbda: Sequence[float | str], knn_temp: Sequence[float]) -> None:
             check(name, value)
 
 
-def chosen(path: str) -> tuple[list[float], list[float]]:
-    """Lambda and temperature that were best in another split's results.json. Raises InputError."""
+def chosen(path: str) -> tuple[list[float | str], list[float]]:
+    """Lambda (or `ADAPTIVE`) and temperature that were best in another split's results.json. Raises InputError."""
     results = read_json(path)
     if not isinstance(results, dict) or not isinstance(results.get("knn_temp"), (int, float)):
         raise InputError(f"--choose_on {path}: is not the results.json of a mixture's evaluation")
-    return [float(results["lmbda"])], [float(results["knn_temp"])]
+    return [Lambda(results["lmbda"])], [float(results["knn_temp"])]
 
 
 def report_scores(
-    score: MixtureScore, mixture: str | None, output_dir: str | Path, started: float, **about: Any
+    score: MixtureScore,
+    mixture: str | None,
+    output_dir: str | Path,
+    started: float,
+    adaptive: dict[str, Any] | None = None,
+    **about: Any,
 ) -> None:
     """Add up the processes' scores, print what they come to, and write `results.json` into `output_dir`.
 
-    It holds perplexity, lmbda and knn_temp (of the best mixture, or of the base), base_perplexity, tokens, grid (a row
-    for each combination), and `about`.
+    It holds perplexity, lmbda and knn_temp (of the best number, else of `adaptive`, else of the base), base_perplexity,
+    tokens, grid (a row for each number and temperature), adaptive where it was scored, and `about`.
 
     Args:
         score: this process's sums.
         mixture: what was mixed into the base, as "kNN-LM"; None where the base was scored alone.
         started: `time.time()` at the command's start.
+        adaptive: what came of a lambda that differs from token to token: perplexity, knn_temp, and how it was made.
         about: what was scored: `dataset` and `split`, and whatever else belongs into the results.
 
     Raises:
@@ -104,15 +116,18 @@ def report_scores(
         raise InputError(f"--dataset_name {about['dataset']}: split {about['split']} holds no token to predict")
     base = score.base_perplexity()
     say(f"base: perplexity {base:.4f} ({tokens} tokens, token-weighted)")
-    best: dict[str, Any] = {"lmbda": 0.0, "knn_temp": None, "perplexity": base}
-    if mixture is not None:
-        best = score.best()
+    mixtures: list[dict[str, Any]] = [score.best()] if mixture is not None and score.lmbda else []
+    if adaptive:
+        mixtures.append({"lmbda": ADAPTIVE, **{name: adaptive[name] for name in ("knn_temp", "perplexity")}})
+    for row in mixtures:
         say(
-            f"{mixture}: perplexity {best['perplexity']:.4f} at lambda {best['lmbda']:g}, temperature "
-            f"{best['knn_temp']:g} ({tokens} tokens, token-weighted)"
+            f"{mixture}: perplexity {row['perplexity']:.4f} at lambda {lambda_text(row['lmbda'])}, temperature "
+            f"{row['knn_temp']:g} ({tokens} tokens, token-weighted)"
         )
+    best = mixtures[0] if mixtures else {"lmbda": 0.0, "knn_temp": None, "perplexity": base}
     grid = [] if mixture is None else score.grid()
     if PartialState().is_main_process:
+        about = {"adaptive": adaptive, **about} if adaptive else about
         results = {**best, "base_perplexity": base, "tokens": tokens, "grid": grid, **about}
         write_results(output_dir, results, started)
 

@@ -254,3 +254,31 @@ def check_windows(path: str | os.PathLike, windows: Any, config: Any, tokenizer:
             f"--dataset_name {path}: windows of {length} tokens, but the model has {positions} positions; "
             f"make the windows with --block_size {positions} or less"
         )
+
+
+def shared_runs(tokens: np.ndarray, other: np.ndarray, length: int = 16, at_most: int = 4096) -> float:
+    """Which share of the runs of `length` tokens of `tokens` (n,) stand in `other` (m,), too; 0 where there is no run.
+
+    It tells a text that is part of another, whatever windows they are cut into, from one that is not. `at_most`: runs
+    that are looked at, evenly spread.
+    """
+    if min(len(tokens), len(other)) < length:
+        return 0.0
+    starts = np.linspace(0, len(tokens) - length, min(at_most, len(tokens) - length + 1)).astype(np.int64)
+    wanted, counts = np.unique(_run_hashes(tokens, length)[starts], return_counts=True)
+    stands = np.zeros(len(wanted), bool)
+    for start in range(0, len(other) - length + 1, TABLE_TOKENS):
+        hashes = _run_hashes(other[start : start + TABLE_TOKENS + length - 1], length)
+        place = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
+        stands[place[wanted[place] == hashes]] = True
+    return float(counts[stands].sum() / counts.sum())
+
+
+def _run_hashes(tokens: np.ndarray, length: int) -> np.ndarray:
+    """A number of 64 bits for each run of `length` tokens: (n,) -> (n - length + 1,) uint64."""
+    tokens = np.asarray(tokens).astype(np.uint64)
+    runs = len(tokens) - length + 1
+    hashes = np.zeros(runs, np.uint64)
+    for place in range(length):
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + tokens[place : place + runs]
+    return hashes
