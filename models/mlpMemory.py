@@ -183,9 +183,9 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         settings = {} if config is None else {name: getattr(config, name) for name in given}
         settings |= {name: value for name, value in given.items() if value is not None}
         if not isinstance(base, nn.Module):
+            if device is not None and torch.device(device).type != "cpu":  # read straight onto it
+                base_arguments = {"device_map": {"": torch.device(device)}, **base_arguments}
             base = AutoModelForCausalLM.from_pretrained(reference, **base_arguments)
-            if device is not None:
-                base.to(device)
         if not isinstance(memory, nn.Module):
             weight = next(captured_module(base, settings.get("layer_position", -1)).parameters())
             place = base.device if weight.is_meta else weight.device  # meta: accelerate keeps the block elsewhere

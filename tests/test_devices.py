@@ -12,6 +12,7 @@ import pytest
 import torch
 from devices import claimed_devices, put, spread
 from tiny_models import HIDDEN, byte_tokenizer, make_base, some_ids, tiny_base, tiny_memory
+from transformers import AutoModelForCausalLM
 
 import evaluate_joint
 import train_base
@@ -116,6 +117,32 @@ def test_mixing_devices_raises_as_on_a_gpu():
         with pytest.raises(TypeError):
             here.numpy()
         assert there.cpu().numpy().tolist() == here.tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ({"device": "cuda:1"}, {"": torch.device("cuda:1")}),
+        ({}, {"": torch.device("cuda:3")}),
+        ({"device_map": "auto"}, "auto"),
+        ({"device": "cpu"}, None),
+    ],
+)
+def test_a_base_is_read_straight_onto_its_gpu(given, asked, tmp_path, monkeypatch):
+    found, load = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr("utils.loading.default_device", lambda: torch.device("cuda:3"))
+    monkeypatch.setattr(
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *names, device_map=None, **options: found.append(device_map) or load(*names, **options),
+    )
+    base = make_base("llama", tmp_path / "base")
+    arguments = BaseArguments(model_name_or_path=str(base), device_map=given.get("device_map"))
+    arguments.open_base(device=given.get("device"))  # a move to a GPU would fail here
+    tiny_memory(load(base)).save_pretrained(tmp_path / "memory")
+    if "device" in given:
+        MLPMemory.from_pretrained(base, tmp_path / "memory", **given)
+    assert found == [asked] * (1 + ("device" in given))
 
 
 @pytest.mark.parametrize(("refused", "allowed"), [("", "high"), ("1", "highest")])

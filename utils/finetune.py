@@ -89,7 +89,8 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
     if resume:
         say(f"fine-tuning: continuing from {resume}")
     gpus = torch.cuda.device_count()
-    if training.n_gpu and gpus > 1 and not started_together() and not hasattr(base, "hf_device_map"):
+    spread = len(set(getattr(base, "hf_device_map", {}).values())) > 1  # by --device_map
+    if training.n_gpu and gpus > 1 and not started_together() and not spread:
         say(f"fine-tuning: on one GPU of {gpus}; on all of them with accelerate launch -m train_base")
     if training.gradient_checkpointing:
         base.config.use_cache = False

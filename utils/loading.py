@@ -75,7 +75,7 @@ class BaseArguments:
         Args:
             tokenizer: the embeddings are cut or grown to its ids, as the original does everywhere.
             dtype: of the weights, by default what the flags say. Quantised bases keep it as their compute dtype.
-            device: where to put it, by default this process's; --device_map and quantised bases go their own way.
+            device: where to put it, by default this process's; --device_map goes its own way.
             config_name: config to use in place of the base's own.
             from_scratch: random weights from the config instead of the checkpoint's.
 
@@ -94,11 +94,12 @@ class BaseArguments:
         path, remote = self.require_base(), {"trust_remote_code": self.trust_remote_code}
         dtype = self.dtype() if dtype is None else dtype
         options: dict[str, Any] = {"dtype": dtype, **remote}
-        if self.device_map:
-            options["device_map"] = self.device_map
+        device = torch.device(default_device() if device is None else device)
+        if self.device_map or device.type != "cpu":  # weights go straight onto a GPU, not through the host's memory
+            options["device_map"] = self.device_map or {"": device}
         if self.load_in_4bit or self.load_in_8bit:
             options["quantization_config"] = self._quantization(dtype)
-            options.setdefault("device_map", {"": default_device()})
+            options.setdefault("device_map", {"": device})
         if config_name:
             options["config"] = from_pretrained(AutoConfig.from_pretrained, config_name, "--config_name", **remote)
         if from_scratch:
@@ -117,8 +118,8 @@ class BaseArguments:
         if tokenizer is not None and rows != (size := vocabulary_size(tokenizer)):
             say(f"{path}: vocabulary of {rows} {'cut' if rows > size else 'grown'} to the tokenizer's {size} tokens")
             resize_vocabulary(model, size)
-        if "device_map" not in options:
-            model.to(default_device() if device is None else device)
+        if from_scratch or "device_map" not in options:
+            model.to(device)
         return model.eval()
 
     def _quantization(self, dtype: Any) -> Any:
