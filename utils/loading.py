@@ -279,11 +279,10 @@ def load_windows(path: str | os.PathLike, split: str, at_most: int | None = None
         splits = datasets.load_from_disk(str(path))
     except Exception as error:
         raise InputError(f"{source}: is not a windows folder ({one_line(error, 200)}); {remedy}") from None
-    windows = splits
-    if not isinstance(splits, datasets.Dataset):
-        if split not in splits:
-            raise InputError(f"{source}: has no split {split}; it has {', '.join(splits)}")
-        windows = splits[split]
+    if isinstance(splits, datasets.Dataset):
+        splits = {split: splits}
+    if (windows := splits.get(split)) is None:
+        raise InputError(f"{source}: has no split {split}; it has {', '.join(splits)}")
     source = f"{source}: split {split}"
     for name in WINDOW_COLUMNS:
         if name not in windows.column_names:
@@ -316,8 +315,7 @@ def model_fingerprint(model: Any) -> str:
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)]
-        digest.update(sample.float().cpu().numpy().tobytes())
+        digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
