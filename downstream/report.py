@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import command, flag, parse, required
+from utils.results import lambda_text
 
 
 @dataclass
@@ -35,8 +36,10 @@ def main() -> None:
     knn_validation, knn, joint_validation, joint, recall = (read_json(work / name / "results.json") for name in stages)
     training = read_json(work / "memory" / "training.json")
     summary = read_json(work / "windows" / "dstore_summary.json")
+    untuned = work / "untuned" / "results.json"  # there where the base was fine-tuned first
     results = {
         **perplexities(joint, knn),
+        **({"untuned_ppl": read_json(untuned)["perplexity"]} if untuned.exists() else {}),
         "lambda": joint["lmbda"],
         "knn_temp": joint["knn_temp"],
         "knnlm_lambda": knn["lmbda"],
@@ -69,8 +72,13 @@ def main() -> None:
 
 
 def perplexities(joint: dict[str, Any], knn: dict[str, Any]) -> dict[str, float]:
-    """Those of base, kNN-LM and base + memory in the results.json of a split's two evaluations."""
-    return {"base_ppl": joint["base_perplexity"], "knnlm_ppl": knn["perplexity"], "memory_ppl": joint["perplexity"]}
+    """Those of base, kNN-LM and base + memory in the results.json of a split's two evaluations.
+
+    With one lambda, and where it was scored with one that differs from token to token (`…_adaptive_ppl`).
+    """
+    found = {"base_ppl": joint["base_perplexity"], "knnlm_ppl": knn["perplexity"], "memory_ppl": joint["perplexity"]}
+    adaptive = {"knnlm_adaptive_ppl": knn.get("adaptive"), "memory_adaptive_ppl": joint.get("adaptive")}
+    return found | {name: each["perplexity"] for name, each in adaptive.items() if each}
 
 
 def machine() -> str:
@@ -86,22 +94,30 @@ def machine() -> str:
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    base = results["base_ppl"]
-
-    def row(name: str, value: float, settings: str) -> str:
-        return f"| {name} | {value:.2f} | {100 * (value / base - 1):+.1f}% | {settings} |"
-
-    knn = f"lambda {results['knnlm_lambda']:g}, temperature {results['knnlm_temp']:g}"
-    memory = f"lambda {results['lambda']:g}, temperature {results['knn_temp']:g}"
+    untuned = results.get("untuned_ppl")
+    base, name = results["base_ppl"], "base" if untuned is None else "fine-tuned"
+    knn = f"lambda {lambda_text(results['knnlm_lambda'])}, temperature {results['knnlm_temp']:g}"
+    memory = f"lambda {lambda_text(results['lambda'])}, temperature {results['knn_temp']:g}"
+    rows = [
+        ("base", untuned, ""),
+        (name, base, ""),
+        (f"{name} + kNN-LM", results["knnlm_ppl"], knn),
+        (f"{name} + kNN-LM, adaptive", results.get("knnlm_adaptive_ppl"), "lambda by the nearest neighbour's distance"),
+        (f"{name} + MLP memory", results["memory_ppl"], memory),
+        (f"{name} + MLP memory, adaptive", results.get("memory_adaptive_ppl"), "lambda by token"),
+    ]
+    lines = [
+        f"| {model} | {value:.2f} | {'' if model == name else f'{100 * (value / base - 1):+.1f}%'} | {chosen} |"
+        for model, value, chosen in rows
+        if value is not None
+    ]
     return f"""
 Perplexity on {results["test_tokens"]} tokens of test articles that nothing was trained on; lambda and temperature were \
 chosen on the validation articles.
 
-| model | perplexity | against the base | chosen |
+| model | perplexity | against {"the base" if untuned is None else "fine-tuned"} | chosen |
 | --- | --- | --- | --- |
-{row("base", base, "")}
-{row("kNN-LM", results["knnlm_ppl"], knn)}
-{row("base + MLP memory", results["memory_ppl"], memory)}
+{chr(10).join(lines)}
 
 {recall_line(results)}
 Rule: {results["recall_rule"]}.

@@ -44,7 +44,7 @@ once() {
 }
 
 # seconds_of_stages: what the completed stages took, added up over interrupted runs.
-seconds_of_stages() { find "$DONE" -name '*.seconds' -exec cat {} + | awk '{ sum += $1 } END { print sum + 0 }'; }
+seconds_of_stages() { find "$DONE" -maxdepth 1 -name '*.seconds' -exec cat {} + | awk '{ sum += $1 } END { print sum + 0 }'; }
 
 # PYTHON, which has the project's packages: the active environment's, else .venv's. And ONE, the beginning of a command
 # for one process; a cluster's job brings its own, ON_ALL, for all processes of the job.

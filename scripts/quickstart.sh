@@ -14,6 +14,8 @@
 #   MIN_CHARACTERS  leave out shorter articles of the default text     (default: 500)
 #   BLOCK_SIZE      tokens of a window                        (default: 1024)
 #   SEED            split of the articles, start and order of training (default: 42)
+#   FINETUNE=1      fine-tune the base first, as the paper does; everything after it in OUTPUT/finetuned, beside a run without
+#   FINETUNE_EPOCHS FINETUNE_LEARNING_RATE                    (default: 1, 1e-4)
 #   PYTHON          makes .venv, unless an environment is active       (default: python3)
 # shellcheck source=scripts/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -25,7 +27,7 @@ DONE="$WORK/done"
 # With little data a start near the base, a low learning rate and a small alpha lower the perplexity of unseen text,
 # while the kNN part makes the memory remember its corpus. The paper trains from random weights at 5e-4 and alpha 0.5.
 : "${LAYERS:=4}" "${EPOCHS:=2}" "${LEARNING_RATE:=1e-4}" "${ALPHA:=0.1}" "${WINDOWS_PER_STEP:=2}"
-LAMBDAS="0.05 0.1 0.15 0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 0.85 0.9"
+LAMBDAS="0.02 0.05 0.1 0.15 0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 0.85 0.9"
 mkdir -p "$DONE"
 
 # 1. A model and a text.
@@ -57,6 +59,26 @@ once "windows" python utils/preprocess_dataset.py \
     --max_document_characters "$MAX_CHARACTERS" \
     --validation_fraction 0.1 --test_fraction 0.1 --seed "$SEED" "${text_options[@]}"
 
+# With FINETUNE=1 the base learns the text itself first, and what follows is made with the result: only then is it seen
+# what a memory adds to a model of this text. The base before that is scored for the table.
+if [ "${FINETUNE:-0}" = 1 ]; then
+    OUTPUT="$OUTPUT/finetuned" WORK="$WORK/finetuned" DONE="$DONE/finetuned"
+    mkdir -p "$WORK"
+    ln -sfn ../windows "$WORK/windows"
+    once "base" python -m train_base --do_eval --model_name_or_path "$MODEL" --dataset_name "$WORK/windows" \
+        --eval_subset test --per_device_eval_batch_size 4 --torch_dtype "$dtype" --output_dir "$WORK/untuned" --report_to none
+    half=()
+    [ "$mixed" = no ] || half=(--bf16)
+    [ "$mixed" = no ] || [ "$(count_cards)" -gt 0 ] || half+=(--use_cpu)
+    once "fine-tune" python -m train_base --do_train --model_name_or_path "$MODEL" --dataset_name "$WORK/windows" \
+        --output_dir "$WORK/model" --num_train_epochs "${FINETUNE_EPOCHS:-1}" \
+        --learning_rate "${FINETUNE_LEARNING_RATE:-1e-4}" --per_device_train_batch_size 2 --seed "$SEED" \
+        --save_strategy steps --save_steps 20 --save_total_limit 1 --logging_steps 10 --disable_tqdm True \
+        --report_to none ${half[@]+"${half[@]}"}
+    rm -rf "$WORK"/model/checkpoint-*
+    MODEL="$WORK/model"
+fi
+
 # 3. Windows to hidden states: the datastore. Of the held-out splits the base's log-probabilities are kept too, so
 #    that everything after this reads them instead of running the base again.
 embed() {
@@ -77,14 +99,15 @@ index="$WORK/dstore/train.index"
 once "index" python -m knn_utils.build_index --dstore_path "$train_dstore" --index_path "$index" \
     --index_factory "${INDEX_FACTORY:-IVF512,Flat}"
 
-# 5. The kNN-LM, the retriever that the memory is to imitate, at its best temperature and lambda.
+# 5. The kNN-LM, the retriever that the memory is to imitate, at its best temperature and lambda, and with a lambda that
+#    follows the distance of the nearest neighbour. A choice made on validation is scored on test as it is.
 knnlm() {
     once "kNN-LM $1" python -m train_base --do_eval --knn --dataset_name "$WORK/windows" --eval_subset "$1" \
         --dstore_path "$2" --val_file "$train_dstore" --index_file "$index" --k "$K" --probe "$PROBE" \
         --output_dir "$WORK/knnlm_$1" --report_to none "${@:3}"
 }
 # shellcheck disable=SC2086
-knnlm validation "$validation_dstore" --lmbda $LAMBDAS --knn_temp 1 2 4 8 16 32
+knnlm validation "$validation_dstore" --lmbda $LAMBDAS adaptive --knn_temp 1 2 4 8 16 32
 
 # 6. What the memory is to learn: the kNN distribution of every training position. The temperature is the one at
 #    which the kNN-LM is best on the validation articles (the paper's 16 is for its own model).
