@@ -12,7 +12,8 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .families import load_memory, memory_class
-from .mlpMemory import MLPMemory, MLPMemoryConfig
+from .joint_config import MLPMemoryConfig
+from .mlpMemory import MLPMemory
 from .stack import memory_config
 
 AutoConfig.register(MLPMemoryConfig.model_type, MLPMemoryConfig, exist_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +20,9 @@ from transformers.utils import logging
 
 from .capture import HiddenCapture, captured_module, hidden_states
 from .families import load_memory
-from .joint_files import (
-    MLPMemoryConfig,
-    absolute,
-    check_lambda,
-    check_temperature,
-    joint_parts,
-    read_joint_config,
-    resize_to_memory,
-    save_joint,
-)
+from .joint_base import absolute, open_base, resize_to_memory
+from .joint_config import MLPMemoryConfig, check_lambda, check_temperature, read_joint_config
+from .joint_files import has_local_base, joint_parts, save_joint
 from .stack import check_fit, shifted_nll
 
 logger = logging.get_logger(__name__)
@@ -185,7 +179,10 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         if not isinstance(base, nn.Module):
             if device is not None and torch.device(device).type != "cpu":  # read straight onto it
                 base_arguments = {"device_map": {"": torch.device(device)}, **base_arguments}
-            base = AutoModelForCausalLM.from_pretrained(reference, **base_arguments)
+            if opened is None:
+                base = AutoModelForCausalLM.from_pretrained(reference, **base_arguments)
+            else:
+                base = open_base(reference, opened, config, base_arguments)
         if not isinstance(memory, nn.Module):
             weight = next(captured_module(base, settings.get("layer_position", -1)).parameters())
             place = base.device if weight.is_meta else weight.device  # meta: accelerate keeps the block elsewhere
@@ -195,6 +192,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         if opened is not None:
             joint.name_or_path = joint.config.name_or_path = str(opened)
             joint.config.base_model_name_or_path = config.base_model_name_or_path or reference
+            joint.config.results = config.results
         return joint.eval()
 
     def save_pretrained(
@@ -219,6 +217,17 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         """
         if is_main_process:
             save_joint(self, save_directory, include_base, base_reference, tokenizer, results, max_shard_size)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *arguments: Any, **settings: Any) -> Any:
+        """The last step of `push_to_hub`: up goes a folder that opens anywhere, and its own card unless there was one.
+
+        So a base that is no hub name's goes inside, and transformers' template of a card makes way.
+        """
+        card = Path(working_dir, "README.md").read_text(encoding="utf-8")
+        self.save_pretrained(working_dir, include_base=has_local_base(working_dir) or None)
+        if "automatically generated" not in card:
+            Path(working_dir, "README.md").write_text(card, encoding="utf-8")
+        return super()._upload_modified_files(working_dir, *arguments, **settings)
 
     def train(self, mode: bool = True) -> MLPMemory:
         super().train(mode)
@@ -319,6 +328,9 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
                 kwargs.pop("max_length", None)
                 kwargs["max_new_tokens"] = room
         return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+
+MLPMemory.register_for_auto_class("AutoModelForCausalLM")
 
 
 def room_after(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, context: int | None) -> float:

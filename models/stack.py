@@ -284,7 +284,7 @@ def _memory_at(folder: Path) -> Path | None:
     return None
 
 
-def download(name: str, revision: str | None = None) -> Path:
+def download(name: str, **hub: Any) -> Path:
     """The local copy of a hub repository's config and weights. Raises ValueError when it cannot be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -292,9 +292,9 @@ def download(name: str, revision: str | None = None) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"{name}: no such folder")
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(snapshot_download(name, **hub, allow_patterns=["*.json", "*.safetensors"]))
         if not _memories(folder):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.bin"]))
+            folder = Path(snapshot_download(name, **hub, allow_patterns=["*.json", "*.bin"]))
         return folder
     except (HFValidationError, OSError) as error:
         told = f"no model of that name could be fetched from the hub ({type(error).__name__})"
@@ -323,9 +323,8 @@ def read_memory_state(folder: Path) -> dict[str, torch.Tensor]:
     """The memory's weights by name; those of a joint state come without their prefix and without the base's."""
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
-            state: dict[str, torch.Tensor] = {}
-            for path in _shards(folder / name) if name.endswith(".index.json") else [folder / name]:
-                state |= _read_file(path)
+            files = map(_read_file, weight_shards(folder / name))
+            state = {key: value for file in files for key, value in file.items()}
             if any(key.startswith((MEMORY_PREFIX, BASE_PREFIX)) for key in state):
                 own = [key for key in state if key.startswith(MEMORY_PREFIX)]
                 state = {key.removeprefix(MEMORY_PREFIX): state[key] for key in own}
@@ -334,16 +333,18 @@ def read_memory_state(folder: Path) -> dict[str, torch.Tensor]:
     raise ValueError(f"{folder}: its weight files hold no weights of a memory, only a base model's ({BASE_PREFIX}*)")
 
 
-def _shards(index: Path) -> list[Path]:
-    """The weight files that an index names."""
+def weight_shards(path: Path) -> list[Path]:
+    """The weight files that an index names; any other file is one by itself."""
+    if not path.name.endswith(".index.json"):
+        return [path]
     try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{index}: is no index of weight files ({type(error).__name__})") from None
+        raise ValueError(f"{path}: is no index of weight files ({type(error).__name__})") from None
     for name in files:
-        if not (index.parent / name).is_file():
-            raise ValueError(f"{index}: names {name}, which is not there; fetch the checkpoint again")
-    return [index.parent / name for name in files]
+        if not (path.parent / name).is_file():
+            raise ValueError(f"{path}: names {name}, which is not there; fetch the checkpoint again")
+    return [path.parent / name for name in files]
 
 
 def _read_file(path: Path) -> dict[str, torch.Tensor]:

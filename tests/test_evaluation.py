@@ -273,7 +273,7 @@ def test_the_rows_of_added_tokens_are_the_same_at_every_start_and_in_every_stage
     from tiny_models import make_base, tiny_memory
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from models.joint_files import resize_to_memory
+    from models.joint_base import resize_to_memory
     from utils.loading import BaseArguments, model_fingerprint
 
     folder = make_base(family, tmp_path)

@@ -363,8 +363,10 @@ def test_the_model_card_tells_the_settings_and_what_was_measured(joint, files, t
     rows = [{"dataset": "wiki", "perplexity": 9.5812, "tokens": 8191}, {"dataset": "a|b", "recall": 0.5}]
     joint.save_pretrained(tmp_path, results=rows)
     card = (tmp_path / "README.md").read_text()
-    facts = (str(files / "base"), "| 0.6 |", "| wiki | 9.581 | 8191 |", "a\\|b", "recall", "LlamaMLPModel, 3 layers")
+    facts = ("LlamaForCausalLM", "| 0.6 |", "| wiki | 9.581 | 8191 |", "a\\|b", "recall", "LlamaMLPModel, 3 layers")
     assert all(fact in card for fact in facts)
+    MLPMemory.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == card
     joint.save_pretrained(tmp_path)
     assert "Nothing was measured" in (tmp_path / "README.md").read_text()
 
