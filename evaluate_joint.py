@@ -31,7 +31,7 @@ class JointArguments(ScoreArguments):
 
 def main() -> None:
     (arguments,) = parse(JointArguments, description=__doc__.split("\n")[0])
-    arguments.check_scored()
+    arguments.check_scored(knn=False)
     check_at_least(1, arguments, "per_device_eval_batch_size")
     if ADAPTIVE in arguments.lmbda:
         raise InputError("--lmbda adaptive: needs a memory with a gate; expected numbers from 0 to 1")
@@ -51,7 +51,8 @@ def evaluate(arguments: JointArguments) -> None:
     import torch
 
     from utils.evaluation import MixtureScore, label_log_probabilities
-    from utils.loading import default_device, load_windows, open_memory
+    from utils.loading import load_windows
+    from utils.memories import open_memory_of
     from utils.results import report_scores
     from utils.windows import check_windows
 
@@ -59,13 +60,11 @@ def evaluate(arguments: JointArguments) -> None:
     dtype = arguments.dtype(bf16=arguments.bf16, fp16=arguments.fp16)
     windows = load_windows(arguments.dataset_name, arguments.dataset_split_name, arguments.max_eval_samples)
     split, batch_size, base = arguments.dataset_split_name, arguments.per_device_eval_batch_size, None
-    if arguments.dstore_path:
-        memory = open_memory(arguments.knn_generator_path, dtype=dtype, device=default_device())
-    else:
+    if not arguments.dstore_path:
         tokenizer = arguments.open_tokenizer()
         base = arguments.open_base(tokenizer, dtype=dtype)
         check_windows(arguments.dataset_name, windows, base.config, tokenizer)
-        memory = arguments.open_memory_of(base, arguments.knn_generator_path, dtype=dtype)
+    memory = open_memory_of(arguments, arguments.knn_generator_path, base, dtype=dtype)
     weight = memory.lm_head.weight
     score = MixtureScore(arguments.lmbda, arguments.knn_temp)
     with torch.inference_mode():

@@ -104,7 +104,7 @@ def check_arguments(arguments: StageArguments, training: Any) -> None:
         raise InputError("nothing to do: give --do_eval, --do_train, --knn or --save_knnlm_dstore")
     if arguments.from_scratch:
         arguments.model_name_or_path = arguments.model_name_or_path or arguments.config_name
-    arguments.check_scored()
+    arguments.check_scored(knn=True)
     check_numbers(arguments, training)
     if arguments.knn:
         for name in ("val_file", "index_file"):
@@ -198,6 +198,7 @@ def evaluate(base: Any, windows: Any, arguments: StageArguments, training: Any) 
             refine_factor=arguments.refine_factor,
             layer_position=arguments.layer_position,
         )
+        check_indexed(neighbours.searcher, base, arguments)
         adaptive = adaptive_score(arguments, windows, neighbours)
         knn_temp = [*knn_temp, *(each for each in (adaptive.knn_temp if adaptive else ()) if each not in knn_temp)]
     batch_size = training.per_device_eval_batch_size
@@ -223,23 +224,34 @@ def evaluate(base: Any, windows: Any, arguments: StageArguments, training: Any) 
     )
 
 
+def check_indexed(searcher: Any, base: Any, arguments: StageArguments) -> None:
+    """Refuse an index of hidden states of another base than is scored. Raises InputError."""
+    from utils.files import check_made
+
+    if arguments.dstore_path:
+        from knn_utils.belonging import check_queries
+        from knn_utils.datastore import Datastore
+
+        check_queries(searcher, arguments.dstore_path, Datastore.open(arguments.dstore_path).settings)
+    else:
+        check_made(searcher.path, searcher.made, model=arguments.fingerprint(searcher.made, base))
+
+
 def scored_rows(
     base: Any, windows: Any, arguments: Any, split: str, batch_size: int, dim: int | None = None
 ) -> Iterator[tuple[Any, Any, Any]]:
     """(hidden states, base log-probabilities, labels) by batch: from the base, or from `--dstore_path`'s datastore.
 
-    Raises InputError where the stored rows are not those of the windows, or not `dim` wide.
+    Raises InputError where the stored rows are not those of base and windows, or not `dim` wide.
     """
-    from utils.evaluation import Scorer, check_token_ids, count_rows
+    from utils.evaluation import Scorer, check_token_ids
 
-    layer = arguments.layer_position
     if arguments.dstore_path:
         from knn_utils.datastore import open_scored_datastore, stored_rows
 
-        rows = int(count_rows(windows).sum())
-        return stored_rows(open_scored_datastore(arguments.dstore_path, rows=rows, dim=dim, layer_position=layer))
+        return stored_rows(open_scored_datastore(arguments.dstore_path, dim=dim, windows=windows, base=arguments))
     check_token_ids(windows, base.get_input_embeddings().weight.shape[0], arguments.dataset_name)
-    return Scorer(base, layer).batches(windows, batch_size, description=f"score {split}")
+    return Scorer(base, arguments.layer_position).batches(windows, batch_size, description=f"score {split}")
 
 
 if __name__ == "__main__":

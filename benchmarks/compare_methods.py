@@ -24,8 +24,10 @@ from torch import Tensor
 from benchmarks.compare_scores import Method, score_windows
 from utils.cli import say
 from utils.errors import InputError
-from utils.files import atomic_folder, ensure_folder, read_json, sha256_file
+from utils.files import ensure_folder, read_json, sha256_file
+from utils.folders import atomic_folder
 from utils.loading import BaseArguments, from_pretrained, load_windows
+from utils.memories import open_memory_of
 from utils.text_files import read_lines
 
 LORA_EVALUATIONS = 4
@@ -160,7 +162,7 @@ def memory(work: Quickstart) -> Method:
     """Base and memory, mixed at the lambda and temperature that were best on the validation articles."""
     from models import MLPMemory
 
-    learned = work.models.open_memory_of(work.base, work.memory)
+    learned = open_memory_of(work.models, work.memory, work.base)
     joint = MLPMemory(work.base, learned, work.joint["lmbda"], work.joint["knn_temp"], work.layer_position).eval()
     millions = sum(weight.numel() for weight in learned.parameters()) / 1e6
     return Method(

@@ -87,7 +87,7 @@ def open_passages(arguments: PageArguments, pair: Pair, joint: Any, tokenizer: A
     from demo.passages import Passages
     from utils.cli import say
 
-    belongs = {"dim": joint.config.hidden_size, "layer_position": joint.layer_position}
+    belongs = {"dim": joint.config.hidden_size, "base": arguments}
     try:
         return Passages(*places, tokenizer, split=arguments.dataset_split_name, **belongs)
     except InputError as error:

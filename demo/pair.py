@@ -135,12 +135,13 @@ def open_pair(pair: Pair, arguments: PairArguments) -> tuple[Any, Any]:
     """
     from models import MLPMemory
     from utils.loading import quiet_libraries
+    from utils.memories import open_memory_of
 
     quiet_libraries()
     arguments.model_name_or_path = pair.base
     tokenizer = arguments.open_tokenizer(required=True)
     base = arguments.open_base(tokenizer)
-    memory = arguments.open_memory_of(base, pair.memory)
+    memory = open_memory_of(arguments, pair.memory, base)
     return MLPMemory(base, memory, pair.lmbda, pair.knn_temp, arguments.layer_position), tokenizer
 
 

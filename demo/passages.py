@@ -32,7 +32,7 @@ class Passage:
 
 
 class Passages:
-    """A datastore, its index and its windows, opened for looking passages up.
+    """A datastore, its index and its windows, opened for looking passages up. `belongs`: for `check_belongs`.
 
     Raises:
         InputError: one of them is missing, or they do not belong together or to the model.
@@ -46,8 +46,7 @@ class Passages:
         tokenizer: Any,
         *,
         split: str = "train",
-        dim: int,
-        layer_position: int,
+        **belongs: Any,
     ) -> None:
         given = {"--dstore_path": dstore_path, "--index_path": index_path, "--dataset_name": dataset_name}
         for name, value in given.items():
@@ -57,8 +56,8 @@ class Passages:
         self._searcher = KNNSearcher(index_path, probe=PROBE, datastore=datastore)
         self._windows = load_windows(dataset_name, split)
         self._tokenizer = tokenizer
+        check_belongs(datastore, windows=self._windows, **belongs)
         counts = count_rows(self._windows)
-        check_belongs(datastore, rows=int(counts.sum()), dim=dim, layer_position=layer_position)
         self._starts = np.cumsum(counts) - counts
 
     def nearest(self, hidden: Any, count: int) -> list[list[Passage]]:

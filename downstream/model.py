@@ -71,6 +71,7 @@ def open_model(arguments: ModelArguments) -> tuple[Any, Any]:
     from models import MLPMemory
     from utils.cli import say
     from utils.loading import quiet_libraries
+    from utils.memories import open_memory_of
 
     quiet_libraries()
     tokenizer = arguments.open_tokenizer(required=True)
@@ -79,7 +80,7 @@ def open_model(arguments: ModelArguments) -> tuple[Any, Any]:
         if arguments.knn_generator_path:
             say("the base alone is evaluated: --knn_generator_path counts only together with --use_neural_knn")
         return base, tokenizer
-    memory = arguments.open_memory_of(base, arguments.knn_generator_path)
+    memory = open_memory_of(arguments, arguments.knn_generator_path, base)
     return MLPMemory(base, memory, arguments.lmbda, arguments.knn_temp, arguments.layer_position), tokenizer
 
 

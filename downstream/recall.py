@@ -63,7 +63,7 @@ class RecallArguments(BaseArguments):
         if self.choose_on:
             from utils.results import chosen
 
-            (self.lmbda,), (self.knn_temp,) = chosen(self.choose_on)
+            (self.lmbda,), (self.knn_temp,) = chosen(self.choose_on, knn=False)
         check_fraction("--lmbda", self.lmbda)
         check_positive("--knn_temp", self.knn_temp)
         check_at_least(1, self, "max_cases", "answer_words", "batch_size", "new_tokens")
@@ -108,6 +108,7 @@ def main() -> None:
     from models import MLPMemory
     from utils.cli import say
     from utils.loading import quiet_libraries
+    from utils.memories import open_memory_of
     from utils.results import write_results
 
     started = time.time()
@@ -124,7 +125,7 @@ def main() -> None:
         return
     tokenizer = arguments.open_tokenizer(required=True)
     base = arguments.open_base(tokenizer)
-    memory = arguments.open_memory_of(base, arguments.knn_generator_path)
+    memory = open_memory_of(arguments, arguments.knn_generator_path, base)
     joint = MLPMemory(base, memory, arguments.lmbda, arguments.knn_temp, arguments.layer_position)
     evaluator = Evaluator(joint, tokenizer, arguments.batch_size)
     right = recall(evaluator, cases, arguments.lmbda)

@@ -30,11 +30,13 @@ import numpy as np
 from knn_utils.faiss_files import (
     FORMAT,
     FORMAT_VERSION,
+    RECORD_IN_FOLDER,
     TRAINED_NAME,
     check_faiss,
     faiss_reason,
     find_index,
     has_gpu,
+    load_values,
     read_faiss,
     read_record,
     record_path,
@@ -43,6 +45,7 @@ from knn_utils.faiss_files import (
     set_probe,
     shard_name,
     to_gpu,
+    values_fingerprint,
     write_faiss,
 )
 from knn_utils.index_training import block_rows, float_keys, ivfpq, make_index, sample_size, supported, training_sample
@@ -51,7 +54,7 @@ from utils.errors import InputError, check_at_least, check_seed
 from utils.files import (
     FolderLock,
     atomic_file,
-    check_layer,
+    check_made,
     ensure_folder,
     read_json,
     require_same,
@@ -95,7 +98,7 @@ def main() -> None:
     from knn_utils.datastore import Datastore
 
     datastore = Datastore.open(arguments.dstore_path)
-    check_layer(datastore.settings, arguments.dstore_path, arguments.layer_position)
+    check_made(arguments.dstore_path, datastore.settings, layer_position=arguments.layer_position)
     IndexBuild(arguments, datastore).run()
 
 
@@ -213,6 +216,7 @@ class IndexBuild:
         request = {"settings": self.settings, "fingerprint": self.fingerprint, "extend": extend}
         if (self.work / PLAN_NAME).is_file() and (plan := read_json(self.work / PLAN_NAME))["request"] == request:
             return plan
+        self._check_values()
         return {"request": request} | (self._extension(record) if extend else self._new_index(record))
 
     def _is_wanted(self, record: dict[str, Any]) -> bool:
@@ -242,6 +246,16 @@ class IndexBuild:
         num_shards = asked.num_shards or self.state.num_processes
         plan = {"factory": factory, "folder": num_shards > 1, "first_shard": 0, "extends": None}
         return plan | {"shards": divide(0, store.rows, num_shards)}
+
+    def _check_values(self) -> None:
+        """Refuse to replace the values that another index in the folder goes with."""
+        folder, values = self.path.parent, self.values_path
+        for file in [*folder.glob("*.index.json"), *folder.glob(f"*.index/{RECORD_IN_FOLDER}")]:
+            other = file.parent if file.name == RECORD_IN_FOLDER else file.with_suffix("")
+            shared = other != self.path and read_json(file).get("values") == values.name and values.is_file()
+            if shared and values_fingerprint(self.datastore) != values_fingerprint(load_values(values)):
+                told = f"belongs to {other.name}, which indexes other rows; give an --index_path in another folder"
+                raise InputError(f"{values}: {told}")
 
     def _extension(self, record: dict[str, Any] | None) -> dict[str, Any]:
         if record is None:
@@ -393,6 +407,7 @@ class IndexBuild:
             "datastore": {"rows": datastore.rows, "fingerprint": self.fingerprint, "settings": datastore.settings},
             "shards": shards,
             "values": self.values_path.name,
+            "values_fingerprint": values_fingerprint(load_values(self.values_path)),
             "info": {"dstore_path": str(datastore.path), "faiss": faiss.__version__},
             "history": [*old["history"], {"rows_before": old["rows"], "rows_after": datastore.rows}] if old else [],
         }

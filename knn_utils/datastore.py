@@ -21,7 +21,8 @@ import pyarrow as pa
 
 from knn_utils.manifest import KINDS, Part, find_parts
 from utils.errors import InputError
-from utils.files import check_layer, sha256_file
+from utils.files import check_made, sha256_file
+from utils.loading import windows_fingerprint
 
 # Files (each map holds a file descriptor) and record batches kept open; rows that a scorer reads at a time.
 OPEN_FILES, OPEN_BATCHES, SCORED_ROWS = 128, 64, 4096
@@ -319,13 +320,23 @@ class KNNTargets(_Rows):
 
 
 def check_belongs(
-    stored: _Rows, *, rows: int | None = None, dim: int | None = None, layer_position: int | None = None
+    stored: _Rows,
+    *,
+    rows: int | None = None,
+    dim: int | None = None,
+    windows: Any = None,
+    base: Any = None,
+    **made: Any,
 ) -> None:
     """Refuse a datastore or kNN targets of other windows or of another model than those at hand.
 
-    `rows`: the windows' datastore rows (`utils.evaluation.count_rows`). `dim`, `layer_position`: the width of the hidden
-    states, and the block whose MLP input they are. Raises InputError naming the file and both values.
+    `rows`: the windows' datastore rows, or the `windows` themselves. `dim`: the width of the hidden states; `base`: the
+    `BaseArguments` of their base and block. `made`: what else `check_made` compares. Raises InputError naming both values.
     """
+    if windows is not None:
+        from utils.evaluation import count_rows
+
+        rows, made["dataset"] = int(count_rows(windows).sum()), windows_fingerprint(windows)
     if rows is not None and stored.rows != rows:
         low, high = sorted((stored.rows, rows))
         raise InputError(
@@ -337,10 +348,12 @@ def check_belongs(
             f"{stored.path}: keys are {stored.dim} wide, but the model's hidden states {dim}; "
             "name the datastore of this base model"
         )
-    check_layer(stored.settings, stored.path, layer_position)
+    if base is not None:
+        made |= {"model": base.fingerprint(stored.settings), "layer_position": base.layer_position}
+    check_made(stored.path, stored.settings, **made)
 
 
-def open_scored_datastore(path: str | os.PathLike, **belongs: int | None) -> Datastore:
+def open_scored_datastore(path: str | os.PathLike, **belongs: Any) -> Datastore:
     """A datastore that holds the base's log-probabilities and passes `check_belongs` with `belongs`, or InputError."""
     datastore = Datastore.open(path)
     if datastore.logprob(0, 1) is None:

@@ -134,6 +134,14 @@ def rows_fingerprint(datastore: Any, rows: int | None = None) -> str:
     return SAMPLE_PREFIX + digest.hexdigest()
 
 
+def values_fingerprint(values: Any) -> str:
+    """What tells values, (rows,) or in a datastore, from others: a checksum of some of them, spread evenly."""
+    sampled = np.unique(np.linspace(0, len(values) - 1, SAMPLED_ROWS).astype(np.int64)).tolist()
+    held = isinstance(values, Datastore)
+    found = [int(values.vals(row, row + 1)[0] if held else values[row]) for row in sampled]
+    return SAMPLE_PREFIX + hashlib.sha256(f"{len(values)} {found}".encode()).hexdigest()
+
+
 def is_comparable(recorded: Any) -> bool:
     """Whether a recorded fingerprint is one of `rows_fingerprint`: earlier versions hashed every row."""
     return isinstance(recorded, str) and recorded.startswith(SAMPLE_PREFIX)

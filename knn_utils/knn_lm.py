@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from knn_utils.adaptive import Buckets
+from knn_utils.belonging import check_values
 from knn_utils.datastore import Datastore
 from knn_utils.distribution import dense_probability, hit_tokens, label_probability
 from knn_utils.faiss_files import load_values
 from knn_utils.search import KNNSearcher
 from utils.errors import InputError, check_fraction, check_positive
-from utils.files import check_layer
+from utils.files import check_made
 
 
 class Neighbours:
@@ -49,12 +50,14 @@ class Neighbours:
         self.values = load_values(val_file)
         datastore = None if Path(val_file).suffix in (".npy", ".pkl") else Datastore.open(val_file)
         if datastore is not None:
-            check_layer(datastore.settings, val_file, layer_position)
+            check_made(val_file, datastore.settings, layer_position=layer_position)
         elif refine_factor:
             raise InputError(f"--refine_factor: needs the datastore's keys, but {val_file} holds values only")
         self.searcher = KNNSearcher(
             index_file, probe=probe, gpu=knn_gpu, refine_factor=refine_factor, datastore=datastore
         )
+        if datastore is None:
+            check_values(self.searcher, self.values, val_file)
         self.searcher.check_k(k)
         self.k = k
 

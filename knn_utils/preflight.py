@@ -23,7 +23,8 @@ from knn_utils import planner
 from knn_utils.planner import Rates, Sizes, Stage, make_plan, measure_rates, plan_text, total
 from utils.cli import command, flag, parse
 from utils.errors import InputError, one_line
-from utils.files import sha256_file
+from utils.files import check_made, sha256_file
+from utils.loading import BaseArguments
 from utils.units import size_text
 
 # Blocks of kNN targets, and rows of each, whose entries are counted.
@@ -36,6 +37,7 @@ STATED = {
     "dim": "hidden states {} wide",
     "layer": "hidden states of block {}",
     "vocab": "a vocabulary of {} tokens",
+    "dataset": "windows with the checksum {}",
 }
 
 
@@ -43,7 +45,9 @@ STATED = {
 class PreflightArguments(Sizes):
     """Flags of preflight: the sizes that are planned, files, and rates."""
 
-    model_name_or_path: str | None = flag(None, "base model (folder or hub name); its config alone is read")
+    model_name_or_path: str | None = flag(
+        None, "base model (folder or hub name); its config is read, with --verify its weights"
+    )
     trust_remote_code: bool = flag(False, "run the code in the model's repository")
     dataset_name: str | None = flag(None, "windows folder")
     dataset_split_name: str = flag("train", "split of the windows")
@@ -53,7 +57,8 @@ class PreflightArguments(Sizes):
     knn_generator_path: str | None = flag(None, "memory")
     layer_position: int | None = flag(None, "block that everything should have been captured at; default: any, but one")
     verify: bool = flag(
-        False, "also compare the checksums of datastore, index and kNN targets, which reads all of them"
+        False,
+        "also compare the checksums of datastore, index and kNN targets, which reads all of them, and the model's weights",
     )
     output_dir: str | None = flag(None, "folder that the stages will write to: its disk has to suffice")
     device_memory_gb: float | None = flag(None, "memory of each device, to be compared; default: this machine's")
@@ -157,7 +162,7 @@ def look_at_model(arguments: PreflightArguments, chain: Chain) -> None:
 
 def look_at_windows(arguments: PreflightArguments, chain: Chain) -> None:
     from utils.evaluation import check_token_ids, count_rows
-    from utils.loading import load_windows
+    from utils.loading import load_windows, windows_fingerprint
     from utils.windows import check_windows
 
     path = f"{arguments.dataset_name} ({arguments.dataset_split_name})"
@@ -166,34 +171,41 @@ def look_at_windows(arguments: PreflightArguments, chain: Chain) -> None:
         check_windows(arguments.dataset_name, chain.windows, chain.config, chain.tokenizer)
     if chain.stated("vocab") is not None:
         check_token_ids(chain.windows, chain.stated("vocab"), arguments.dataset_name)
-    chain.state(path, rows=int(count_rows(chain.windows).sum()))
+    chain.state(path, rows=int(count_rows(chain.windows).sum()), dataset=windows_fingerprint(chain.windows))
     chain.facts.append(f"windows {path}: {len(chain.windows)} windows, {chain.stated('rows')} rows")
+
+
+def stated_by(settings: dict[str, Any]) -> dict[str, Any]:
+    """What the settings that made a file state."""
+    return {"layer": settings.get("layer_position"), "dataset": settings.get("dataset")}
 
 
 def look_at_datastore(arguments: PreflightArguments, chain: Chain) -> None:
     from knn_utils.datastore import Datastore
 
     store = Datastore.open(arguments.dstore_path, verify=arguments.verify)
-    chain.state(store.path, rows=store.rows, dim=store.dim, layer=store.settings.get("layer_position"))
+    chain.state(store.path, rows=store.rows, dim=store.dim, **stated_by(store.settings))
+    if arguments.verify and arguments.model_name_or_path:
+        base = BaseArguments(arguments.model_name_or_path, trust_remote_code=arguments.trust_remote_code)
+        check_made(store.path, store.settings, model=base.fingerprint(store.settings))
     chain.facts.append(f"datastore {store.path}: {store.rows} rows of {store.dim}, as expected")
 
 
 def look_at_index(arguments: PreflightArguments, chain: Chain) -> None:
     from knn_utils.datastore import Datastore
-    from knn_utils.faiss_files import find_index, same_rows
+    from knn_utils.faiss_files import find_index
+    from knn_utils.search import KNNSearcher
 
     path = arguments.index_path
     files = find_index(path)
     record = files.record
+    if arguments.dstore_path:  # which it is compared with
+        KNNSearcher(path, probe=arguments.probe, datastore=Datastore.open(arguments.dstore_path))
     if record is None:
-        chain.facts.append(f"index {path}: without a record, not compared")
+        compared = "compared by a few of its rows" if arguments.dstore_path else "not compared"
+        chain.facts.append(f"index {path}: without a record, {compared}")
         return
-    made_from = record["datastore"]
-    chain.state(path, dim=record["dim"], layer=made_from["settings"].get("layer_position"))
-    if arguments.dstore_path:
-        chain.state(path, rows=record["rows"])
-        if not same_rows(made_from.get("fingerprint"), Datastore.open(arguments.dstore_path)):
-            raise InputError(f"{path}: was built from other rows than {arguments.dstore_path}; build it again")
+    chain.state(path, dim=record["dim"], **stated_by(record["datastore"]["settings"]))
     for shard, recorded in zip(files.shards, record["shards"], strict=True):
         if arguments.verify and sha256_file(shard.path) != recorded["sha256"]:
             raise InputError(f"{shard.path}: does not match its checksum, a byte was changed; build it again")
@@ -205,7 +217,7 @@ def look_at_targets(arguments: PreflightArguments, chain: Chain) -> None:
     from knn_utils.datastore import KNNTargets
 
     targets = KNNTargets.open(arguments.knn_save_path, verify=arguments.verify)
-    chain.state(targets.path, rows=targets.rows, layer=targets.settings.get("layer_position"))
+    chain.state(targets.path, rows=targets.rows, **stated_by(targets.settings))
     # Of a few blocks of rows, spread over the data.
     starts = {targets.rows * part // ENTRY_BLOCKS for part in range(ENTRY_BLOCKS)}
     counts = [targets.read(start, min(start + ENTRY_ROWS, targets.rows)).id_cnt for start in starts]

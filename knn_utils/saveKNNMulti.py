@@ -25,7 +25,7 @@ from typing import Any
 
 from utils.cli import command, flag, note_unused, parse, required
 from utils.errors import InputError, check_positive
-from utils.files import check_layer, require_same
+from utils.files import check_made
 
 # Rows of a part: small datastores get several parts, large ones at most so many.
 LEAST_PART_ROWS, FEW_PARTS, SMALL_PART_ROWS, MOST_PARTS = 256, 8, 4096, 4096
@@ -117,15 +117,16 @@ class Job:
     """
 
     def __init__(self, arguments: TargetArguments, share: tuple[int, int]) -> None:
+        from knn_utils.belonging import check_queries, check_values
         from knn_utils.datastore import Datastore
-        from knn_utils.faiss_files import find_index, is_comparable, load_values, rows_fingerprint, same_rows
+        from knn_utils.faiss_files import find_index, is_comparable, load_values, rows_fingerprint
         from knn_utils.search import KNNSearcher
         from utils.results import chosen
 
         self.arguments = arguments
-        self.knn_temp = chosen(arguments.choose_on)[1][0] if arguments.choose_on else arguments.knn_temp
+        self.knn_temp = chosen(arguments.choose_on, knn=True)[1][0] if arguments.choose_on else arguments.knn_temp
         dstore, val_path = Datastore.open(arguments.dstore_path), arguments.val_path
-        check_layer(dstore.settings, arguments.dstore_path, arguments.layer_position)
+        check_made(arguments.dstore_path, dstore.settings, layer_position=arguments.layer_position)
         holds_keys = val_path is None or Path(val_path).suffix not in (".npy", ".pkl")
         values = Datastore.open(val_path or arguments.dstore_path) if holds_keys else load_values(val_path)
         indexed = values if holds_keys else None
@@ -136,7 +137,7 @@ class Job:
             self.is_own = recorded == fingerprint
         else:
             self.is_own = same_values(values, dstore) if indexed is None else rows_fingerprint(indexed) == fingerprint
-        if self.is_own:
+        if self.is_own and not holds_keys:
             indexed = dstore
         if arguments.refine_factor and indexed is None:
             raise InputError(
@@ -151,22 +152,11 @@ class Job:
             datastore=indexed,
             share=share,
         )
-        if len(values) != self.searcher.rows:
-            raise InputError(
-                f"--val_path {val_path}: holds {len(values)} values, but the index {arguments.index_path} has "
-                f"{self.searcher.rows} rows; name the values of the indexed datastore"
-            )
+        if not holds_keys:
+            check_values(self.searcher, values, f"--val_path {val_path}")
         self.searcher.check_width(arguments.dstore_path, dstore.dim)
         self.searcher.check_k(arguments.k)
-        layers = [of.get("layer_position") for of in (record["datastore"].get("settings", {}), dstore.settings)]
-        if None not in layers:
-            there, here = ({"layer_position": layer} for layer in layers)
-            require_same(arguments.index_path, there, here, "name an index of the same layer")
-        if indexed is not None and not same_rows(recorded, indexed):
-            raise InputError(
-                f"{arguments.index_path}: was built from other rows than {val_path or arguments.dstore_path}; "
-                "name the indexed datastore with --val_path, or build the index again"
-            )
+        check_queries(self.searcher, arguments.dstore_path, dstore.settings)
         self.dstore, self.values, self._holds_keys = dstore, values, holds_keys
         index = {"fingerprint": self.searcher.fingerprint, "rows": self.searcher.rows, "factory": record.get("factory")}
         self.settings = {

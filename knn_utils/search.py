@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
+from knn_utils.belonging import check_indexed
 from knn_utils.distribution import float32_from_float16
 from knn_utils.faiss_files import Shard, check_faiss, faiss_reason, find_index, has_gpu, read_faiss, set_probe, to_gpu
 from utils.cli import patience
@@ -124,13 +125,13 @@ class KNNSearcher:
         gpu: search on this process's GPU; without one, says so and searches on the CPU.
         refine_factor: 0 for the index's own distances; r: the r·k candidates nearest by the index are ranked by
             exact squared distance from the datastore's keys, and the k nearest of them returned.
-        datastore: the indexed `Datastore`; its width and row count are checked. Needed for `refine_factor`.
+        datastore: the indexed `Datastore`, which is checked to be that. Needed for `refine_factor`.
         share: (process, processes): open only this process's shards; then `candidates` of all processes together
             make the hits (`search_blocks`).
 
     Attributes:
         rows: indexed rows; dim: width of keys; fingerprint: tells indexes apart; record: what build_index recorded,
-        None for a foreign index; on_gpu: whether the GPU is used; share.
+        None for a foreign index; made: what made the indexed rows; on_gpu: whether the GPU is used; share.
 
     Raises:
         InputError: not an index, damaged, or not that of the datastore.
@@ -162,6 +163,7 @@ class KNNSearcher:
         count, lock = len(files.shards), threading.Lock() if self.on_gpu else None
         mine = files.shards[count * process // processes : count * (process + 1) // processes]
         self._shards = [IndexShard(shard, probe, lock) for shard in mine]
+        self.made = (self.record or {}).get("datastore", {}).get("settings") or (datastore and datastore.settings) or {}
         described = self.record or {"rows": self._shards[0].rows, "dim": self._shards[0].dim}
         self.rows, self.dim = described["rows"], described["dim"]
         if not self.rows:
@@ -175,6 +177,7 @@ class KNNSearcher:
                     f"{self.path}: indexes {self.rows} rows, but the datastore {datastore.path} holds "
                     f"{datastore.rows}; {hint}"
                 )
+            check_indexed(self, datastore)
 
     def check_width(self, source: object, dim: int) -> None:
         """Raise InputError unless keys of width `dim` can be searched for."""

@@ -64,7 +64,8 @@ def joint(base, folder):
     memory = memory_beside(base)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("utils.loading.load_windows", lambda *_: WINDOWS)
-        for name, value in {"open_tokenizer": None, "open_base": base, "open_memory_of": memory}.items():
+        patch.setattr("utils.memories.open_memory_of", lambda *_, **__: memory)
+        for name, value in {"open_tokenizer": None, "open_base": base}.items():
             patch.setattr(BaseArguments, name, lambda *_, value=value, **__: value)
         evaluate_joint.evaluate(arguments)
     return perplexities(folder)

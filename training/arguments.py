@@ -11,9 +11,9 @@ from typing import Any
 from utils.cli import flag, note_unused, say, started_together
 from utils.errors import InputError, check_at_least, check_fraction, check_positive, check_seed, one_line
 from utils.files import read_json
+from utils.loading import RUN_RECORD as RECORD
 from utils.loading import BaseArguments, default_device, fastest_dtype, keep_freed_memory
 
-RECORD = "training.json"  # of a run, in its output folder
 STATE = "state"  # what a checkpoint holds for resuming
 STATE_RECORD = f"{STATE}/trainer_state.json"
 

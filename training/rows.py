@@ -136,9 +136,9 @@ class OfflineRows(WindowRows):
     def __init__(self, windows: Any, config: Any, arguments: TrainerArguments, dstore_path: str) -> None:
         super().__init__(windows, config, arguments)
         self.datastore = Datastore.open(dstore_path)
-        width, layer = config.hidden_size, self.layer_position
-        check_belongs(self.datastore, rows=int(self.ends[-1]), dim=width, layer_position=layer)
+        check_belongs(self.datastore, rows=int(self.ends[-1]), dim=config.hidden_size)
         self.check_labels(dstore_path, self.datastore.vals)
+        check_belongs(self.datastore, base=arguments)
 
     def read(self, windows: np.ndarray) -> Any:
         keys = [self.datastore.keys(*self.range_of(window)) for window in windows]

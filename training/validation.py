@@ -70,19 +70,18 @@ def open_validation(arguments: Any, dim: int, processes: int, open_base: Callabl
     Raises:
         InputError: no log-probabilities in the datastore, another width or layer; hidden states that are not finite.
     """
-    if arguments.validation_dstore_path:
-        path, layer = arguments.validation_dstore_path, arguments.layer_position
-        datastore = open_scored_datastore(path, dim=dim, layer_position=layer)
+    path, split, windows = arguments.validation_dstore_path, arguments.validation_split_name, None
+    splits = {} if split == "none" else datasets.load_from_disk(str(arguments.dataset_name))
+    if isinstance(splits, datasets.DatasetDict) and split in splits:
+        windows = load_windows(arguments.dataset_name, split, at_most=None if path else arguments.max_eval_samples)
+    if path:
+        datastore = open_scored_datastore(path, dim=dim, windows=windows, base=arguments)
         passes = math.ceil(math.ceil(datastore.rows / SCORED_ROWS) / processes)
         return Validation(lambda: stored_rows(datastore), passes, dim)
-    split = arguments.validation_split_name
-    if split == "none":
+    if windows is None:
+        if split != "none":
+            say(f"--validation_split_name {split}: the windows have no such split, no validation while training")
         return None
-    splits = datasets.load_from_disk(str(arguments.dataset_name))
-    if not isinstance(splits, datasets.DatasetDict) or split not in splits:
-        say(f"--validation_split_name {split}: the windows have no such split, no validation while training")
-        return None
-    windows = load_windows(arguments.dataset_name, split, at_most=arguments.max_eval_samples)
     base, batch_size = open_base(), arguments.per_device_eval_batch_size
     check_token_ids(windows, base.config.vocab_size, arguments.dataset_name)
     scored = []

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from utils.cli import command, flag, parse, say
 from utils.errors import InputError
-from utils.files import atomic_file, atomic_folder, ensure_folder, sha256_file
+from utils.files import atomic_file, ensure_folder, sha256_file
+from utils.folders import atomic_folder
 
 
 @dataclass(frozen=True)

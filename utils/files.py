@@ -17,6 +17,12 @@ from typing import Any
 from utils.errors import InputError, one_line
 
 TEMPORARY_PREFIX = ".tmp-"
+# What files are made from: in words, and the flag that says what is at hand.
+MADE_FROM = {
+    "model": ("a base with the checksum", "that of --model_name_or_path"),
+    "dataset": ("windows with the checksum", "that of --dataset_name"),
+    "layer_position": ("hidden states of block", "--layer_position"),
+}
 
 
 def sync_folder(folder: Path) -> None:
@@ -68,27 +74,6 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
         sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it takes the place of `path`, on failure it is removed."""
-    path = Path(path)
-    temporary, old = (path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}{mark}-{path.name}") for mark in ("", "-old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        sync_tree(temporary)
-        shutil.rmtree(old, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
-        sync_folder(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -182,17 +167,18 @@ def require_same(
         raise InputError(f"{holder}: was made with other settings ({one_line(differing, 400)}); {remedy}")
 
 
-def check_layer(made: Mapping[str, Any], path: object, layer_position: int | None) -> None:
-    """Refuse files (`made`: their recorded settings) of another block's hidden states than `layer_position`'s.
+def check_made(path: object, made: Mapping[str, Any], source: object = None, **now: Any) -> None:
+    """Refuse the file at `path` that was made (`made`: its recorded settings) from something else than what is at hand.
 
-    Nothing is refused where either is None: files of the original record no block. Raises InputError.
+    `now`: of MADE_FROM, what `source` (else a flag) says. None is not compared: the original's files record nothing.
+    Raises InputError.
     """
-    there = made.get("layer_position")
-    if None not in (there, layer_position) and there != layer_position:
-        raise InputError(
-            f"{path}: was made from hidden states of block {there}, but --layer_position is {layer_position}; "
-            f"give --layer_position {there}"
-        )
+    for name, here in now.items():
+        (what, flag), there = MADE_FROM[name], made.get(name)
+        # Quantised weights, whose checksum says so in a word, cannot be compared.
+        if None not in (there, here) and there != here and " " not in f"{there}{here}":
+            told = f"was made from {what} {there}, but {f'that of {source}' if source else flag} is {here}"
+            raise InputError(f"{path}: {told}; name files of the same base, block and windows")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Opening what a stage reads: the base model by its flags, its tokenizer, windows, memories; devices and dtypes.
+"""Opening what a stage reads: the base model by its flags, its tokenizer, windows; devices and dtypes.
 
 Every command that needs a base has a dataclass that inherits `BaseArguments`. Torch is imported only when something is
 opened, so that `--help` answers at once.
@@ -11,9 +11,10 @@ import ctypes
 import hashlib
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ TOKENIZER_FILES = (
     *("tokenizer.model", "spiece.model", "vocab.txt"),
 )
 WINDOWS_RECORD = "preprocess.json"  # what made the windows, in their folder
+RUN_RECORD = "training.json"  # of a memory's run, in its output folder
+FINGERPRINT = re.compile("[0-9a-f]{16}")
 WINDOW_COLUMNS = ("input_ids", "labels", "attention_mask", "dstore_range")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -122,6 +125,24 @@ class BaseArguments:
             model.to(device)
         return model.eval()
 
+    def fingerprint(self, made: Mapping[str, Any], base: Any = None) -> str | None:
+        """`model_fingerprint` of this base as a file of the settings `made` would record it, for `files.check_made`.
+
+        Weights are opened in the dtype that `made` says, else in each; a checkpoint's own is mapped, not read. `base`:
+        the base as it is open, tried first. None where no base is named or `made` records none that can be compared.
+        """
+        import torch
+
+        recorded, found = str(made.get("model")), base and model_fingerprint(base)
+        if found == recorded or not self.model_name_or_path or not FINGERPRINT.fullmatch(recorded):
+            return found if found == recorded else None
+        whole = replace(self, device_map=None, load_in_4bit=False, load_in_8bit=False)
+        for dtype in [made["dtype"]] if made.get("dtype") in DTYPES else DTYPES:
+            opened = whole.open_base(self.open_tokenizer(), dtype=getattr(torch, dtype), device="cpu")
+            if (found := model_fingerprint(opened)) == recorded:
+                break
+        return found
+
     def _quantization(self, dtype: Any) -> Any:
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError("--load_in_4bit and --load_in_8bit: expected one of them")
@@ -140,23 +161,6 @@ class BaseArguments:
             return captured_module(base, self.layer_position)
         except ValueError as error:
             raise InputError(f"--layer_position {self.layer_position}: {error}") from None
-
-    def open_memory_of(self, base: Any, path: str | os.PathLike, *, dtype: Any = None) -> Any:
-        """The memory in `path`, in evaluation mode, on the device of the block of `base` that it reads from.
-
-        Raises InputError: no such block, no memory in `path`, or one of another base.
-        """
-        from models.stack import check_fit
-
-        device = next(self.captured(base).parameters()).device
-        # Weights that accelerate keeps elsewhere until they are used are "meta" meanwhile.
-        device = base.device if device.type == "meta" else device
-        memory = open_memory(path, dtype=self.dtype() if dtype is None else dtype, device=device)
-        try:
-            check_fit(base.config, memory)
-        except ValueError as error:
-            raise InputError(f"--knn_generator_path {path}: {one_line(error, 300)}") from None
-        return memory
 
 
 def load_tokenizer(path: str | os.PathLike, *, required: bool = False, trust_remote_code: bool = False) -> Any:
@@ -310,21 +314,13 @@ def windows_fingerprint(windows: Any) -> str:
 
 
 def model_fingerprint(model: Any) -> str:
-    """A checksum of a model: its parameters' names and shapes, and a sample of each one's numbers."""
+    """A checksum of a model: its parameters' names and shapes, and a sample of each one's numbers.
+
+    That of quantised weights says so: whole weights, or those of another library, cannot be compared with them.
+    """
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         flat = weight.detach().flatten()
         digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def open_memory(path: str | os.PathLike, *, dtype: torch.dtype, device: torch.device | str | None = None) -> Any:
-    """A trained memory, in evaluation mode, from any published layout. Raises InputError in one line."""
-    from models.families import load_memory
-
-    try:
-        return load_memory(path, dtype=dtype, device=device).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        told = one_line(error, 300).removeprefix(f"{path}: ")
-        raise InputError(f"--knn_generator_path {path}: {told}") from None
+    return "quantised " * bool(getattr(model, "is_quantized", False)) + digest.hexdigest()[:16]

@@ -30,13 +30,13 @@ from utils.errors import InputError, check_fraction
 from utils.files import (
     TEMPORARY_PREFIX,
     FolderLock,
-    atomic_folder,
     ensure_folder,
     read_json,
     require_same,
     sha256_file,
     write_json,
 )
+from utils.folders import atomic_folder
 from utils.loading import WINDOWS_RECORD as RECORD
 
 FORMAT_VERSION = 1

@@ -45,10 +45,13 @@ class ScoreArguments(BaseArguments):
     knn_temp: list[float] = flag([1.0], "temperature of what is mixed into the base, one or several values")
     choose_on: str | None = flag(None, "results.json of another split: its best lambda and temperature are used")
 
-    def check_scored(self) -> None:
-        """Take lambda and temperature from `choose_on`, and refuse what cannot be scored. Raises InputError."""
+    def check_scored(self, *, knn: bool) -> None:
+        """Take lambda and temperature (`knn`: the kNN-LM's) from `choose_on`, and refuse what cannot be scored.
+
+        Raises InputError.
+        """
         if self.choose_on:
-            lmbda, self.knn_temp = chosen(self.choose_on)
+            lmbda, self.knn_temp = chosen(self.choose_on, knn=knn)
             self.lmbda = self.lmbda if self.lmbda == [ADAPTIVE] else lmbda
         check_grid(self.lmbda, self.knn_temp)
         check_at_least(1, self, "max_eval_samples")
@@ -77,9 +80,13 @@ def check_grid(lmbda: Sequence[float | str], knn_temp: Sequence[float]) -> None:
             check(name, value)
 
 
-def chosen(path: str) -> tuple[list[float | str], list[float]]:
-    """Lambda (or `ADAPTIVE`) and temperature that were best in another split's results.json. Raises InputError."""
+def chosen(path: str, *, knn: bool) -> tuple[list[float | str], list[float]]:
+    """Lambda (or `ADAPTIVE`) and temperature that were best in another split's results.json, of the kNN-LM (`knn`) or of
+    a memory. Raises InputError."""
     results = read_json(path)
+    if isinstance(results, dict) and "memory" in results and (results["memory"] is None) != knn:
+        wanted = "train_base --knn" if knn else "evaluate_joint"
+        raise InputError(f"--choose_on {path}: is of another mixture; name the results.json of {wanted}")
     if not isinstance(results, dict) or not isinstance(results.get("knn_temp"), (int, float)):
         raise InputError(f"--choose_on {path}: is not the results.json of a mixture's evaluation")
     return [Lambda(results["lmbda"])], [float(results["knn_temp"])]
