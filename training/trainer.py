@@ -249,11 +249,10 @@ class MemoryTrainer:
             for piece in self.source.rows(*next(reads)).slices(self.micro_rows):
                 left -= 1
                 sums += self._pass(piece, num_rows, exchange=left == 0)
-        while left:
+        for later in reversed(range(left)):
             # This process has no more rows, but takes part in the exchange of weights and gradients.
-            left -= 1
             nothing = torch.zeros(1, self.memory.input_dim), torch.zeros(1, dtype=torch.int64)
-            self._pass(Rows.without_target(*nothing), num_rows, exchange=left == 0, weight=0.0)
+            self._pass(Rows.without_target(*nothing), num_rows, exchange=later == 0, weight=0.0)
         return self._update(sums, windows, num_rows)
 
     def _pass(self, rows: Rows, num_rows: int, exchange: bool, weight: float = 1.0) -> Tensor:

@@ -183,12 +183,7 @@ class _FusedLinearDistillation(torch.autograd.Function):
 
 
 def _chunked(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: _Targets,
-    product_dtype: torch.dtype,
-    want_hidden: bool,
-    want_weight: bool,
+    hidden: Tensor, weight: Tensor, targets: _Targets, product_dtype: torch.dtype, want_hidden: bool, want_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(total, kl, ce, gradient of hidden or None, gradient of weight or None), both gradients in float32 or float64."""
     (rows, width), vocabulary = hidden.shape, weight.shape[0]
