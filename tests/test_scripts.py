@@ -15,7 +15,7 @@ from harness import ROOT, calls, command, flags, ran, shell, stub_cards, stub_py
 from tiny_models import make_base, tiny_memory
 from transformers import AutoModelForCausalLM
 
-SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), *(ROOT / "downstream").glob("*.sh")])
+SCRIPTS = sorted(path for room in ("scripts", "scripts/ablations", "downstream") for path in (ROOT / room).glob("*.sh"))
 VENV_PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 # What each script passes where nothing is set: the values of the original's scripts, and of the paper.
@@ -84,7 +84,7 @@ RUNNABLE = [path for path in SCRIPTS if path.name not in ("common.sh", "quicksta
 
 @pytest.mark.parametrize("script", RUNNABLE, ids=lambda path: path.name)
 def test_scripts_run_from_their_own_folder_and_from_any_other_and_print_what_they_run(script, tmp_path):
-    for side in ("teacher", "student", "."):
+    for side in ("teacher", "student", ".", *(f"block{number}" for number in (-1, -6, -12, -20))):
         (tmp_path / "out" / "work" / side / "dstore_gpt2_train_8.arrow").mkdir(parents=True)
     settings = {"OUTPUT": tmp_path / "out", "DSTORE_DIR": tmp_path / "out" / "work"}
     settings |= {"WEB_TEXT": "web.txt", "WIKI_TEXT": "wiki.txt"}

@@ -1,0 +1,95 @@
+# shellcheck shell=bash
+# Shared by the ablations: a memory for each value of one setting, its perplexity, and at the end a table and a plot.
+#
+# What a setting does not change is made once, for all values and all ablations in OUTPUT; run again, each continues where
+# it stopped. It is small by default: 80 articles of the default text, minutes on two cores. Settings of all of them
+# (environment variables; relative paths are from the repository's root):
+#   OUTPUT                           folder of everything                  (default: results/ablations)
+#   MODEL TEXT                       base model and text                   (default: SmolLM2-135M-Instruct, Wikipedia; PyPI)
+#   WINDOWS                          a windows folder that is there already, in place of TEXT
+#   MAX_DOCUMENTS MAX_CHARACTERS BLOCK_SIZE                                (default: 80, 1200, 512)
+#   K PROBE INDEX_FACTORY KNN_TEMP   the kNN distributions                 (default: 256, 8, IVF64,Flat, 2)
+#   LAYER_POSITION LAYERS            captured block, layers of the memory  (default: -1, 2)
+#   ALPHA EPOCHS LEARNING_RATE WARMUP_STEPS WINDOWS_PER_STEP               (default: 0.5, 3, 2e-4, 0, 2)
+#   INIT                             the memory's start; empty: random     (default: --init_from_base)
+#   BATCH_SIZE_EVAL SEED TORCH_DTYPE ACCELERATE_CONFIG
+# The paper's sizes: MODEL=Rubin-Wei/gpt2-large-finetuned-wikitext103 WINDOWS=dataset/wikitext-gpt2 K=1024 PROBE=32
+# INDEX_FACTORY=IVF4096,PQ64 KNN_TEMP=16 LAYERS=54 EPOCHS=50 LEARNING_RATE=5e-4 WARMUP_STEPS=2000
+# WINDOWS_PER_STEP=16 INIT=
+# shellcheck source=scripts/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+find_python
+find_launcher
+choose_dtype
+
+WORK="${OUTPUT:=results/ablations}/work"
+DONE="$WORK/done"
+: "${BLOCK_SIZE:=512}" "${K:=256}" "${PROBE:=8}" "${KNN_TEMP:=2}" "${LAYER_POSITION:=-1}" "${LAYERS:=2}" "${ALPHA:=0.5}"
+: "${EPOCHS:=3}" "${BATCH_SIZE_EVAL:=4}" "${SEED:=42}" "${INIT=--init_from_base}"
+LAMBDAS="0.05 0.1 0.15 0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 0.85 0.9"
+precision=(${TORCH_DTYPE:+--torch_dtype "$TORCH_DTYPE"})
+mkdir -p "$DONE"
+
+# 1. A model, and a text in windows, split by article.
+if [ -z "${MODEL:-}" ] || [ -z "${TEXT:-}${WINDOWS:-}" ]; then
+    once "get model and text" "$PYTHON" -m utils.embedded_default --output_dir "$WORK/embedded"
+fi
+MODEL="${MODEL:-$WORK/embedded/model}"
+articles=()
+[ -n "${TEXT:-}" ] || articles=(--document_separator '\n?</doc>\n*|<doc [^>]*>\n' --min_document_characters 500)
+if [ -z "${WINDOWS:-}" ]; then
+    WINDOWS="$WORK/windows"
+    once "windows" "$PYTHON" utils/preprocess_dataset.py --dataset_name "${TEXT:-$WORK/embedded/wiki.txt}" \
+        --tokenizer_path "$MODEL" --output_dir "$WINDOWS" --block_size "$BLOCK_SIZE" --stride "$BLOCK_SIZE" --group_rows \
+        --max_documents "${MAX_DOCUMENTS:-80}" --max_document_characters "${MAX_CHARACTERS:-1200}" \
+        --validation_fraction 0.2 --test_fraction 0.2 --seed "$SEED" ${articles[@]+"${articles[@]}"}
+fi
+base=(--model_name_or_path "$MODEL" --dataset_name "$WINDOWS" ${precision[@]+"${precision[@]}"})
+
+# 2. For a captured block and a temperature: hidden states of the three splits, index, and kNN targets.
+dstore() { find "$store" -maxdepth 1 -name "dstore_*_$1_*.arrow" -print -quit; }
+targets() {
+    local split scored layer="$1"
+    store="$WORK/block$layer"
+    for split in train validation test; do
+        scored=(--save_logprob)
+        [ "$split" != train ] || scored=()
+        once "datastore $split, block $layer" "${LAUNCH[@]}" -m train_base "${base[@]}" --do_eval --eval_subset "$split" \
+            --per_device_eval_batch_size "$BATCH_SIZE_EVAL" --layer_position "$layer" --save_knnlm_dstore \
+            --dstore_dir "$store" --output_dir "$store/tmp" --report_to none ${scored[@]+"${scored[@]}"}
+    done
+    once "index, block $layer" "$PYTHON" -m knn_utils.build_index --dstore_path "$(dstore train)" \
+        --index_path "$store/train.index" --index_factory "${INDEX_FACTORY:-IVF64,Flat}"
+    once "targets, block $layer, temperature $2" "${LAUNCH[@]}" -m knn_utils.saveKNNMulti \
+        --dstore_path "$(dstore train)" --index_path "$store/train.index" --output_path "$store/targets_$2" --k "$K" \
+        --knn_temp "$2" --probe "$PROBE" --ignore_first True ${ON_GPU[@]+"${ON_GPU[@]}"}
+}
+
+# 3. memory VALUE offline|online: train one with the settings as they are now, and score it: lambda is chosen on the
+# validation split, reported on the test split.
+memory() {
+    local value="$1" kind="$2" name="$ABLATION $1" run="$WORK/$ABLATION/$1" stored=()
+    targets "$LAYER_POSITION" "$KNN_TEMP"
+    [ "$kind" = online ] || stored=(--knn_dstore_path "$(dstore train)")
+    local block=(--layer_position "$LAYER_POSITION")
+    once "train $name" "${LAUNCH[@]}" -m "train_mlpmem_$kind" "${base[@]}" "${block[@]}" --output_dir "$run/memory" \
+        --knn_save_path "$store/targets_$KNN_TEMP" --validation_dstore_path "$(dstore validation)" \
+        --memory_layers "$LAYERS" --alpha "$ALPHA" --num_train_epochs "$EPOCHS" \
+        --learning_rate "${LEARNING_RATE:-2e-4}" --num_warmup_steps "${WARMUP_STEPS:-0}" --logging_steps 1 \
+        --per_device_train_batch_size "${WINDOWS_PER_STEP:-2}" --seed "$SEED" ${INIT:+"$INIT"} \
+        ${stored[@]+"${stored[@]}"}
+    local joint=(-m evaluate_joint --do_test "${base[@]}" "${block[@]}" --knn_generator_path "$run/memory/epoch_$EPOCHS")
+    # shellcheck disable=SC2086
+    once "validation $name" "$PYTHON" "${joint[@]}" --dataset_split_name validation --dstore_path "$(dstore validation)" \
+        --output_dir "$run/validation" --lmbda $LAMBDAS --knn_temp 1
+    once "test $name" "$PYTHON" "${joint[@]}" --dataset_split_name test --dstore_path "$(dstore test)" \
+        --output_dir "$run/test" --choose_on "$run/validation/results.json"
+    values+=("$value")
+}
+values=()
+
+# 4. report TITLE: the table and the plot of the values.
+report() {
+    run "report" "$PYTHON" -m downstream.ablation --setting "$1" --runs "$WORK/$ABLATION" --values "${values[@]}" \
+        --output_dir "$OUTPUT/$ABLATION"
+}
