@@ -47,4 +47,5 @@ class OnlineRows(WindowRows):
         return str(self.base.config.name_or_path)
 
     def identity(self) -> dict[str, Any]:
-        return super().identity() | {"model": model_fingerprint(self.base)}
+        rounded = {"rounded": True} if self.round_to_half else {}
+        return super().identity() | {"model": model_fingerprint(self.base)} | rounded

@@ -54,6 +54,7 @@ IDENTITY = (
     *("learning_rate", "weight_decay", "lr_scheduler_type", "num_warmup_steps", "num_train_epochs"),
     *("max_train_steps", "alpha", "seed", "max_grad_norm"),
 )
+LENGTH = ("num_train_epochs", "max_train_steps")  # which another folder's run may be continued beyond
 # Rows that go through the stack at once: what keeps activations small on a CPU, a GPU busy.
 CPU_ROWS, GPU_ROWS = 1024, 16384
 
@@ -383,6 +384,7 @@ class MemoryTrainer:
         if self.accelerator.is_main_process:
             held.enter_context(files.FolderLock(files.ensure_folder(self.output)))
             files.remove_temporary(self.output)
+            self._check_named()
             if self.arguments.overwrite:
                 record.unlink(missing_ok=True)
                 for folder in checkpoints(self.output):
@@ -394,16 +396,21 @@ class MemoryTrainer:
                 write_json(record, self._described(complete=False))
         self.accelerator.wait_for_everyone()
 
+    def _check_named(self) -> None:
+        """Refuse a named checkpoint of other settings than this run's, which its optimizer would bring along."""
+        if (folder := self.arguments.named_checkpoint()) is None:
+            return
+        told = f"--resume_from_checkpoint {folder}"
+        if not (folder / STATE_RECORD).exists():
+            raise InputError(f"{told}: holds no training state ({STATE_RECORD}); name a run's epoch_N or step_N folder")
+        made = read_json(folder / STATE_RECORD).get("settings", {})
+        require_same(told, made, self.identity, "give those settings, or leave the flag out to begin anew", LENGTH)
+
     def _resume(self) -> None:
         """Continue from the checkpoint that --resume_from_checkpoint names, else from the output's latest."""
         folder = self.arguments.named_checkpoint() or latest_checkpoint(self.output)
         if folder is None:
             return
-        if not (folder / STATE_RECORD).exists():
-            raise InputError(
-                f"--resume_from_checkpoint {folder}: holds no training state ({STATE_RECORD}); "
-                "name an epoch_N or step_N folder of a run that was interrupted"
-            )
         try:
             saved = read_json(folder / STATE_RECORD)
             if saved["steps_per_epoch"] != self.steps_per_epoch or not 0 <= saved["step"] <= self.total_steps:

@@ -9,8 +9,10 @@ at the end the model and tokenizer. The same command again continues from the la
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +38,12 @@ IDENTITY = (
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "lr_scheduler_type", "optim"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 )
+# More of them, recorded where they are not at their defaults.
+UNUSUAL = (
+    *("lr_scheduler_kwargs", "optim_args", "optim_target_modules", "label_smoothing_factor", "neftune_noise_alpha"),
+    *("dataloader_drop_last", "train_sampling_strategy", "average_tokens_across_devices"),
+)
+LENGTH = ("num_train_epochs", "max_steps")  # which another folder's run may be continued beyond
 
 
 class FinetuneArguments(TrainingArguments):
@@ -76,7 +84,10 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
         held_out_tokens, held_out = int(count_rows(held_out).sum()), held_out.with_format(**needed)
     settle(training, data.patience)
     values = training.to_dict()
-    settings = {name: values[name] for name in IDENTITY} | {
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    unusual = {name: values[name] for name in UNUSUAL if name in values and values[name] != defaults[name]}
+    settings = {name: values[name] for name in IDENTITY} | unusual
+    settings |= {
         "world_size": training.world_size,
         "patience": data.patience,
         "model": model_fingerprint(base),
@@ -203,6 +214,11 @@ def open_run(output: Path, settings: dict[str, Any], training: Any, overwrite: b
         raise InputError(
             f"--resume_from_checkpoint {given}: is not a checkpoint of the Trainer ({TRAINER_STATE} is missing)"
         )
+    if given is not None:
+        # The Trainer takes the optimizer's settings from the checkpoint, whatever the flags say.
+        made, remedy = settings_of(Path(given)), "give those settings, or leave the flag out to begin anew"
+        now = settings if "model" in made else {name: settings[name] for name in made}
+        require_same(f"--resume_from_checkpoint {given}", made, now, remedy, LENGTH)
     previous = read_json(record) if record.exists() and not overwrite else None
     if previous is not None and given is None:
         remedy = "choose another folder, or add --overwrite"
@@ -217,6 +233,20 @@ def open_run(output: Path, settings: dict[str, Any], training: Any, overwrite: b
     if given is not None:
         return str(given)
     return None if previous is None else last_checkpoint(output)
+
+
+def settings_of(checkpoint: Path) -> dict[str, Any]:
+    """Settings of the run that wrote a checkpoint: those recorded beside it, else what its optimizer knows."""
+    record = checkpoint.parent / RECORD
+    if record.is_file() or not (state := checkpoint / "optimizer.pt").is_file():
+        return read_json(record)["settings"] if record.is_file() else {}
+    try:
+        (group, *_) = torch.load(state, weights_only=True, map_location="cpu")["param_groups"]
+    except (OSError, KeyError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        raise InputError(f"--resume_from_checkpoint {checkpoint}: cannot be used ({one_line(error, 200)})") from None
+    names = {"initial_lr": "learning_rate", "weight_decay": "weight_decay", "eps": "adam_epsilon"}
+    found = {flag: group[name] for name, flag in names.items() if name in group}
+    return found | dict(zip(("adam_beta1", "adam_beta2"), group.get("betas", ()), strict=False))
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -11,7 +11,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -31,7 +30,6 @@ TOKENIZER_FILES = (
 )
 WINDOWS_RECORD = "preprocess.json"  # what made the windows, in their folder
 RUN_RECORD = "training.json"  # of a memory's run, in its output folder
-FINGERPRINT = re.compile("[0-9a-f]{16}")
 WINDOW_COLUMNS = ("input_ids", "labels", "attention_mask", "dstore_range")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -133,8 +131,9 @@ class BaseArguments:
         """
         import torch
 
+        # Of 16 digits; a path, or what says that the weights were quantised, is not comparable.
         recorded, found = str(made.get("model")), base and model_fingerprint(base)
-        if found == recorded or not self.model_name_or_path or not FINGERPRINT.fullmatch(recorded):
+        if found == recorded or not self.model_name_or_path or len(recorded) != 16:
             return found if found == recorded else None
         whole = replace(self, device_map=None, load_in_4bit=False, load_in_8bit=False)
         for dtype in [made["dtype"]] if made.get("dtype") in DTYPES else DTYPES:
