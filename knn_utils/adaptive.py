@@ -20,6 +20,7 @@ from utils.files import read_json, require_same
 from utils.results import ADAPTIVE
 
 BUCKETS = 32
+LEAST_ROWS = 100  # of a bucket: fewer say little about a lambda
 # A bucket whose validation rows the neighbours all know leaves the base this much: no token becomes impossible.
 LARGEST_LAMBDA = 0.99
 HALVINGS = 50
@@ -80,11 +81,15 @@ def choose_buckets(base: np.ndarray, knn: np.ndarray, nearest: np.ndarray, knn_t
     return Buckets(edges, lmbda[:, column], knn_temp[column])
 
 
-def equal_edges(nearest: np.ndarray, buckets: int = BUCKETS) -> np.ndarray:
-    """Distances that divide `nearest` (rows,) into so many equally filled parts; equal distances stay together."""
+def equal_edges(nearest: np.ndarray) -> np.ndarray:
+    """Distances that divide `nearest` (rows,) into equally filled parts: `BUCKETS`, or fewer where there are few rows.
+
+    Equal distances stay together.
+    """
     ordered = np.sort(nearest).astype(np.float64)
+    buckets = max(min(BUCKETS, len(ordered) // LEAST_ROWS), 1)
     counts = np.arange(1, buckets) * len(ordered) // buckets  # rows up to each edge
-    edges = np.unique(ordered[counts[counts > 0] - 1])
+    edges = np.unique(ordered[counts - 1])
     return edges[edges < ordered[-1]] if len(ordered) else edges
 
 

@@ -11,6 +11,7 @@ from harness import command, refused_here, together
 from hypothesis import given
 from hypothesis import strategies as st
 
+from knn_utils import adaptive
 from knn_utils.adaptive import Buckets, choose_buckets
 from utils.cli import parse
 from utils.errors import InputError
@@ -81,13 +82,19 @@ def test_each_of_32_equally_filled_buckets_gets_the_lambda_that_makes_its_rows_m
         ),
         min_size=1,
         max_size=120,
-    )
+    ),
+    st.sampled_from([1, 7, 100]),
 )
-def test_on_the_rows_it_was_chosen_on_it_is_never_worse_than_one_lambda(rows):
+def test_on_the_rows_it_was_chosen_on_it_is_never_worse_than_one_lambda(rows, least_rows):
     base, knn, distance = (np.array(column) for column in zip(*rows, strict=True))
     knn[np.isinf(distance)] = 0  # no hit, no probability
-    found = choose_buckets(base, knn[:, None], distance, [1.0])
-    assert 1 <= len(found.lmbda) == len(found.edges) + 1 <= 32 and (np.diff(found.edges) > 0).all()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaptive, "LEAST_ROWS", least_rows)
+        found = choose_buckets(base, knn[:, None], distance, [1.0])
+    assert (
+        1 <= len(found.lmbda) == len(found.edges) + 1 <= max(min(32, len(rows) // least_rows), 1)
+        and (np.diff(found.edges) > 0).all()
+    )
     assert ((found.lmbda >= 0) & (found.lmbda <= 0.99)).all()
     mixed = perplexity(base, knn, found.of(distance))
     assert all(mixed <= perplexity(base, knn, each) * (1 + 1e-9) for each in np.linspace(0, 0.99, 34))
@@ -173,7 +180,7 @@ def of(found: dict) -> Buckets:
 def test_the_command_chooses_on_validation_and_reports_on_test(held, validated, tmp_path):
     chosen = read(validated)
     assert len(chosen["grid"]) == 9 and chosen["lmbda"] in (0.02, 0.1, 0.3)
-    assert chosen["adaptive"]["perplexity"] < chosen["perplexity"] and len(chosen["adaptive"]["lmbda"]) == 32
+    assert chosen["adaptive"]["perplexity"] < chosen["perplexity"] and len(chosen["adaptive"]["lmbda"]) > 1
     both, alone = tmp_path / "both", tmp_path / "alone"
     command("train_base", *held.flags("test", both, "--choose_on", validated))
     command("train_base", *held.flags("test", alone, "--choose_on", validated, "--lmbda", "adaptive"))
@@ -184,10 +191,10 @@ def test_the_command_chooses_on_validation_and_reports_on_test(held, validated, 
         }
         base, knn, nearest = held.scores(split, found["knn_temp"])
         assert found["perplexity"] == pytest.approx(perplexity(base, knn, of(found).of(nearest)), rel=2e-3)
-    number, adaptive = read(both), read(alone)
+    number, varying = read(both), read(alone)
     assert (number["lmbda"], number["knn_temp"], len(number["grid"])) == (chosen["lmbda"], chosen["knn_temp"], 1)
-    assert (adaptive["lmbda"], adaptive["grid"]) == ("adaptive", [])
-    assert adaptive["perplexity"] == adaptive["adaptive"]["perplexity"] == number["adaptive"]["perplexity"]
+    assert (varying["lmbda"], varying["grid"]) == ("adaptive", [])
+    assert varying["perplexity"] == varying["adaptive"]["perplexity"] == number["adaptive"]["perplexity"]
 
 
 def test_two_processes_choose_the_same(held, validated, tmp_path):

@@ -10,7 +10,7 @@
 #   MAX_DOCUMENTS MAX_CHARACTERS BLOCK_SIZE                                (default: 80, 1200, 512)
 #   K PROBE INDEX_FACTORY KNN_TEMP   the kNN distributions                 (default: 256, 8, IVF64,Flat, 2)
 #   LAYER_POSITION LAYERS            captured block, layers of the memory  (default: -1, 2)
-#   ALPHA EPOCHS LEARNING_RATE WARMUP_STEPS WINDOWS_PER_STEP               (default: 0.5, 3, 2e-4, 0, 2)
+#   ALPHA EPOCHS LEARNING_RATE WARMUP_STEPS WINDOWS_PER_STEP               (default: 0.5, 2, 1e-4, 0, 2)
 #   INIT                             the memory's start; empty: random     (default: --init_from_base)
 #   BATCH_SIZE_EVAL SEED TORCH_DTYPE ACCELERATE_CONFIG
 # The paper's sizes: MODEL=Rubin-Wei/gpt2-large-finetuned-wikitext103 WINDOWS=dataset/wikitext-gpt2 K=1024 PROBE=32
@@ -25,7 +25,7 @@ choose_dtype
 WORK="${OUTPUT:=results/ablations}/work"
 DONE="$WORK/done"
 : "${BLOCK_SIZE:=512}" "${K:=256}" "${PROBE:=8}" "${KNN_TEMP:=2}" "${LAYER_POSITION:=-1}" "${LAYERS:=2}" "${ALPHA:=0.5}"
-: "${EPOCHS:=3}" "${BATCH_SIZE_EVAL:=4}" "${SEED:=42}" "${INIT=--init_from_base}"
+: "${EPOCHS:=2}" "${BATCH_SIZE_EVAL:=4}" "${SEED:=42}" "${INIT=--init_from_base}"
 LAMBDAS="0.05 0.1 0.15 0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 0.85 0.9"
 precision=(${TORCH_DTYPE:+--torch_dtype "$TORCH_DTYPE"})
 mkdir -p "$DONE"
@@ -75,7 +75,7 @@ memory() {
     once "train $name" "${LAUNCH[@]}" -m "train_mlpmem_$kind" "${base[@]}" "${block[@]}" --output_dir "$run/memory" \
         --knn_save_path "$store/targets_$KNN_TEMP" --validation_dstore_path "$(dstore validation)" \
         --memory_layers "$LAYERS" --alpha "$ALPHA" --num_train_epochs "$EPOCHS" \
-        --learning_rate "${LEARNING_RATE:-2e-4}" --num_warmup_steps "${WARMUP_STEPS:-0}" --logging_steps 1 \
+        --learning_rate "${LEARNING_RATE:-1e-4}" --num_warmup_steps "${WARMUP_STEPS:-0}" --logging_steps 1 \
         --per_device_train_batch_size "${WINDOWS_PER_STEP:-2}" --seed "$SEED" ${INIT:+"$INIT"} \
         ${stored[@]+"${stored[@]}"}
     local joint=(-m evaluate_joint --do_test "${base[@]}" "${block[@]}" --knn_generator_path "$run/memory/epoch_$EPOCHS")
