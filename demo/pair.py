@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.cli import flag
+from utils.cli import command, flag
 from utils.errors import InputError, check_fraction, check_positive
 from utils.loading import BaseArguments
 
@@ -149,3 +150,13 @@ def short_name(path: str) -> str:
     """A name for people: the last part of a hub name, the last two of a folder's path."""
     parts = Path(path).resolve().parts if Path(path).exists() else (path.rsplit("/", 1)[-1],)
     return "/".join(parts[-2:])
+
+
+def main() -> None:
+    """Print the quickstart's base, memory, lambda and temperature, a line each: for scripts."""
+    pair = quickstart_pair(Path(sys.argv[1]))
+    print(pair.base, pair.memory, pair.lmbda, pair.knn_temp, sep="\n")
+
+
+if __name__ == "__main__":
+    command(main)()

@@ -89,7 +89,8 @@ def save_joint(
     config.base_fingerprint = fingerprint(reference) if reference and not include_base else None
     if results is not None:
         config.results = measured_rows(results)
-    config.architectures = [type(joint).__name__]
+    # What opens it: transformers' server looks this class up in transformers itself, which has no MLPMemory.
+    config.architectures = ["AutoModelForCausalLM"]
     config.text_config = copy.deepcopy(joint.base_lm.config)
     config.text_config.name_or_path = ""
 

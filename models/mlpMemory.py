@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -343,12 +344,20 @@ def room_after(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, con
         lengths = attention_mask.sum(-1)  # (batch,)
         shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest == 0:
-        raise ValueError("a prompt is empty: expected at least one token (the tokenizer's BOS will do)")
+        raise refusal("a prompt is empty: expected at least one token (the tokenizer's BOS will do)")
     if context is None:
         return math.inf
     if longest > context:
-        raise ValueError(f"a prompt of {longest} tokens is longer than the base's context of {context}: shorten it")
+        raise refusal(f"a prompt of {longest} tokens is longer than the base's context of {context}: shorten it")
     return context - longest + 1  # the last token is never fed back
+
+
+def refusal(reason: str) -> ValueError:
+    """The error for a prompt that cannot be continued. A server of transformers answers it with status 400 and the reason."""
+    web = sys.modules.get("starlette.exceptions")
+    if web is None:
+        return ValueError(reason)
+    return type("PromptError", (web.HTTPException, ValueError), {"__str__": lambda _: reason})(400, reason)
 
 
 def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -249,7 +249,7 @@ def test_the_cpu_configuration_hides_gpus():
 
 def test_the_versions_of_ci_lie_in_the_ranges_of_the_project():
     pins = constraints("3.11")
-    for requirement in requirements("cpu", "demo", "eval", "compare", "dev"):
+    for requirement in requirements("cpu", "demo", "eval", "serve", "compare", "dev"):
         version = pins.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement.name} has no line in constraints.txt"
         assert requirement.specifier.contains(version), f"{requirement} but constraints.txt has {version}"

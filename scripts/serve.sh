@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# A memory behind an OpenAI-compatible API, for this machine only: bash scripts/serve.sh
+#
+# Base and memory are written into one folder (python -m models.export), and transformers' own server opens it. It needs
+# pip install ".[serve]". Relative paths count from the repository's root. Every setting is an environment variable:
+#   OUTPUT           the quickstart's folder                        (default: results/quickstart)
+#   MODEL KNN_PATH   another base and memory: folders or hub names  (default: the quickstart's)
+#   LAMBDA KNN_TEMP  weight and temperature of the memory           (default: the quickstart's best; 0.25 and 1)
+#   FOLDER           the folder to write, and the model's name in requests  (default: OUTPUT/served)
+#   PORT             of 127.0.0.1                                   (default: 8000)
+# Further flags go to `transformers serve`.
+# shellcheck source=scripts/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+find_python
+
+PORT="${PORT:-8000}" OUTPUT="${OUTPUT:-results/quickstart}"
+FOLDER="${FOLDER:-$OUTPUT/served}"
+if (: >"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then
+    echo "error: PORT=$PORT: something listens there already; stop it, or set PORT to another number" >&2
+    exit 2
+fi
+if [ -z "${MODEL:-}" ] || [ -z "${KNN_PATH:-}" ]; then
+    found="$("$PYTHON" -m demo.pair "$OUTPUT")"
+    mapfile -t pair <<<"$found"
+    MODEL="${MODEL:-${pair[0]}}" KNN_PATH="${KNN_PATH:-${pair[1]}}" LAMBDA="${LAMBDA:-${pair[2]}}" KNN_TEMP="${KNN_TEMP:-${pair[3]}}"
+fi
+run "export" "$PYTHON" -m models.export "$MODEL" "$KNN_PATH" "$FOLDER" --lmbda "${LAMBDA:-0.25}" --knn_temp "${KNN_TEMP:-1}"
+run "serve" "$PYTHON" -m transformers.cli.transformers serve "$FOLDER" --trust-remote-code --host 127.0.0.1 --port "$PORT" "$@"
