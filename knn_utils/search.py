@@ -9,6 +9,7 @@ many, give what one whole index gives.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,8 @@ BLOCK_ROWS = 256
 # Bytes of keys held at once while re-ranking.
 REFINE_BYTES = 64 << 20
 GPU_MAX_K = 2048
+# Queries whose hits are kept, since their k-th place divides a tie.
+TIES_KEPT = 256
 # Row numbers stay below 2 ** 40; above them stands a hit's place among the distances of its row.
 ROW_BITS = 40
 
@@ -70,6 +73,8 @@ class IndexShard:
                     f"--knn_gpu: {self.path} cannot be searched on the GPU ({reason}); leave the flag out"
                 ) from None
         self._index, self._turn = index, gpu
+        # Equal keys in the datastore are equal queries, whose ties may hold many thousand rows: each is looked at once.
+        self._of_tie = functools.lru_cache(TIES_KEPT)(self._nearest_of_tie)
 
     def nearest(self, queries: np.ndarray, k: int) -> Hits:
         """The k nearest rows, equal distances by row number, also where the k-th place divides them.
@@ -84,14 +89,18 @@ class IndexShard:
         cut = np.flatnonzero(is_cut(distances, ids, within)) if within < wanted < self.rows else ()
         distances, ids = distances[:, :within], ids[:, :within]
         for row in cut:
-            asked, still_cut = wanted, True
-            while still_cut:
-                asked = min(2 * asked, self.rows)
-                more = self._ask(queries[row : row + 1], asked)
-                still_cut = asked < self.rows and is_cut(*more, within)[0]
-            distances[row], ids[row] = more[0][0, :within], more[1][0, :within]
+            distances[row], ids[row] = self._of_tie(queries[row].tobytes(), within)
         missing = ((0, 0), (0, k - within))
         return np.pad(distances, missing, constant_values=np.inf), np.pad(ids, missing, constant_values=-1)
+
+    def _nearest_of_tie(self, query: bytes, k: int) -> Hits:
+        """The k nearest rows of one query, distances and row numbers (k,), where the k-th place divides a tie."""
+        asked, still_cut = k + 1, True
+        while still_cut:
+            asked = min(2 * asked, self.rows)
+            distances, ids = self._ask(np.frombuffer(query, np.float32)[None], asked)
+            still_cut = asked < self.rows and is_cut(distances, ids, k)[0]
+        return distances[0, :k].copy(), ids[0, :k].copy()
 
     def _ask(self, queries: np.ndarray, k: int) -> Hits:
         """FAISS's k nearest, by rising distance, ties by row number."""

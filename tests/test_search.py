@@ -56,6 +56,23 @@ def test_hits_stand_by_distance_then_row_number_also_where_k_divides_a_tie(tmp_p
     assert (ids == expected_ids).mean() > 0.99
 
 
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "IVF4,PQ4"])
+def test_a_tie_of_many_equal_keys_is_looked_through_once_not_for_each_of_them(tmp_path: Path, factory: str) -> None:
+    keys, _ = random_rows(3000)
+    equal = np.arange(100, 2900)
+    keys[equal] = keys[0]
+    searcher = KNNSearcher(write_index(tmp_path / "i.index", keys, factory), probe=1)
+    (shard,) = searcher._shards
+    asked, ask = [], shard._ask
+    shard._ask = lambda queries, k: asked.append(len(queries) * k) or ask(queries, k)
+    _, ids = searcher.search(keys[2000:2900], 16)
+    assert (ids == [0, *range(100, 115)]).all()
+    assert sum(asked) < 2 * 900 * 17  # for each of them it were 900 · 5,600
+    assert (searcher.search(keys[:1], 16)[1] == ids[:1]).all() and (
+        searcher.search(keys[:1], 9)[1] == ids[:1, :9]
+    ).all()
+
+
 @pytest.mark.parametrize("factory", ["IVF8,Flat", "OPQ4,IVF8,PQ4x4"])
 def test_probe_reaches_the_lists_wherever_they_are_in_the_index(tmp_path: Path, factory: str) -> None:
     keys, _ = random_rows(400)
