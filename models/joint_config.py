@@ -54,9 +54,10 @@ class MLPMemoryConfig(PretrainedConfig):
         self.base_model_name_or_path = base_model_name_or_path
         self.base_fingerprint = base_fingerprint
         self.results = results
+        # What tools that were written for plain decoders look for; so are the properties.
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(name, getattr(text_config, name, None))
         super().__init__(**kwargs)
-
-    # What tools that were written for plain decoders look for.
 
     @property
     def vocab_size(self) -> int:

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
@@ -21,7 +22,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from .joint_base import ANOTHER_BASE, INSIDE, absolute, fingerprint, not_found_again, tokenizer_of
 from .joint_card import measured_rows, model_card
 from .joint_config import MLPMemoryConfig, read_joint_config
-from .stack import download
+from .stack import BASE_PREFIX, MEMORY_PREFIX, download
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def joint_parts(
 def save_joint(
     joint: PreTrainedModel,
     folder: str | os.PathLike,
+    state_dict: dict[str, torch.Tensor] | None,
     include_base: bool | None,
     base_reference: str | None,
     tokenizer: Any,
@@ -102,9 +104,10 @@ def save_joint(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
         new = Path(temporary, "new")
-        joint.knn_generator.save_pretrained(new / MEMORY, max_shard_size=max_shard_size)
-        if include_base:
-            joint.base_lm.save_pretrained(new / INSIDE, max_shard_size=max_shard_size)
+        parts = [(MEMORY, joint.knn_generator, MEMORY_PREFIX), (INSIDE, joint.base_lm, BASE_PREFIX)]
+        for name, part, prefix in parts if include_base else parts[:1]:
+            own = {key.removeprefix(prefix): state_dict[key] for key in state_dict or () if key.startswith(prefix)}
+            part.save_pretrained(new / name, state_dict=own or None, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
             if include_base:

@@ -99,10 +99,11 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
             base_model_name_or_path=absolute(base_lm.name_or_path),
         )
         super().__init__(config)
-        self.config._attn_implementation_internal = base_lm.config._attn_implementation
+        self.config._attn_implementation = base_lm.config._attn_implementation  # its copy has lost it
         self.base_lm = base_lm
         self.knn_generator = knn_generator
         self.is_train = is_train
+        self.supports_gradient_checkpointing = base_lm.supports_gradient_checkpointing
         self._captured = (captured,)  # in a tuple: it is the base's module, not one more of ours
         self.all_tied_weights_keys = {
             f"base_lm.{name}": f"base_lm.{other}"
@@ -200,6 +201,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
         *,
         include_base: bool | None = None,
         base_reference: str | None = None,
@@ -212,12 +214,15 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         It holds the memory, the settings and a model card, and says which base it belongs to: `base_reference`, else
         the name or folder the base was loaded from. `include_base` puts the base itself inside; left at None, that is
         done where the base could not be loaded again as it is (it was trained, it is a part of another joint folder,
-        its source is gone). The tokenizer given, else the base's, is written along. `results`: measured rows
-        (`results.json` of an evaluation) for the card. Raises ValueError where the folder holds something else, or
-        `include_base` is False and the base could not be loaded again.
+        its source is gone). `state_dict`: weights to write in place of the model's own, under its names for them. The
+        tokenizer given, else the base's, is written along. `results`: measured rows (`results.json` of an evaluation)
+        for the card. Raises ValueError where the folder holds something else, or `include_base` is False and the base
+        could not be loaded again.
         """
         if is_main_process:
-            save_joint(self, save_directory, include_base, base_reference, tokenizer, results, max_shard_size)
+            save_joint(
+                self, save_directory, state_dict, include_base, base_reference, tokenizer, results, max_shard_size
+            )
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *arguments: Any, **settings: Any) -> Any:
         """The last step of `push_to_hub`: up goes a folder that opens anywhere, and its own card unless there was one.
@@ -242,6 +247,21 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.base_lm.get_output_embeddings()
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.base_lm.set_output_embeddings(new_embeddings)
+
+    @torch.no_grad()
+    def resize_token_embeddings(self, *arguments: Any, **settings: Any) -> nn.Module:
+        """The base's own, and its memory's head goes with it: new tokens get the mean of the head's rows."""
+        embeddings = self.base_lm.resize_token_embeddings(*arguments, **settings)
+        size, head = len(embeddings.weight), self.knn_generator.lm_head
+        rows = head.weight[:size]
+        new = rows.float().mean(0).to(rows.dtype).expand(size - len(rows), -1)
+        head.weight = nn.Parameter(torch.cat([rows, new]), head.weight.requires_grad)
+        head.out_features = self.knn_generator.config.vocab_size = size
+        self.config.text_config.get_text_config().vocab_size = size
+        return embeddings
+
     def memory_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The memory's logits (…, vocabulary) of captured hidden states (…, hidden), in its own dtype and place."""
         weight = self.knn_generator.lm_head.weight
@@ -264,12 +284,13 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         `labels` (batch, time) are the token ids, -100 where none; `.loss` is the mean negative log-likelihood of the
         shifted labels. `logits_to_keep`: compute base and memory logits for the last so many positions only (0: all;
         a tensor: these positions), as in every transformers decoder; it does not go together with `labels`.
+        `num_items_in_batch`, from the Trainer: what `.loss` is divided by in place of the number of labels.
         """
         if self.is_train:
             return self._memory_only(input_ids, attention_mask, labels)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need the logits of all positions: leave logits_to_keep at 0")
-        return_dict = kwargs.pop("return_dict", None)
+        return_dict, items = kwargs.pop("return_dict", None), kwargs.pop("num_items_in_batch", None)
         with HiddenCapture(*self._captured) as capture:
             base = self.base_lm(
                 input_ids=input_ids,
@@ -282,17 +303,25 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
                 return_dict=True,
                 **kwargs,
             )
-            hidden = capture.take()  # (batch, time, hidden)
+            # A draft that exits early may not reach the captured block: it is the base's alone.
+            hidden = None if self._exits_early() else capture.take()  # (batch, time, hidden)
         rest = {name: base.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
         logits = torch.log_softmax(base.logits, dim=-1, dtype=torch.float32)  # (batch, kept, vocabulary)
         del base  # its logits go before the memory's come
-        if self.lmbda > 0.0:
+        if self.lmbda > 0.0 and hidden is not None:
             memory = self.memory_logits(_kept(hidden, logits_to_keep)).to(logits.device)
             memory = _log_softmax(memory, self.knn_temp)  # (batch, kept, vocabulary)
             logits = memory if self.lmbda == 1.0 else _mix(logits, memory, self.lmbda)
-        loss = None if labels is None else shifted_nll(logits, labels)
+        loss = None if labels is None else shifted_nll(logits, labels, items)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
         return output.to_tuple() if return_dict is False else output
+
+    def _exits_early(self) -> bool:
+        """Whether `generate(assistant_early_exit=…)` is drafting: it lowers the base's layer count meanwhile."""
+        now, layers = (
+            each.get_text_config().num_hidden_layers for each in (self.base_lm.config, self.config.text_config)
+        )
+        return now < layers
 
     def _memory_only(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None
@@ -304,9 +333,11 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         labelled = (labels[:, 1:] != -100).to(hidden.device)
         return CausalLMOutputWithPast(logits=self.memory_logits(hidden[:, :-1][labelled]))
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """The base's own: its position ids, masks and caches are all there is to prepare."""
-        return self.base_lm.prepare_inputs_for_generation(input_ids, **kwargs)
+        return self.base_lm.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     @torch.no_grad()
     def generate(
@@ -318,7 +349,8 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         does: a limit beyond it is lowered, and that is said once.
         """
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
-        if prompt is not None and kwargs.get("inputs_embeds") is None:
+        prompt = prompt if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if prompt is not None:
             settings = (generation_config or self.generation_config).to_dict() | kwargs
             asked, limit = settings.get("max_new_tokens"), settings.get("max_length")
             if asked is None:
@@ -334,12 +366,13 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
 MLPMemory.register_for_auto_class("AutoModelForCausalLM")
 
 
-def room_after(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, context: int | None) -> float:
-    """How many tokens can follow prompts `input_ids` (batch, time) in a context; without a limit (None) infinitely many.
+def room_after(prompts: torch.Tensor, attention_mask: torch.Tensor | None, context: int | None) -> float:
+    """How many tokens can follow `prompts`, ids (batch, time) or embeddings (batch, time, hidden), in a context; without
+    a limit (None) infinitely many.
 
     Raises ValueError when a prompt is empty or longer than the context.
     """
-    shortest = longest = input_ids.shape[1]
+    shortest = longest = prompts.shape[1]
     if attention_mask is not None and attention_mask.ndim == 2:
         lengths = attention_mask.sum(-1)  # (batch,)
         shortest, longest = int(lengths.min()), int(lengths.max())
