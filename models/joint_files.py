@@ -107,7 +107,13 @@ def save_joint(
         parts = [(MEMORY, joint.knn_generator, MEMORY_PREFIX), (INSIDE, joint.base_lm, BASE_PREFIX)]
         for name, part, prefix in parts if include_base else parts[:1]:
             own = {key.removeprefix(prefix): state_dict[key] for key in state_dict or () if key.startswith(prefix)}
+            if hasattr(part, "merge_and_unload"):  # peft's: saved as the plain model that it makes
+                part = copy.deepcopy(part)
+                part.load_state_dict(own, strict=False)
+                part, own = part.merge_and_unload(), {}
             part.save_pretrained(new / name, state_dict=own or None, max_shard_size=max_shard_size)
+            if not (new / name / "config.json").is_file() or any(".base_layer." in key for key in part.state_dict()):
+                raise ValueError(f"the {name} has adapters that are not merged: merge them before it is saved")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
             if include_base:

@@ -105,10 +105,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         self.is_train = is_train
         self.supports_gradient_checkpointing = base_lm.supports_gradient_checkpointing
         self._captured = (captured,)  # in a tuple: it is the base's module, not one more of ours
-        self.all_tied_weights_keys = {
-            f"base_lm.{name}": f"base_lm.{other}"
-            for name, other in (getattr(base_lm, "all_tied_weights_keys", None) or {}).items()
-        }
+        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
         if getattr(base_lm, "generation_config", None) is not None:
             self.generation_config = copy.deepcopy(base_lm.generation_config)
         if is_train:

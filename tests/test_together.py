@@ -1,0 +1,100 @@
+"""Base and memory trained together: an adapter of peft on the base, captured, mixed, trained through the mixture, saved."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from harness import command, refused_here
+from tiny_models import make_base, some_ids, tiny_base, tiny_memory
+from transformers import AutoModelForCausalLM
+
+from models import MLPMemory
+
+peft = pytest.importorskip("peft", reason="the extra `compare` is not installed")
+pytestmark = pytest.mark.unit
+
+
+def adapted(base):
+    """`base` with a LoRA adapter whose product is not 0 any more, as after training."""
+    torch.manual_seed(3)
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return wrapped.eval()
+
+
+def log_probs(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_an_adapted_base_is_mixed_trained_and_saved_as_the_plain_model_it_makes(family, tmp_path):
+    base, ids = tiny_base(family), some_ids()
+    memory = tiny_memory(base)
+    unadapted = log_probs(MLPMemory(base, memory, lmbda=0.4), ids)
+    joint = MLPMemory(adapted(base), memory, lmbda=0.4)
+    assert not torch.allclose(log_probs(joint, ids), unadapted, atol=1e-3)
+    joint(ids, labels=ids).loss.backward()
+    trained = {name for name, weight in joint.named_parameters() if weight.grad is not None}
+    assert trained == {name for name, _ in joint.named_parameters() if "lora" in name or name.startswith("knn_")}
+    joint.save_pretrained(tmp_path)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not hasattr(opened.base_lm, "peft_config")
+    torch.testing.assert_close(log_probs(opened, ids), log_probs(joint, ids), rtol=1e-4, atol=1e-4)
+    greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(opened.generate(ids, **greedy), joint.generate(ids, **greedy))
+    assert torch.equal(log_probs(joint, ids), log_probs(MLPMemory(joint.base_lm, memory, lmbda=0.4), ids))
+
+
+def test_the_captured_state_carries_the_gradient_of_the_memorys_share_to_the_adapter():
+    base = tiny_base("llama")
+    joint = MLPMemory(adapted(base), tiny_memory(base), lmbda=1.0)  # the base's own share is nothing
+    joint(some_ids(), labels=some_ids()).loss.backward()
+    reached = {name for name, weight in joint.base_lm.named_parameters() if weight.grad is not None}
+    assert any("layers.0.mlp" in name for name in reached) and any("layers.1.self_attn" in name for name in reached)
+    assert not any("layers.1.mlp" in name for name in reached)
+
+
+def test_adapters_that_cannot_be_merged_are_refused_and_nothing_is_written(tmp_path):
+    base = tiny_base("llama")
+    memory = tiny_memory(base)
+    base.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="the base has adapters that are not merged"):
+        MLPMemory(base, memory).save_pretrained(tmp_path / "joint")
+    assert not (tmp_path / "joint" / "config.json").exists()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A base, its memory and windows."""
+    folder = tmp_path_factory.mktemp("together")
+    base = make_base("llama", folder / "base")
+    tiny_memory(AutoModelForCausalLM.from_pretrained(base)).save_pretrained(folder / "memory")
+    (folder / "train.txt").write_text("so it is and so it was and so it will be\n" * 60)
+    settings = ("--tokenizer_path", base, "--output_dir", folder / "windows", "--block_size", 32, "--stride", 32)
+    command("utils.preprocess_dataset", "--dataset_name", folder / "train.txt", *settings)
+    return folder
+
+
+def flags(files, output):
+    paths = ("--model_name_or_path", files / "base", "--knn_generator_path", files / "memory", "--output_dir", output)
+    return (*paths, "--dataset_name", files / "windows", "--max_train_steps", 12, "--learning_rate", 1e-2)
+
+
+def test_the_example_lowers_the_mixtures_loss_and_leaves_a_folder_that_opens(files, tmp_path, capsys):
+    command("demo.train_together", *flags(files, tmp_path / "joint"))
+    losses = [float(number) for number in re.findall(r"step \d+: loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 12 and losses[-1] < 0.8 * losses[0]
+    before = MLPMemory.from_pretrained(files / "base", files / "memory")
+    after = MLPMemory.from_pretrained(tmp_path / "joint")
+    changed = {name for name, weight in after.named_parameters() if not torch.equal(weight, before.get_parameter(name))}
+    assert {name.split(".")[0] for name in changed} == {"base_lm", "knn_generator"}
+
+
+def test_the_example_names_what_is_missing(files, tmp_path):
+    line = refused_here("demo.train_together", *flags(files, tmp_path / "joint"), "--lmbda", 2)
+    assert "--lmbda 2: expected a number from 0 to 1" in line
