@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import tempfile
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from utils import text_files, windows
 from utils.errors import InputError
+from utils.evaluation import window_batches
 from utils.loading import load_windows
 from utils.preprocess_dataset import tokenize_and_group_text
 from utils.windows import WindowSizes, cut_windows, shared_runs
@@ -130,6 +132,42 @@ def test_grouped_rows_are_cut_as_one_text_and_no_token_is_left_out(
     expected = reference_windows(groups, block_size, stride, 2, keep_all=True)
     assert {name: made[name][:] for name in COLUMNS} == expected
     assert kept == in_text == sum(map(len, groups))
+
+
+@pytest.mark.parametrize(("block_size", "stride"), [(6, 6), (6, 4), (64, 3)])
+@pytest.mark.parametrize("num_process", [1, 2])
+def test_by_document_each_one_is_cut_by_itself_and_no_token_is_left_out(
+    block_size, stride, num_process, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(windows, "ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(windows, "BATCHES_PER_PART", 4)
+    letters = letters_tokenizer(pad_token="[SEP]")
+    texts = ["abcdefgh"[: number % 9] for number in range(24)]
+    documents = [0, 0, 0, 0, 0, 3, 3, 4, 4, 4, 4, 4, 9, 10, 10, 10, 10, 10, 10, 10, 11, 12, 12, 12]
+    rows = datasets.Dataset.from_dict({"text": texts, "document": documents})
+    sizes = WindowSizes(block_size, stride, by_document=True)
+    made, kept, in_text = windows.windows_of_split(rows, letters, sizes, num_process, tmp_path)
+    pairs = itertools.groupby(zip(documents, texts, strict=True), key=lambda pair: pair[0])
+    alone = [windows.token_ids([text for _, text in group], letters).tolist() for _, group in pairs]
+    expected = reference_windows(alone, block_size, stride, 2, keep_all=True)
+    assert {name: made[name][:] for name in COLUMNS} == expected
+    assert kept == in_text == sum(map(len, alone))
+
+
+def test_without_documents_each_row_is_one(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["abc", "de"]})
+    sizes = WindowSizes(8, 8, by_document=True)
+    made, *_ = windows.windows_of_split(rows, letters_tokenizer(pad_token="[SEP]"), sizes, 1, tmp_path)
+    assert made["input_ids"][:] == [[1, 3, 4, 5, 2, 2, 2, 2], [1, 6, 7, 2, 2, 2, 2, 2]]
+
+
+def test_padding_that_ends_all_windows_of_a_batch_is_not_read():
+    ids = np.arange(24).reshape(4, 6)
+    labels = np.where(np.arange(6) < [[3], [4], [0], [0]], ids, -100)
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}).with_format("numpy")
+    batches = [batch for _, batch in window_batches(rows, 2)]
+    assert [batch["input_ids"].tolist() for batch in batches] == [ids[:2, :4].tolist(), ids[2:, :1].tolist()]
+    assert [batch["labels"].tolist() for batch in batches] == [labels[:2, :4].tolist(), [[-100], [-100]]]
 
 
 def test_short_windows_take_the_padding_token_before_the_end_of_sequence_token():

@@ -136,14 +136,19 @@ def _perplexity(mean_log_likelihood: Tensor) -> float:
 def window_batches(
     windows: Any, batch_size: int, *, process_index: int = 0, num_processes: int = 1
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Batches of windows in order, each on one process: batch b goes to process b mod N.
+    """Batches of windows in order, without the padding that ends all of a batch; batch b goes to process b mod N.
 
     Yields (number of the first window, {"input_ids": (batch, time), "labels": (batch, time)}), int64.
     Batch boundaries follow the global window number, whatever the number of processes.
     """
     for start in range(0, len(windows), batch_size)[process_index::num_processes]:
         rows = windows[start : start + batch_size]
-        yield start, {name: torch.from_numpy(rows[name].astype(np.int64)) for name in ("input_ids", "labels")}
+        used = np.flatnonzero((rows["labels"] != -100).any(0))  # columns
+        width = used[-1] + 1 if len(used) else 1
+        yield (
+            start,
+            {name: torch.from_numpy(rows[name][:, :width].astype(np.int64)) for name in ("input_ids", "labels")},
+        )
 
 
 def predicted_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,12 +198,7 @@ def check_token_ids(windows: Any, vocabulary: int, path: object) -> None:
 
 
 class Scorer:
-    """One pass over windows: base log-probabilities of the labels, and what is mixed into them.
-
-    Args:
-        base: the base model.
-        layer_position: the block whose MLP input is captured.
-    """
+    """One pass of a base over windows: the labels' log-probabilities, and the states captured at `layer_position`."""
 
     def __init__(self, base: Any, layer_position: int = -1) -> None:
         from models.capture import decoder_blocks

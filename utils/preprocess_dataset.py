@@ -5,7 +5,7 @@
 Writes a `datasets.DatasetDict` folder with the columns input_ids, labels, attention_mask and dstore_range,
 `dstore_summary.json`, `preprocess.json` (what made it) and, where splits were made by document, the text
 itself in `raw/<split>.jsonl`. As the original does, it leaves out what does not fill a window at the end of each 1,000
-rows of text, and says how many tokens that is; with --group_rows nothing is left out. Where text comes from is
+rows of text, and says how many tokens that is; with --group_rows or --by_document nothing is left out. Where text comes from is
 `utils/text_files.py`, how it is cut `utils/windows.py`.
 """
 
@@ -44,10 +44,10 @@ FORMAT_VERSION = 1
 DECISIVE = (
     *("dataset_config_name", "text_column", "document_separator", "validation_fraction", "test_fraction", "seed"),
     *("min_document_characters", "max_document_characters", "max_documents", "block_size", "stride", "padding_index"),
-    "group_rows",
+    *("group_rows", "by_document"),
 )
-CUT = ("tokenizer_sha256", "block_size", "stride", "padding_index", "group_rows")
-BEFORE = {"group_rows": False}  # what settings were that older records lack
+CUT = ("tokenizer_sha256", "block_size", "stride", "padding_index", "group_rows", "by_document")
+BEFORE = {"group_rows": False, "by_document": False}  # what settings were that older records lack
 
 
 @dataclass
@@ -81,6 +81,11 @@ class Arguments:
         False,
         "leave no token out: windows go on from row to row, the last is padded (of each 50,000 rows); without it, what "
         "does not fill a window at the end of each 1,000 rows is left out, as in the original",
+    )
+    by_document: bool = flag(
+        False,
+        "every document begins a window of its own, its last window is padded: a memory then learns a document as it "
+        "stands alone, with no other one before it",
     )
     padding_index: int = flag(-100, "label of positions that predict nothing; later stages skip -100")
     num_proc: int = flag(1, "processes; the windows are the same for any number")
@@ -331,7 +336,9 @@ def main() -> None:
     from utils.loading import load_tokenizer, quiet_libraries
     from utils.windows import WindowSizes
 
-    sizes = WindowSizes(arguments.block_size, arguments.stride, arguments.padding_index, arguments.group_rows)
+    sizes = WindowSizes(
+        arguments.block_size, arguments.stride, arguments.padding_index, arguments.group_rows, arguments.by_document
+    )
     quiet_libraries()
     tokenizer = load_tokenizer(arguments.tokenizer_path, required=True, trust_remote_code=arguments.trust_remote_code)
     output = Path(arguments.output_dir).expanduser()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -43,13 +44,16 @@ class WindowSizes:
     """How tokens are cut: tokens of a window, tokens from one to the next, the label of what predicts nothing.
 
     `group_rows`: windows go on from each 1,000 rows to the next, and the last one may be short, so that no token is
-    left out. Raises InputError unless 2 <= block_size, 1 <= stride <= block_size, padding_index < 0.
+    left out. `by_document`: each document begins a window of its own and goes on in further ones, the last of which may
+    be short; none of its tokens is left out either. Raises InputError unless 2 <= block_size,
+    1 <= stride <= block_size, padding_index < 0.
     """
 
     block_size: int = 1024
     stride: int = 512
     padding_index: int = -100
     group_rows: bool = False
+    by_document: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size < 2:
@@ -109,17 +113,62 @@ def cut_windows(
         if pad_token is None and not inside.all():
             raise InputError(
                 "--tokenizer_path: the tokenizer has no padding and no end-of-sequence token, and a window is short; "
-                "give it one, or choose --stride equal to --block_size, more text and no --group_rows"
+                "give it one, or choose --stride equal to --block_size, more text and no --group_rows or --by_document"
             )
         ids = tokens[np.minimum(position, total - 1)]
         labels = np.where(inside & (position >= begin), ids, np.int32(sizes.padding_index))
         yield np.where(inside, ids, np.int32(pad_token or 0)), labels
 
 
+def _cut_documents(
+    documents: Sequence[np.ndarray], sizes: WindowSizes, pad_token: int | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`cut_windows` of each document's tokens by itself, all windows together."""
+    cut = [each for tokens in documents for each in cut_windows(tokens, sizes, pad_token, total=len(tokens))]
+    if cut:
+        ids, labels = zip(*cut, strict=True)
+        yield np.concatenate(ids), np.concatenate(labels)
+
+
+def _documents(rows: Any, tokenizer: Any, first_row: int, past_last: int) -> Iterator[list[np.ndarray]]:
+    """The tokens (tokens,) of each document of some rows, those that end within the same 1,000 rows together."""
+    waiting: list[str] = []
+    for start in range(first_row, past_last, ROWS_PER_BATCH):
+        batch = rows[start : min(start + ROWS_PER_BATCH, past_last)]
+        texts = batch["text"]
+        numbers = batch.get("document", range(start, start + len(texts)))
+        following = rows[start + len(texts)].get("document") if start + len(texts) < past_last else None
+        found = []
+        for number, pairs in itertools.groupby(zip(numbers, texts, strict=True), key=lambda pair: pair[0]):
+            waiting += [text for _, text in pairs]
+            if number != following:
+                found.append(token_ids(waiting, tokenizer))
+                waiting = []
+        yield found
+
+
 def _lists(values: np.ndarray) -> pa.ListArray:
     """A (rows, width) array as a list column, without copying the values."""
     offsets = np.arange(len(values) + 1, dtype=np.int32) * np.int32(values.shape[1])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)))
+
+
+def _cut_rows(
+    rows: Any, tokenizer: Any, sizes: WindowSizes, pad_token: int | None, first_row: int, past_last: int
+) -> Iterator[tuple[int, Iterator[tuple[np.ndarray, np.ndarray]]]]:
+    """How many tokens each 1,000 of some rows have, and the windows of these (`cut_windows`)."""
+    kept, first, total = np.zeros(0, np.int32), 0, None  # with group_rows: tokens that the next batch's windows need
+    for start in range(first_row, past_last, ROWS_PER_BATCH):
+        tokens = token_ids(rows[start : start + ROWS_PER_BATCH]["text"], tokenizer)
+        found = len(tokens)
+        if sizes.group_rows:
+            tokens = np.concatenate([kept, tokens])
+            is_last = start + ROWS_PER_BATCH >= past_last
+            total = len(tokens) if is_last else len(tokens) - (len(tokens) - first) % sizes.stride
+        yield found, cut_windows(tokens, sizes, pad_token, first, total)
+        if total is not None:
+            kept = tokens[max(total + sizes.stride - sizes.block_size, 0) :]
+            first = total - (len(tokens) - len(kept))
 
 
 def _write_part(first_row: int, path: Path, *, rows: Any, tokenizer: Any, sizes: WindowSizes) -> tuple[np.ndarray, int]:
@@ -130,23 +179,19 @@ def _write_part(first_row: int, path: Path, *, rows: Any, tokenizer: Any, sizes:
     pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     past_last = min(first_row + BATCHES_PER_PART * ROWS_PER_BATCH, len(rows))
     counts, in_text = [np.zeros((0, 2), np.int64)], 0
-    kept, first, total = np.zeros(0, np.int32), 0, None  # with group_rows: tokens that the next batch's windows need
+    if sizes.by_document:
+        documents = _documents(rows, tokenizer, first_row, past_last)
+        batches = ((sum(map(len, each)), _cut_documents(each, sizes, pad_token)) for each in documents)
+    else:
+        batches = _cut_rows(rows, tokenizer, sizes, pad_token, first_row, past_last)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, WINDOW_SCHEMA) as writer:
-        for start in range(first_row, past_last, ROWS_PER_BATCH):
-            tokens = token_ids(rows[start : start + ROWS_PER_BATCH]["text"], tokenizer)
-            in_text += len(tokens)
-            if sizes.group_rows:
-                tokens = np.concatenate([kept, tokens])
-                is_last = start + ROWS_PER_BATCH >= past_last
-                total = len(tokens) if is_last else len(tokens) - (len(tokens) - first) % sizes.stride
-            for ids, labels in cut_windows(tokens, sizes, pad_token, first, total):
+        for found, cut in batches:
+            in_text += found
+            for ids, labels in cut:
                 columns = [_lists(ids), _lists(labels), _lists(np.ones(ids.shape, np.int8))]
                 writer.write_batch(pa.record_batch(columns, schema=WINDOW_SCHEMA))
                 predicted = labels != sizes.padding_index  # (windows, block_size)
                 counts.append(np.stack([predicted.sum(1), predicted[:, 1:].sum(1)], axis=1))
-            if total is not None:
-                kept = tokens[max(total + sizes.stride - sizes.block_size, 0) :]
-                first = total - (len(tokens) - len(kept))
     return np.concatenate(counts), in_text
 
 
@@ -163,11 +208,12 @@ def windows_of_split(
     """The windows of one split.
 
     Each run of 1,000 rows is tokenized row by row, concatenated by itself and cut (`cut_windows`), whichever process
-    does it: the windows do not depend on `num_process`. With `sizes.group_rows` it is each run of 50,000 rows, and
-    none of its tokens is left out.
+    does it: the windows do not depend on `num_process`. With `sizes.group_rows` it is each run of 50,000 rows, with
+    `sizes.by_document` each run's documents one by one (rows of one number in the column `document`; without it each row
+    is one), and no token is left out.
 
     Args:
-        rows: a Dataset with a column `text`.
+        rows: a Dataset with a column `text`, and perhaps `document`.
         work: an existing, empty folder for the parts, which the result is memory-mapped from, unless `in_memory`.
         first_row: the datastore row of the first window's first.
 
@@ -175,7 +221,7 @@ def windows_of_split(
         A Dataset with input_ids, labels (int32), attention_mask (int8, all ones), each a list of block_size, and
         dstore_range (int64): first and past-last datastore row of the window, where a window has a row for each of
         labels[1:] that is not padding_index. The number of tokens that are a label in the windows, and of those in the
-        text: without group_rows, what does not fill a window at the end of 1,000 rows is left out.
+        text: without group_rows and by_document, what does not fill a window at the end of 1,000 rows is left out.
 
     Raises:
         InputError: no token to pad with; a worker process was killed.
