@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .joint_config import MLPMemoryConfig, read_joint_config
-from .stack import WEIGHT_FILES, resize_vocabulary, vocabulary_size, weight_shards
+from .stack import BASE_PREFIX, WEIGHT_FILES, resize_vocabulary, vocabulary_size, weight_shards
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,13 @@ def _has_own_code(base: PreTrainedModel) -> bool:
     return type(base).__module__.startswith("transformers_modules.")
 
 
-def not_found_again(joint: PreTrainedModel, named: str | None) -> str | None:
-    """Why loading from `named`, the folder or hub name of the base, would not give the joint model's base; None: it would."""
+def not_found_again(
+    joint: PreTrainedModel, named: str | None, state_dict: dict[str, torch.Tensor] | None = None
+) -> str | None:
+    """Why loading from `named`, the folder or hub name of the base, would not give the joint model's base; None: it would.
+
+    The weights are those in `state_dict` (of the joint model), where it has the base's.
+    """
     base = joint.base_lm
     if not named:
         return "the base was not loaded from anywhere, so there is nothing to refer to"
@@ -105,8 +110,13 @@ def not_found_again(joint: PreTrainedModel, named: str | None) -> str | None:
         resize_to_memory(source, joint.knn_generator, named)
     except Exception as error:
         return f"the base cannot be loaded from {named} ({type(error).__name__})"
-    there = dict(source.named_parameters())
-    for name, weight in base.named_parameters():
+    there = source.state_dict()
+    given = {
+        name.removeprefix(BASE_PREFIX): weight
+        for name, weight in (state_dict or {}).items()
+        if name.startswith(BASE_PREFIX)
+    }
+    for name, weight in (given or dict(base.named_parameters())).items():
         if weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             continue  # offloaded and quantised weights are not trained
         if name not in there or not torch.equal(weight.detach().cpu(), there[name].detach()):

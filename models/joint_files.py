@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from .joint_base import ANOTHER_BASE, INSIDE, absolute, fingerprint, not_found_again, tokenizer_of
 from .joint_card import measured_rows, model_card
 from .joint_config import MLPMemoryConfig, read_joint_config
-from .stack import BASE_PREFIX, MEMORY_PREFIX, download
+from .stack import BASE_PREFIX, MEMORY_PREFIX, WEIGHT_FILES, download, find_memory
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def save_joint(
     folder = Path(folder)
     _check_target(folder)
     named = joint.config.base_model_name_or_path
-    if base_reference is None and not include_base and (why := not_found_again(joint, named)):
+    if base_reference is None and not include_base and (why := not_found_again(joint, named, state_dict)):
         if include_base is False:
             raise ValueError(f"{why}: pass base_reference= or include_base=True")
         logger.warning("%s: saved along in %s", why, folder / INSIDE)
@@ -114,6 +115,8 @@ def save_joint(
             part.save_pretrained(new / name, state_dict=own or None, max_shard_size=max_shard_size)
             if not (new / name / "config.json").is_file() or any(".base_layer." in key for key in part.state_dict()):
                 raise ValueError(f"the {name} has adapters that are not merged: merge them before it is saved")
+        for other in _beside(joint.knn_generator):
+            (shutil.copytree if other.is_dir() else shutil.copy)(other, new / MEMORY / other.name)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
             if include_base:
@@ -123,6 +126,16 @@ def save_joint(
         custom_object_save(joint, new, config)
         config.save_pretrained(new)
         _move_in(new, folder, Path(temporary, "old"))
+
+
+def _beside(memory: PreTrainedModel) -> list[Path]:
+    """What lies beside the memory's own files where it was loaded and goes with it: other networks and their settings."""
+    if not os.path.isdir(memory.name_or_path):
+        return []
+    there = list(find_memory(memory.name_or_path).iterdir())
+    others = [path.stem for path in there if path.suffix == ".safetensors" and not path.name.startswith("model")]
+    files = [path for path in there if path.is_file() and path.name.split(".")[0].startswith(tuple(others))]
+    return files + [path for path in there if (path / "config.json").is_file() and (path / WEIGHT_FILES[0]).is_file()]
 
 
 def has_local_base(folder: str | os.PathLike) -> bool:

@@ -185,7 +185,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         if not isinstance(memory, nn.Module):
             weight = next(captured_module(base, settings.get("layer_position", -1)).parameters())
             place = base.device if weight.is_meta else weight.device  # meta: accelerate keeps the block elsewhere
-            memory = load_memory(memory, dtype=memory_dtype or base.dtype, device=memory_device or place)
+            memory = load_memory(absolute(memory), dtype=memory_dtype or base.dtype, device=memory_device or place)
         resize_to_memory(base, memory, reference)
         joint = cls(base, memory, **settings)
         if opened is not None:

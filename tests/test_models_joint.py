@@ -305,6 +305,18 @@ def test_a_base_trained_through_the_mixture_is_saved_along(family, where, tmp_pa
     assert not torch.equal(log_probs(MLPMemory.from_pretrained(tmp_path / "source", tiny_memory(base))), trained)
 
 
+def test_the_weights_that_are_given_are_compared_with_the_source(files, joint, tmp_path):
+    trained = {
+        name: weight + 0.5 if name.endswith("embed_tokens.weight") else weight
+        for name, weight in joint.state_dict().items()
+    }
+    joint.save_pretrained(tmp_path / "same", state_dict=joint.state_dict())
+    joint.save_pretrained(tmp_path / "trained", state_dict=trained)
+    assert not (tmp_path / "same" / "base").exists()
+    weight = MLPMemory.from_pretrained(tmp_path / "trained").get_input_embeddings().weight
+    assert torch.equal(weight, joint.get_input_embeddings().weight + 0.5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_base_held_in_another_dtype_is_not_taken_for_a_trained_one(files, tmp_path, dtype):
     joint = MLPMemory.from_pretrained(files / "base", files / "memory", dtype=dtype)

@@ -189,6 +189,46 @@ def exported(joint, tmp_path):
     return tmp_path / "exported"
 
 
+def test_what_lies_beside_the_memory_travels_with_it(sources, tmp_path, monkeypatch):
+    """A further network and its settings; a checkpoint's training state does not."""
+    shutil.copytree(sources / "llama", tmp_path / "mine")
+    memory = tmp_path / "mine" / "memory"
+    for name in ("gate.safetensors", "gate.json", "other/config.json", "other/model.safetensors"):
+        (memory / name).parent.mkdir(exist_ok=True)
+        (memory / name).write_text(name)
+    (memory / "state").mkdir()
+    (memory / "state" / "model.safetensors").write_text("of the trainer")
+    monkeypatch.chdir(tmp_path / "mine")
+    joint = MLPMemory.from_pretrained("base", "memory")
+    monkeypatch.chdir(tmp_path)
+    joint.save_pretrained("one")
+    MLPMemory.from_pretrained("one").save_pretrained("one")
+    found = sorted(str(path.relative_to("one/memory")) for path in Path("one/memory").rglob("*") if path.is_file())
+    assert found == [
+        *("config.json", "gate.json", "gate.safetensors", "model.safetensors"),
+        *("other/config.json", "other/model.safetensors"),
+    ]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_folder_saved_by_an_earlier_version_opens(joint, sources, tmp_path, inside):
+    """Its config has the base's whole path and no more than this, and there is no code."""
+    base, old = sources / "llama" / "base", tmp_path / "old"
+    joint.knn_generator.save_pretrained(old / "memory")
+    if inside:
+        shutil.copytree(base, old / "base")
+    settings = {"lmbda": 0.5, "knn_temp": 1.0, "layer_position": -1, "model_type": "mlp_memory"}
+    named = {"architectures": ["MLPMemory"], "base_model_name_or_path": "/gone/base" if inside else str(base)}
+    text = {"text_config": json.loads((base / "config.json").read_text()) | {"_name_or_path": str(base)}}
+    (old / "config.json").write_text(json.dumps(settings | named | text))
+    for opener in (AutoModelForCausalLM, MLPMemory):
+        again = opener.from_pretrained(old)
+        assert torch.equal(again(some_ids()).logits, joint(some_ids()).logits)
+    again.save_pretrained(tmp_path / "new")
+    assert (tmp_path / "new" / "mlpMemory.py").is_file() and (tmp_path / "new" / "base").exists() == inside
+    assert torch.equal(MLPMemory.from_pretrained(tmp_path / "new")(some_ids()).logits, joint(some_ids()).logits)
+
+
 @pytest.mark.parametrize("name", ["someone/a-base", "/no/such/base"])
 def test_a_folder_without_its_base_names_it_and_takes_another(joint, sources, tmp_path, name):
     joint.save_pretrained(tmp_path, base_reference=name)
