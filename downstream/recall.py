@@ -4,7 +4,7 @@
         --articles WINDOWS/raw/train.jsonl --choose_on results.json --output_dir OUTPUT
 
 A case is a prompt from an article's beginning and the words that follow it there. It counts as right when greedy
-decoding gives every token of the answer.
+decoding gives every token of the answer; how often it gives the first one is told beside.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def main() -> None:
     rule = RULE.format(words=arguments.answer_words, shortest=SHORTEST, longest=LONGEST)
     say(f"rule: {rule}")
     cases = choose_cases(read_articles(arguments.articles), arguments.max_cases, arguments.answer_words)
-    results: dict[str, Any] = dict.fromkeys(("recall_base", "recall_memory", "standard_error_difference"))
+    names = (f"recall_{name}" for name in ("base", "memory", "first_base", "first_memory"))
+    results: dict[str, Any] = dict.fromkeys((*names, "standard_error_difference"))
     results |= {"rule": rule, "lmbda": arguments.lmbda, "knn_temp": arguments.knn_temp, "cases": len(cases)}
     results["examples"] = []
     if not cases:
@@ -133,7 +134,8 @@ def main() -> None:
         share = sum(flags) / len(cases)
         error = math.sqrt(share * (1 - share) / len(cases))
         results |= {f"recall_{name}": share, f"standard_error_{name}": error}
-        say(f"{name}: {sum(flags)} of {len(cases)} facts completed ({share:.1%}, standard error {error:.1%})")
+        what = "facts completed" if name in ("base", "memory") else "by their first token"
+        say(f"{name}: {sum(flags)} of {len(cases)} {what} ({share:.1%}, standard error {error:.1%})")
     differences = [int(b) - int(a) for a, b in zip(right["base"], right["memory"], strict=True)]
     results["standard_error_difference"] = statistics.pstdev(differences) / math.sqrt(len(cases))
     results["examples"] = examples(evaluator, cases, right, arguments)
@@ -144,7 +146,8 @@ def main() -> None:
 
 
 def recall(evaluator: Any, cases: Sequence[Case], lmbda: float) -> dict[str, list[bool]]:
-    """For each case whether greedy decoding gives the whole answer: {"base": [...], "memory": [...]}.
+    """For each case whether greedy decoding gives the whole answer: {"base": [...], "memory": [...]}; and whether it
+    gives its first token: "first_base", "first_memory".
 
     Teacher-forced: the answer is right when each of its tokens has the highest probability after the ones before.
 
@@ -159,11 +162,12 @@ def recall(evaluator: Any, cases: Sequence[Case], lmbda: float) -> dict[str, lis
         # Where the answer's tokens begin; a tokenizer may merge over the boundary, then the case starts earlier.
         begin = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
         encoded.append(Encoded(whole, begin))
-    right = {}
+    right, first = {}, {}
     for name, value in (("base", 0.0), ("memory", lmbda)):
         evaluator.model.lmbda = value
-        right[name] = [each.greedy for each in evaluator.likelihoods(encoded)]
-    return right
+        found = evaluator.likelihoods(encoded)
+        right[name], first[f"first_{name}"] = [each.greedy for each in found], [each.first for each in found]
+    return right | first
 
 
 def examples(

@@ -49,6 +49,8 @@ def main() -> None:
         "train_tokens": summary["train"]["dstore_size"],
         "recall_base": recall["recall_base"],
         "recall_memory": recall["recall_memory"],
+        "recall_first_base": recall.get("recall_first_base"),  # not in the results of an older run
+        "recall_first_memory": recall.get("recall_first_memory"),
         "recall_cases": recall["cases"],
         "recall_standard_error": recall["standard_error_difference"],
         "recall_rule": recall["rule"],
@@ -130,9 +132,11 @@ def recall_line(results: dict[str, Any]) -> str:
     if not results["recall_cases"]:
         return "No trained article fits the rule for facts to complete."
     gain = (results["recall_memory"] - results["recall_base"]) / max(results["recall_standard_error"], 1e-9)
+    first = results["recall_first_base"], results["recall_first_memory"]
     return (
         f"Facts of the trained articles completed ({results['recall_cases']} cases): base "
-        f"{results['recall_base']:.1%}, base + memory {results['recall_memory']:.1%} ({gain:.1f} standard errors apart)."
+        f"{results['recall_base']:.1%}, base + memory {results['recall_memory']:.1%} ({gain:.1f} standard errors apart)"
+        + ("." if None in first else f"; by the first token {first[0]:.1%} and {first[1]:.1%}.")
     )
 
 

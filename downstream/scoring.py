@@ -157,8 +157,8 @@ class Evaluator:
             answer = torch.from_numpy(ids[begin:]).long().to(logits.device)  # (answer,)
             scores = logits[row, first : first + len(answer)].float()  # (answer, V)
             chosen = scores.gather(-1, answer[:, None])[:, 0] - scores.logsumexp(-1)
-            greedy = torch.equal(scores.argmax(-1), answer)
-            found.append(Likelihood(chosen.double().sum().item(), len(answer), greedy))
+            right = (scores.argmax(-1) == answer).tolist()
+            found.append(Likelihood(chosen.double().sum().item(), len(answer), all(right), right[0]))
         return found
 
     @torch.inference_mode()

@@ -45,11 +45,12 @@ class Prompt:
 @dataclass(frozen=True)
 class Likelihood:
     """A continuation's log-probability after its prompt, `total` nats over `tokens` tokens, and whether greedy
-    decoding gives it."""
+    decoding gives it, or at least its first token."""
 
     total: float
     tokens: int
     greedy: bool = False
+    first: bool = False
 
     @property
     def mean(self) -> float:

@@ -82,6 +82,7 @@ def results_of_stages(work: Path) -> None:
     knn = {"perplexity": 14.8, "base_perplexity": 15.0, "lmbda": 0.1, "knn_temp": 2.0, "grid": grid, "tokens": 100}
     joint = knn | {"perplexity": 14.4, "lmbda": 0.3, "knn_temp": 1.0}
     recall = {"recall_base": 0.1, "recall_memory": 0.3, "cases": 50, "standard_error_difference": 0.05}
+    recall |= {"recall_first_base": 0.4, "recall_first_memory": 0.8}
     stages = {
         **{f"knnlm_{split}": knn | {"adaptive": {"perplexity": 14.5}} for split in ("validation", "test")},
         **{f"joint_{split}": joint for split in ("validation", "test")},
@@ -105,6 +106,7 @@ def test_the_table_has_a_row_for_each_mixture_and_for_the_base_before_fine_tunin
     plain = (tmp_path / "out" / "report.md").read_text()
     assert "| base | 15.00 |  |  |\n| base + kNN-LM | 14.80 | -1.3% | lambda 0.1, temperature 2 |" in plain
     assert "| base + kNN-LM, adaptive | 14.50 | -3.3% |" in plain and "| base + MLP memory | 14.40 | -4.0% |" in plain
+    assert "base 10.0%, base + memory 30.0% (4.0 standard errors apart); by the first token 40.0% and 80.0%." in plain
     (tmp_path / "untuned").mkdir()
     (tmp_path / "untuned" / "results.json").write_text(json.dumps({"perplexity": 18.0}))
     command("downstream.report", *report)
@@ -119,3 +121,4 @@ def test_the_table_has_a_row_for_each_mixture_and_for_the_base_before_fine_tunin
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["untuned_ppl"], results["base_ppl"], results["knnlm_adaptive_ppl"]) == (18.0, 15.0, 14.5)
     assert {"knnlm_ppl", "memory_ppl", "lambda", "knn_temp", "recall_base", "recall_memory"} <= results.keys()
+    assert (results["recall_first_base"], results["recall_first_memory"]) == (0.4, 0.8)

@@ -89,7 +89,7 @@ def test_right_answers_are_those_greedy_decoding_gives(llama_world, tmp_path):
     joint = MLPMemory(base, memory, 0.5, 1.0)
     found = recall(Evaluator(joint, tokenizer, 7), cases, 0.5)
     for name, model in (("base", base), ("memory", joint)):
-        for case, right in zip(cases, found[name], strict=True):
+        for case, right, first in zip(cases, found[name], found[f"first_{name}"], strict=True):
             prompt = tokenizer(case.prompt, return_tensors="pt")["input_ids"]
             whole = tokenizer(case.prompt + case.answer, return_tensors="pt")["input_ids"]
             out = model.generate(
@@ -100,3 +100,5 @@ def test_right_answers_are_those_greedy_decoding_gives(llama_world, tmp_path):
                 eos_token_id=None,
             )
             assert torch.equal(out, whole) == right
+            begin = prompt.shape[1]
+            assert (out[0, begin] == whole[0, begin]).item() == first
