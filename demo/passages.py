@@ -78,7 +78,9 @@ class Passages:
         predicted = np.flatnonzero(labels[1:] != -100)
         place = int(predicted[row - int(self._starts[number])]) + 1  # of the token that followed
         after = slice(place + 1, place + 1 + TOKENS_AFTER)
-        begin = max(0, place - TOKENS_BEFORE)
+        # A BOS token that each window begins with is no text.
+        has_bos = ids[0] == self._tokenizer.bos_token_id and labels[0] == -100
+        begin = max(int(has_bos), place - TOKENS_BEFORE)
         decode = self._tokenizer.decode
         before, followed = decode(ids[begin:place].tolist()), decode(ids[begin : place + 1].tolist())
         whole = decode([*ids[begin : place + 1].tolist(), *ids[after][labels[after] != -100].tolist()])

@@ -136,7 +136,7 @@ def answer(task: Task, rows: Sequence[Row], qa: QAArguments, model: ModelArgumen
     from downstream.model import open_model
     from downstream.scoring import Evaluator
 
-    evaluator = Evaluator(*open_model(model), qa.per_device_eval_batch_size)
+    evaluator = Evaluator(*open_model(model), qa.per_device_eval_batch_size, model.add_bos)
     name = predictions.settings["dataset"]
     encoded = []
     for row in rows:

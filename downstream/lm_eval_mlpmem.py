@@ -141,6 +141,7 @@ def register() -> type:
                 batch_size=batch_size,
                 max_batch_size=max_batch_size,
                 max_length=max_length or context_length(model.config),
+                add_bos_token=arguments.add_bos,
             )
 
     return MLPMemoryLM

@@ -22,6 +22,9 @@ class ModelArguments(BaseArguments):
     knn_generator_path: str | None = flag(None, "the MLP memory: a folder or a hub name")
     lmbda: float = flag(0.25, "weight of the memory, from 0 to 1")
     knn_temp: float = flag(1.0, "temperature of the memory's softmax, above 0")
+    add_bos: bool = flag(
+        False, "begin each prompt with the BOS token where the tokenizer does not, as the windows of --window_bos do"
+    )
 
     def check(self) -> None:
         """Check the values by themselves, before anything is loaded. Raises InputError."""
@@ -55,7 +58,7 @@ class ModelArguments(BaseArguments):
             "tokenizer": self.tokenizer_name,
             "torch_dtype": str(self.dtype()).removeprefix("torch."),
         }
-        chosen |= {name: True for name in ("load_in_4bit", "load_in_8bit") if getattr(self, name)}
+        chosen |= {name: True for name in ("load_in_4bit", "load_in_8bit", "add_bos") if getattr(self, name)}
         if self.use_neural_knn:
             chosen |= {"memory": self.knn_generator_path, "memory_files": fingerprint(self.knn_generator_path)}
             chosen |= {name: getattr(self, name) for name in ("lmbda", "knn_temp", "layer_position")}

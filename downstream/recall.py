@@ -20,7 +20,8 @@ from typing import Any
 
 from utils.cli import command, flag, parse, required
 from utils.errors import InputError, check_at_least, check_fraction, check_positive
-from utils.loading import BaseArguments
+from utils.files import read_json
+from utils.loading import WINDOWS_RECORD, BaseArguments
 
 RULE = (
     "an article's title and its first sentence up to 'is a', 'was an', 'are the' and the like, answered by the next "
@@ -94,6 +95,12 @@ def read_articles(path: str) -> list[str]:
     return texts
 
 
+def windows_have_bos(articles: str) -> bool:
+    """Whether the articles are the text of windows that begin with a BOS token each: then the prompts do so, too."""
+    record = Path(articles).resolve().parent.parent / WINDOWS_RECORD
+    return record.is_file() and read_json(record)["settings"].get("window_bos") is not None
+
+
 def choose_cases(articles: Sequence[str], most: int, answer_words: int = ANSWER_WORDS) -> list[Case]:
     """At most `most` cases, evenly spread over the articles."""
     cases = [case for article in articles for case in cases_of(article, answer_words)]
@@ -128,7 +135,7 @@ def main() -> None:
     base = arguments.open_base(tokenizer)
     memory = open_memory_of(arguments, arguments.knn_generator_path, base)
     joint = MLPMemory(base, memory, arguments.lmbda, arguments.knn_temp, arguments.layer_position)
-    evaluator = Evaluator(joint, tokenizer, arguments.batch_size)
+    evaluator = Evaluator(joint, tokenizer, arguments.batch_size, windows_have_bos(arguments.articles))
     right = recall(evaluator, cases, arguments.lmbda)
     for name, flags in right.items():
         share = sum(flags) / len(cases)

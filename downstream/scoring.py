@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from downstream.tasks import Likelihood, Prompt
+from utils.errors import InputError
 
 # A common start shorter than this many tokens costs less than copying its cache to every batch.
 SHORTEST_SHARED_START = 32
@@ -37,10 +38,17 @@ class Evaluator:
         tokenizer: its tokenizer. Without a pad token the end-of-sequence token pads; padding is
             masked or comes after everything that counts, so no result depends on it.
         batch_size: sequences in one forward pass. It changes the speed, not the results.
+        add_bos: begin each text with the BOS token, also where the tokenizer does not (as windows of --window_bos do).
+
+    Raises:
+        InputError: there is no BOS token to begin with.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, add_bos: bool = False) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.bos = tokenizer.bos_token_id if add_bos else None
+        if add_bos and self.bos is None:
+            raise InputError("--add_bos: the tokenizer has no BOS token; leave the flag out")
         self.device = model.get_input_embeddings().weight.device
         self.context = context_length(model.config)
         self.end_tokens = end_tokens(model, tokenizer)
@@ -57,6 +65,8 @@ class Evaluator:
         ids = self.tokenizer(text, return_attention_mask=False)["input_ids"]
         while ids and ids[-1] in self.special_tokens and not text.endswith(self.tokenizer.decode(ids[-1:])):
             ids = ids[:-1]
+        if self.bos is not None and ids[:1] != [self.bos]:
+            ids = [self.bos, *ids]
         return np.asarray(ids, dtype=np.int32)
 
     def sequences(self, prompt: Prompt, new_tokens: int) -> list[Encoded]:

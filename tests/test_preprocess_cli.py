@@ -301,6 +301,8 @@ BAD_FLAGS = {
     "block": (["--block_size", "1"], "--block_size 1: expected 2 or more"),
     "padding": (["--padding_index", "0"], "--padding_index 0: is a token id"),
     "padding too low": (["--padding_index", str(-(1 << 40))], "expected -2147483648 or more"),
+    "block too long": (["--block_size", str(1 << 40)], "up to 16777216"),
+    "no BOS": (["--window_bos"], "has no BOS token"),
     "fraction": (["--test_fraction", "1.5"], "--test_fraction 1.5: expected a number from 0 to 1"),
     "fractions": (["--test_fraction", "0.5", "--validation_fraction", "0.5"], "expected a sum below 1"),
     "processes": (["--num_proc", "0"], "--num_proc 0: expected 1 or more"),

@@ -170,6 +170,27 @@ def test_padding_that_ends_all_windows_of_a_batch_is_not_read():
     assert [batch["labels"].tolist() for batch in batches] == [labels[:2, :4].tolist(), [[-100], [-100]]]
 
 
+@pytest.mark.parametrize(("block_size", "stride"), [(6, 6), (6, 5), (6, 3), (64, 7)])
+@pytest.mark.parametrize("mode", ["", "group_rows", "by_document"])
+def test_a_bos_token_stands_before_each_window_and_neither_it_nor_what_follows_it_alone_is_a_label(
+    block_size, stride, mode, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(windows, "ROWS_PER_BATCH", 4)
+    letters = letters_tokenizer(bos_token="[CLS]", pad_token="[SEP]")  # which it puts at each row, too
+    texts = ["abcdefgh"[: number % 9] for number in range(14)]
+    rows = datasets.Dataset.from_dict({"text": texts})
+    sizes = WindowSizes(block_size, stride, bos=1, **({mode: True} if mode else {}))
+    made, kept, in_text = windows.windows_of_split(rows, letters, sizes, 1, tmp_path)
+    rows_at_once = {"": 4, "group_rows": 14, "by_document": 1}[mode]
+    texts_at_once = ["".join(texts[at : at + rows_at_once]) for at in range(0, 14, rows_at_once)]
+    tokens = [["abcdefgh".index(letter) + 3 for letter in text] for text in texts_at_once]
+    expected = reference_windows(tokens, block_size - 1, min(stride, block_size - 1), 2, keep_all=bool(mode))
+    assert made["input_ids"][:] == [[1, *ids] for ids in expected["input_ids"]]
+    assert made["labels"][:] == [[-100, -100, *labels[1:]] for labels in expected["labels"]]
+    assert made["dstore_range"][:] == expected["dstore_range"]
+    assert in_text == sum(map(len, texts)) and kept == sum(label != -100 for row in expected["labels"] for label in row)
+
+
 def test_short_windows_take_the_padding_token_before_the_end_of_sequence_token():
     rows = {"train": datasets.Dataset.from_dict({"text": ["a"]})}
     both = tokenize_and_group_text(rows, letters_tokenizer(pad_token="[UNK]", eos_token="[SEP]"), 5, 5)["train"]

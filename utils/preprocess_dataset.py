@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,9 @@ DECISIVE = (
     *("min_document_characters", "max_document_characters", "max_documents", "block_size", "stride", "padding_index"),
     *("group_rows", "by_document"),
 )
-CUT = ("tokenizer_sha256", "block_size", "stride", "padding_index", "group_rows", "by_document")
-BEFORE = {"group_rows": False, "by_document": False}  # what settings were that older records lack
+CUT = ("tokenizer_sha256", "block_size", "stride", "padding_index", "group_rows", "by_document", "window_bos")
+# What settings were that older records lack.
+BEFORE = {"group_rows": False, "by_document": False, "window_bos": None}
 
 
 @dataclass
@@ -86,6 +87,11 @@ class Arguments:
         False,
         "every document begins a window of its own, its last window is padded: a memory then learns a document as it "
         "stands alone, with no other one before it",
+    )
+    window_bos: bool = flag(
+        False,
+        "begin each window with the tokenizer's BOS token, without a label, and put no special tokens at the rows; "
+        "without it, each row of text has those that the tokenizer adds, with labels, as in the original",
     )
     padding_index: int = flag(-100, "label of positions that predict nothing; later stages skip -100")
     num_proc: int = flag(1, "processes; the windows are the same for any number")
@@ -178,6 +184,7 @@ def settings_of(arguments: Arguments, tokenizer: Any) -> dict[str, Any]:
         "tokenizer_sha256": tokenizer_digest(tokenizer),
         "append_to_sha256": text_digest(Path(arguments.append_to)) if arguments.append_to else None,
         **{name: getattr(arguments, name) for name in DECISIVE},
+        "window_bos": tokenizer.bos_token_id if arguments.window_bos else None,
     }
 
 
@@ -268,7 +275,7 @@ def make_windows(
         parts, before = ensure_folder(work / f"windows-{split}"), windows.get(split)
         first_row = before[-1]["dstore_range"][1] if before else 0
         made, tokens, in_text = windows_of_split(rows, tokenizer, sizes, arguments.num_proc, parts, first_row=first_row)
-        if tokens < arguments.block_size:
+        if tokens < sizes.width:
             raise InputError(
                 f"--dataset_name {arguments.dataset_name}: split {split} has {tokens} tokens, less than one window "
                 f"of {arguments.block_size}; give more text, or a smaller --block_size and --stride"
@@ -341,6 +348,10 @@ def main() -> None:
     )
     quiet_libraries()
     tokenizer = load_tokenizer(arguments.tokenizer_path, required=True, trust_remote_code=arguments.trust_remote_code)
+    if arguments.window_bos:
+        if tokenizer.bos_token_id is None:
+            raise InputError(f"--window_bos: the tokenizer {arguments.tokenizer_path} has no BOS token; leave it out")
+        sizes = replace(sizes, bos=tokenizer.bos_token_id)
     output = Path(arguments.output_dir).expanduser()
     settings = settings_of(arguments, tokenizer)
     if is_done(output, settings, arguments.overwrite):

@@ -29,6 +29,7 @@ from utils.loading import WINDOWS_RECORD
 ROWS_PER_BATCH = 1000  # rows that are concatenated and cut together: published token counts depend on it
 BATCHES_PER_PART = 50  # batches in one file: the unit of work of a process
 TOKENIZE_CHARACTERS = 4 << 20  # text given to the tokenizer at once
+LONGEST_WINDOW = 1 << 24
 TABLE_TOKENS = 4 << 20  # tokens in one Arrow record batch of windows
 WINDOW_SCHEMA = pa.schema(
     [
@@ -45,7 +46,8 @@ class WindowSizes:
 
     `group_rows`: windows go on from each 1,000 rows to the next, and the last one may be short, so that no token is
     left out. `by_document`: each document begins a window of its own and goes on in further ones, the last of which may
-    be short; none of its tokens is left out either. Raises InputError unless 2 <= block_size,
+    be short; none of its tokens is left out either. `bos`: a token that stands at the start of each window, one of its
+    block_size, in place of the special tokens of the rows. Raises InputError unless 2 <= block_size,
     1 <= stride <= block_size, padding_index < 0.
     """
 
@@ -54,10 +56,12 @@ class WindowSizes:
     padding_index: int = -100
     group_rows: bool = False
     by_document: bool = False
+    bos: int | None = None
 
     def __post_init__(self) -> None:
-        if self.block_size < 2:
-            raise InputError(f"--block_size {self.block_size}: expected 2 or more")
+        least = 2 if self.bos is None else 3
+        if not least <= self.block_size <= LONGEST_WINDOW:
+            raise InputError(f"--block_size {self.block_size}: expected {least} or more, up to {LONGEST_WINDOW}")
         if not 1 <= self.stride <= self.block_size:
             raise InputError(f"--stride {self.stride}: expected a number from 1 to --block_size {self.block_size}")
         if self.padding_index >= 0:
@@ -65,17 +69,25 @@ class WindowSizes:
         if self.padding_index < -(1 << 31):
             raise InputError(f"--padding_index {self.padding_index}: expected {-(1 << 31)} or more")
 
+    @property
+    def width(self) -> int:
+        """Tokens of text in a window."""
+        return self.block_size - (self.bos is not None)
 
-def token_ids(texts: Sequence[str], tokenizer: Any) -> np.ndarray:
-    """Tokenize each text by itself, special tokens included, and lay the ids end to end, int32 (tokens,)."""
+    def whole(self, tokens: int) -> int:
+        """Of so many tokens, those that fill windows; all where they fill none."""
+        return tokens // self.width * self.width or tokens
+
+
+def token_ids(texts: Sequence[str], tokenizer: Any, special: bool = True) -> np.ndarray:
+    """Tokenize each text by itself, with `special` tokens or without, and lay the ids end to end, int32 (tokens,)."""
+    options = {"add_special_tokens": special, "return_attention_mask": False, "return_token_type_ids": False}
     pieces = [np.zeros(0, np.int32)]
     begin = held = 0
     for end, text in enumerate(texts, start=1):
         held += len(text)
         if held >= TOKENIZE_CHARACTERS or end == len(texts):
-            ids = tokenizer(
-                list(texts[begin:end]), return_attention_mask=False, return_token_type_ids=False, verbose=False
-            )["input_ids"]
+            ids = tokenizer(list(texts[begin:end]), verbose=False, **options)["input_ids"]
             pieces.append(np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=sum(map(len, ids))))
             begin, held = end, 0
     return np.concatenate(pieces)
@@ -90,11 +102,14 @@ def cut_windows(
     tokens from i on carry themselves as labels, the others padding_index, so that each token is a label once. Short
     windows are padded on the right.
 
+    With sizes.bos that holds for block_size - 1 tokens of text after it, whose first one carries no label: nothing is
+    predicted from the BOS token alone, whose hidden state is the same in all windows.
+
     Args:
         tokens: (tokens,) int32.
         pad_token: None is an error only if a window is short.
         first: tokens at the beginning that are context only.
-        total: tokens to cut; by default a multiple of block_size if there are that many, else all.
+        total: tokens to cut; by default those of `sizes.whole`.
 
     Yields:
         (input_ids, labels), each int32 (windows, block_size), a few million tokens at a time.
@@ -102,13 +117,14 @@ def cut_windows(
     Raises:
         InputError: a window must be padded and there is no token for it.
     """
-    block_size, stride = sizes.block_size, sizes.stride
-    total = len(tokens) // block_size * block_size or len(tokens) if total is None else total
-    at_once = max(1, TABLE_TOKENS // block_size) * stride
+    width, ignored = sizes.width, np.int32(sizes.padding_index)
+    stride = min(sizes.stride, width)
+    total = sizes.whole(len(tokens)) if total is None else total
+    at_once = max(1, TABLE_TOKENS // width) * stride
     for start in range(first, total, at_once):
         begin = np.arange(start, min(start + at_once, total), stride)[:, None]  # (windows, 1): where labels begin
         end = np.minimum(begin + stride, total)
-        position = np.maximum(begin + stride - block_size, 0) + np.arange(block_size)  # (windows, block_size)
+        position = np.maximum(begin + stride - width, 0) + np.arange(width)  # (windows, width)
         inside = position < end
         if pad_token is None and not inside.all():
             raise InputError(
@@ -116,21 +132,27 @@ def cut_windows(
                 "give it one, or choose --stride equal to --block_size, more text and no --group_rows or --by_document"
             )
         ids = tokens[np.minimum(position, total - 1)]
-        labels = np.where(inside & (position >= begin), ids, np.int32(sizes.padding_index))
-        yield np.where(inside, ids, np.int32(pad_token or 0)), labels
+        labels = np.where(inside & (position >= begin), ids, ignored)
+        ids = np.where(inside, ids, np.int32(pad_token or 0))
+        if sizes.bos is not None:
+            labels[:, 0] = ignored
+            ids, labels = np.insert(ids, 0, sizes.bos, axis=1), np.insert(labels, 0, ignored, axis=1)
+        yield ids, labels
 
 
 def _cut_documents(
-    documents: Sequence[np.ndarray], sizes: WindowSizes, pad_token: int | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`cut_windows` of each document's tokens by itself, all windows together."""
-    cut = [each for tokens in documents for each in cut_windows(tokens, sizes, pad_token, total=len(tokens))]
-    if cut:
-        ids, labels = zip(*cut, strict=True)
-        yield np.concatenate(ids), np.concatenate(labels)
+    rows: Any, tokenizer: Any, sizes: WindowSizes, pad_token: int | None, first_row: int, past_last: int
+) -> Iterator[tuple[int, int, list[tuple[np.ndarray, np.ndarray]]]]:
+    """As `_cut_rows`, each document by itself; the windows of those that end within the same 1,000 rows together."""
+    for documents in _documents(rows, tokenizer, sizes, first_row, past_last):
+        cut = [each for tokens in documents for each in cut_windows(tokens, sizes, pad_token, total=len(tokens))]
+        found = sum(map(len, documents))
+        yield found, found, [tuple(np.concatenate(column) for column in zip(*cut, strict=True))] if cut else []
 
 
-def _documents(rows: Any, tokenizer: Any, first_row: int, past_last: int) -> Iterator[list[np.ndarray]]:
+def _documents(
+    rows: Any, tokenizer: Any, sizes: WindowSizes, first_row: int, past_last: int
+) -> Iterator[list[np.ndarray]]:
     """The tokens (tokens,) of each document of some rows, those that end within the same 1,000 rows together."""
     waiting: list[str] = []
     for start in range(first_row, past_last, ROWS_PER_BATCH):
@@ -142,7 +164,7 @@ def _documents(rows: Any, tokenizer: Any, first_row: int, past_last: int) -> Ite
         for number, pairs in itertools.groupby(zip(numbers, texts, strict=True), key=lambda pair: pair[0]):
             waiting += [text for _, text in pairs]
             if number != following:
-                found.append(token_ids(waiting, tokenizer))
+                found.append(token_ids(waiting, tokenizer, special=sizes.bos is None))
                 waiting = []
         yield found
 
@@ -155,44 +177,42 @@ def _lists(values: np.ndarray) -> pa.ListArray:
 
 def _cut_rows(
     rows: Any, tokenizer: Any, sizes: WindowSizes, pad_token: int | None, first_row: int, past_last: int
-) -> Iterator[tuple[int, Iterator[tuple[np.ndarray, np.ndarray]]]]:
-    """How many tokens each 1,000 of some rows have, and the windows of these (`cut_windows`)."""
-    kept, first, total = np.zeros(0, np.int32), 0, None  # with group_rows: tokens that the next batch's windows need
+) -> Iterator[tuple[int, int, Iterator[tuple[np.ndarray, np.ndarray]]]]:
+    """How many tokens each 1,000 of some rows have and bring into windows, and these windows (`cut_windows`)."""
+    kept, first = np.zeros(0, np.int32), 0  # with group_rows: tokens that the next batch's windows need
+    stride = min(sizes.stride, sizes.width)
     for start in range(first_row, past_last, ROWS_PER_BATCH):
-        tokens = token_ids(rows[start : start + ROWS_PER_BATCH]["text"], tokenizer)
-        found = len(tokens)
+        tokens = token_ids(rows[start : start + ROWS_PER_BATCH]["text"], tokenizer, special=sizes.bos is None)
+        found, total = len(tokens), sizes.whole(len(tokens))
         if sizes.group_rows:
             tokens = np.concatenate([kept, tokens])
             is_last = start + ROWS_PER_BATCH >= past_last
-            total = len(tokens) if is_last else len(tokens) - (len(tokens) - first) % sizes.stride
-        yield found, cut_windows(tokens, sizes, pad_token, first, total)
-        if total is not None:
-            kept = tokens[max(total + sizes.stride - sizes.block_size, 0) :]
+            total = len(tokens) if is_last else len(tokens) - (len(tokens) - first) % stride
+        yield found, total - first, cut_windows(tokens, sizes, pad_token, first, total)
+        if sizes.group_rows:
+            kept = tokens[max(total + stride - sizes.width, 0) :]
             first = total - (len(tokens) - len(kept))
 
 
-def _write_part(first_row: int, path: Path, *, rows: Any, tokenizer: Any, sizes: WindowSizes) -> tuple[np.ndarray, int]:
+def _write_part(first_row: int, path: Path, *, rows: Any, tokenizer: Any, sizes: WindowSizes) -> tuple[Any, int, int]:
     """Write the windows of one part's rows.
 
-    Returns int64 (windows, 2): labels, and labels but the first position's; and how many tokens the rows have.
+    Returns int64 (windows,): labels but the first position's; how many tokens are in the windows, and in the rows.
     """
     pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     past_last = min(first_row + BATCHES_PER_PART * ROWS_PER_BATCH, len(rows))
-    counts, in_text = [np.zeros((0, 2), np.int64)], 0
-    if sizes.by_document:
-        documents = _documents(rows, tokenizer, first_row, past_last)
-        batches = ((sum(map(len, each)), _cut_documents(each, sizes, pad_token)) for each in documents)
-    else:
-        batches = _cut_rows(rows, tokenizer, sizes, pad_token, first_row, past_last)
+    counts, in_windows, in_text = [np.zeros(0, np.int64)], 0, 0
+    batches = (_cut_documents if sizes.by_document else _cut_rows)(
+        rows, tokenizer, sizes, pad_token, first_row, past_last
+    )
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, WINDOW_SCHEMA) as writer:
-        for found, cut in batches:
-            in_text += found
+        for found, brought, cut in batches:
+            in_text, in_windows = in_text + found, in_windows + brought
             for ids, labels in cut:
                 columns = [_lists(ids), _lists(labels), _lists(np.ones(ids.shape, np.int8))]
                 writer.write_batch(pa.record_batch(columns, schema=WINDOW_SCHEMA))
-                predicted = labels != sizes.padding_index  # (windows, block_size)
-                counts.append(np.stack([predicted.sum(1), predicted[:, 1:].sum(1)], axis=1))
-    return np.concatenate(counts), in_text
+                counts.append((labels[:, 1:] != sizes.padding_index).sum(1))
+    return np.concatenate(counts), in_windows, in_text
 
 
 def windows_of_split(
@@ -220,8 +240,8 @@ def windows_of_split(
     Returns:
         A Dataset with input_ids, labels (int32), attention_mask (int8, all ones), each a list of block_size, and
         dstore_range (int64): first and past-last datastore row of the window, where a window has a row for each of
-        labels[1:] that is not padding_index. The number of tokens that are a label in the windows, and of those in the
-        text: without group_rows and by_document, what does not fill a window at the end of 1,000 rows is left out.
+        labels[1:] that is not padding_index. The number of the text's tokens that are new in a window, and of all:
+        without group_rows and by_document, what does not fill a window at the end of 1,000 rows is left out.
 
     Raises:
         InputError: no token to pad with; a worker process was killed.
@@ -235,10 +255,11 @@ def windows_of_split(
         return datasets.Dataset(schema.empty_table()), 0, 0
     write = functools.partial(_write_part, rows=rows.with_format(None), tokenizer=tokenizer, sizes=sizes)
     done = _run(write, first_rows, paths, num_process)
-    counts, in_text = zip(*tqdm(done, desc="windows", total=len(paths), unit="part", disable=None), strict=True)
+    counts, in_windows, in_text = zip(
+        *tqdm(done, desc="windows", total=len(paths), unit="part", disable=None), strict=True
+    )
 
-    labels, in_datastore = np.concatenate(counts).T
-    bounds = first_row + np.concatenate([[0], np.cumsum(in_datastore)])
+    bounds = first_row + np.concatenate([[0], np.cumsum(np.concatenate(counts))])
     parts = [datasets.Dataset.from_file(str(path), in_memory=in_memory) for path in paths]
     windows = datasets.concatenate_datasets(parts).add_column(
         "dstore_range",
@@ -246,12 +267,12 @@ def windows_of_split(
         new_fingerprint="windows",  # the same in every run
         feature=datasets.List(datasets.Value("int64")),
     )
-    return windows, int(labels.sum()), sum(in_text)
+    return windows, sum(in_windows), sum(in_text)
 
 
 def _run(
     write: Any, first_rows: Sequence[int], paths: Sequence[Path], num_process: int
-) -> Iterable[tuple[np.ndarray, int]]:
+) -> Iterable[tuple[Any, int, int]]:
     """What `write` returns for each part, in order, from this process or from `num_process` others."""
     workers = min(num_process, len(paths))
     if workers <= 1:
