@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from knn_utils.datastore import Datastore
-from utils.cli import say
+from utils.cli import patience, say
 from utils.errors import InputError, one_line
 from utils.files import atomic_file, read_json
 from utils.loading import default_device
+from utils.units import size_text
 
 FORMAT = "mlpmemory-index"
 FORMAT_VERSION = 1
@@ -37,6 +38,8 @@ GPU_WHEEL = "faiss-gpu-cu12"
 WHEEL_FROM, WHEEL_BELOW = (7, 0), (9, 0)
 # Codes of so many bytes need half-precision tables to fit a GPU's shared memory.
 LONG_CODE = 56
+# Bytes of a GPU that FAISS works in beside an index, and some to spare.
+GPU_SCRATCH = 3 << 30
 
 
 @dataclass(frozen=True)
@@ -258,6 +261,42 @@ def to_gpu(index: Any, *, half_precision: bool = False) -> Any:
     options.useFloat16 = half_precision or (isinstance(ivf, faiss.IndexIVFPQ) and ivf.pq.code_size >= LONG_CODE)
     device = int(os.environ.get("LOCAL_RANK", "0")) % faiss.get_num_gpus()
     return faiss.index_cpu_to_gpu(gpu_resources(), device, index, options)
+
+
+@functools.cache
+def arrays_group() -> Any:
+    """The group by which arrays travel between the processes of a run: gloo, whatever the GPUs talk by."""
+    import torch.distributed as distributed
+
+    return None if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo", timeout=patience())
+
+
+def everyone_has_room(files: IndexFiles, on_gpu: bool) -> bool:
+    """Whether each process of the run can hold the whole index, which saves them the exchange of hits; says it."""
+    import torch
+    import torch.distributed as distributed
+
+    size = sum(shard.path.stat().st_size for shard in files.shards)
+    fits = torch.tensor(size <= room_for_index(on_gpu), dtype=torch.int32)
+    distributed.all_reduce(fits, distributed.ReduceOp.MIN, group=arrays_group())
+    how = "is whole in every process" if fits else "is divided among the processes"
+    say(f"{files.path}: {size_text(size)} in {len(files.shards)} shards, {how}")
+    return bool(fits)
+
+
+def room_for_index(on_gpu: bool) -> float:
+    """Bytes that an index may take: of what is free on this process's GPU, or half the memory of the machine, whose
+    processes map the same pages. MLPMEM_INDEX_GB sets another number. Raises InputError."""
+    if given := os.environ.get("MLPMEM_INDEX_GB"):
+        if not re.fullmatch(r"[0-9]+\.?[0-9]*", given):
+            raise InputError(f"MLPMEM_INDEX_GB {given}: expected a number of GB")
+        return float(given) * 1e9
+    if not on_gpu:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    import torch
+
+    on_one_card = -(-int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // torch.cuda.device_count())
+    return torch.cuda.mem_get_info(default_device())[0] / on_one_card - GPU_SCRATCH
 
 
 def set_probe(index: Any, probe: int) -> None:

@@ -161,6 +161,7 @@ def make_plan(sizes: Sizes, rates: Rates | None = None) -> list[Stage]:
     steps = -(-window_count(sizes) // sizes.windows_per_step) * epochs
     share = -(-index // shares)
     search = f"{scanned:,.0f} codes scanned for a row, {sizes.entries_per_row:g} entries kept"
+    whole = f", {size_text(index)} where a process holds the whole index" if shares > 1 else ""
     train = f"{parameters / 1e6:,.0f}M weights, {epochs} epochs, {steps:,} steps"
     read_again = (keys + targets) * epochs
     stages = [
@@ -168,8 +169,8 @@ def make_plan(sizes: Sizes, rates: Rates | None = None) -> list[Stage]:
         Stage(
             "datastore", rows, keys, f"{fed:,} tokens through the base", int(sizes.base_parameters) * 2, keys + windows
         ),
-        Stage("index", rows, index, factory, share, keys + index),
-        Stage("kNN targets", rows, targets, search, share, keys + targets),
+        Stage("index", rows, index, factory + whole, share, keys + index),
+        Stage("kNN targets", rows, targets, search + whole, share, keys + targets),
         Stage("memory", rows * epochs, checkpoint_bytes(sizes), train, training_memory(sizes), read_again),
     ]
     if rates is not None:

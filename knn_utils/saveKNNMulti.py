@@ -190,13 +190,16 @@ class Job:
 
     def batches(self, parts: list[tuple[int, int]], bar: Any) -> Iterator[Iterator[Any]]:
         """For each row range in turn, its record batches; threads work on the ranges that follow meanwhile."""
-        from knn_utils.search import BLOCK_ROWS, search_blocks
+        from knn_utils.block_search import search_blocks
+        from knn_utils.search import BLOCK_ROWS
 
         if self._holds_keys:
             # Read only now that there is something to do.
             self.values = self.values.vals()
         on_gpu = self.searcher.on_gpu
         block_rows = max(self.arguments.batch_size, GPU_BLOCK_ROWS) if on_gpu else BLOCK_ROWS
+        if self.searcher.share:  # a round's blocks, one of each process, are searched at once
+            block_rows = max(block_rows // self.searcher.share[1], BLOCK_ROWS)
         found = search_blocks(self.searcher, self.dstore, parts, block_rows, self.arguments.k, self.targets)
         for first, last in parts:
             blocks = itertools.islice(found, math.ceil((last - first) / block_rows))

@@ -1,9 +1,8 @@
 """Nearest-neighbour search: float16 queries in, squared distances and datastore row numbers out.
 
-`KNNSearcher` opens one index file or a folder of shards, on CPU or GPU, with optional exact re-ranking; `search_blocks`
-searches many rows by threads, and by several processes that share an index. Hits come in one order whatever the
-index is made of: by distance, then by row number, also across the k-th place; so several shards, in one process or in
-many, give what one whole index gives.
+`KNNSearcher` opens one index file or a folder of shards, on CPU or GPU, with optional exact re-ranking. Hits come in one
+order whatever the index is made of: by distance, then by row number, also across the k-th place; so several shards, in
+one process or in many, give what one whole index gives.
 """
 
 from __future__ import annotations
@@ -11,27 +10,33 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice, zip_longest
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as distributed
 
 from knn_utils.belonging import check_indexed
 from knn_utils.distribution import float32_from_float16
-from knn_utils.faiss_files import Shard, check_faiss, faiss_reason, find_index, has_gpu, read_faiss, set_probe, to_gpu
-from utils.cli import patience
+from knn_utils.faiss_files import (
+    Shard,
+    check_faiss,
+    everyone_has_room,
+    faiss_reason,
+    find_index,
+    has_gpu,
+    read_faiss,
+    set_probe,
+    to_gpu,
+)
 from utils.errors import InputError, one_line
 
 # Queries that go through FAISS at once on a CPU: their hits stay in the cache until they are aggregated.
 BLOCK_ROWS = 256
 # Bytes of keys held at once while re-ranking.
 REFINE_BYTES = 64 << 20
+# Distances of each list that tell, before lists are merged, how far the k nearest of all of them can reach.
+SAMPLES = 64
 GPU_MAX_K = 2048
 # Queries whose hits are kept, since their k-th place divides a tie.
 TIES_KEPT = 256
@@ -39,9 +44,8 @@ TIES_KEPT = 256
 ROW_BITS = 40
 
 Hits = tuple[np.ndarray, np.ndarray]
-Block = tuple[int, int]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+# Hits of n rows laid end to end: how many each row has (n,) int64, their distances and row numbers.
+Ragged = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class IndexShard:
@@ -135,8 +139,8 @@ class KNNSearcher:
         refine_factor: 0 for the index's own distances; r: the r·k candidates nearest by the index are ranked by
             exact squared distance from the datastore's keys, and the k nearest of them returned.
         datastore: the indexed `Datastore`, which is checked to be that. Needed for `refine_factor`.
-        share: (process, processes): open only this process's shards; then `candidates` of all processes together
-            make the hits (`search_blocks`).
+        share: (process, processes) of a run whose processes all open the index: where it is in shards and not each
+            of them has room for all, each opens some, and `candidates` of all together make the hits (`search_blocks`).
 
     Attributes:
         rows: indexed rows; dim: width of keys; fingerprint: tells indexes apart; record: what build_index recorded,
@@ -163,10 +167,11 @@ class KNNSearcher:
             raise InputError(f"--refine_factor {refine_factor}: expected 0 or more, and the indexed datastore's keys")
         files = find_index(index_path)
         self.path, self.record, self.fingerprint = files.path, files.record, files.fingerprint
-        # A single file cannot be shared out; every process maps it.
-        self.share = share if share and share[1] > 1 and len(files.shards) > 1 else None
         self._refine_factor, self._datastore = refine_factor, datastore
         self.on_gpu = gpu and has_gpu()
+        # A single file cannot be shared out; every process maps it.
+        divisible = share is not None and share[1] > 1 and len(files.shards) > 1
+        self.share = share if divisible and not everyone_has_room(files, self.on_gpu) else None
         # Neighbouring shards, so that processes in their order are rows in their order.
         process, processes = self.share or (0, 1)
         count, lock = len(files.shards), threading.Lock() if self.on_gpu else None
@@ -232,7 +237,7 @@ class KNNSearcher:
         blocks = []
         for start in range(0, len(queries), block_rows):
             block = self.checked(queries[start : start + block_rows], first_row + start, source)
-            blocks.append(self.hits(block, [self.candidates(block, k)], k))
+            blocks.append(self.ranked(block, self.candidates(block, k), k))
         distances, ids = zip(*blocks, strict=True)
         return np.concatenate(distances), np.concatenate(ids)
 
@@ -251,12 +256,9 @@ class KNNSearcher:
             return np.full(shape, np.inf, np.float32), np.full(shape, -1, np.int64)
         return merge([shard.nearest(queries, width) for shard in self._shards], width)
 
-    def hits(self, queries: np.ndarray, candidates: list[Hits], k: int) -> Hits:
-        """The k nearest among the candidates of all processes, re-ranked by exact distance if that was asked for."""
-        distances, ids = merge(candidates, self.width(k))
-        if self._refine_factor:
-            return rank_exactly(queries, ids, self._datastore.gather_keys, k)
-        return distances, ids
+    def ranked(self, queries: np.ndarray, hits: Hits, k: int) -> Hits:
+        """The k nearest of a whole index's `width(k)` hits, by exact distance if that was asked for."""
+        return rank_exactly(queries, hits[1], self._datastore.gather_keys, k) if self._refine_factor else hits
 
 
 def check_finite(queries: np.ndarray, first_row: int, source: object) -> None:
@@ -290,13 +292,49 @@ def order_ties(distances: np.ndarray, ids: np.ndarray) -> None:
 
 
 def merge(found: list[Hits], k: int) -> Hits:
-    """The k nearest of several shards' hits, by distance, then row number: lists of (n, any) → (n, k).
+    """The k nearest of several shards' hits, by distance, then row number: lists of (n, k or more) → (n, k).
 
     The shards stand in the order of their row numbers, and hits within each in the order of `IndexShard.nearest`.
     """
     if len(found) == 1:
         return found[0]
-    return nearest_first(*(np.concatenate(parts, axis=1) for parts in zip(*found, strict=True)), k)
+    reach = farthest([sample(distances, k) for distances, _ in found], k)
+    return merge_ragged([within(*hits, reach) for hits in found], k)
+
+
+def sample(distances: np.ndarray, k: int) -> np.ndarray:
+    """Of rising distances (n, k or more) each m-th, where m is k / SAMPLES: (n, SAMPLES or fewer) float32."""
+    every = -(-k // SAMPLES)
+    return np.ascontiguousarray(distances[:, every - 1 : k : every])
+
+
+def farthest(samples: list[np.ndarray], k: int) -> np.ndarray:
+    """A distance (n,) float32 that at least k hits of all lists do not exceed, by the `sample` of each: little above that
+    of the k-th. Infinity where the lists may hold fewer."""
+    every = -(-k // SAMPLES)
+    # Each distance of a sample stands for so many hits that are no farther.
+    enough = -(-k // every) - 1
+    return np.partition(np.concatenate(samples, axis=1), enough, axis=1)[:, enough]
+
+
+def within(distances: np.ndarray, ids: np.ndarray, reach: np.ndarray) -> Ragged:
+    """The hits (n, any) no farther than `reach` (n,)."""
+    kept = distances <= reach[:, None]
+    return kept.sum(axis=1), distances[kept], ids[kept]
+
+
+def merge_ragged(found: list[Ragged], k: int) -> Hits:
+    """As `merge`, of the hits of each shard that are `within` reach of the k nearest."""
+    counts = np.stack([count for count, _, _ in found])  # (shards, n)
+    width = max(counts.sum(axis=0).max(), k)
+    # Where each shard's hits of each row begin: row by row, and in a row shard by shard.
+    starts = np.arange(counts.shape[1]) * width + np.cumsum(counts, axis=0) - counts
+    distances = np.full(counts.shape[1] * width, np.inf, np.float32)
+    ids = np.full(len(distances), -1, np.int64)
+    for start, (count, far, rows) in zip(starts, found, strict=True):
+        place = np.arange(len(far)) + np.repeat(start - (np.cumsum(count) - count), count)
+        distances[place], ids[place] = far, rows
+    return nearest_first(distances.reshape(-1, width), ids.reshape(-1, width), k)
 
 
 def nearest_first(distances: np.ndarray, ids: np.ndarray, k: int) -> Hits:
@@ -336,86 +374,3 @@ def rank_exactly(
     distances, ids = nearest_first(exact, candidates, k)
     missing = ((0, 0), (0, max(k - width, 0)))
     return np.pad(distances, missing, constant_values=np.inf), np.pad(ids, missing, constant_values=-1)
-
-
-# Many rows: threads and processes
-
-
-def search_blocks(
-    searcher: KNNSearcher,
-    datastore: Any,
-    ranges: list[Block],
-    block_rows: int,
-    k: int,
-    use: Callable[[Block, np.ndarray, np.ndarray], Result],
-) -> Iterator[Result]:
-    """Yield `use(block, distances, ids)` for each block [start, stop) of the datastore's row ranges, in order.
-
-    Where the searcher holds a share of the index only, all processes must call this, each with ranges of its own (of
-    any number), and read it to its end. Round by round every process searches one block of each process in its own
-    shards. The queries do not travel, all processes read the same datastore; the hits go to the block's process.
-
-    Raises:
-        InputError: as `KNNSearcher.search`.
-    """
-    import faiss
-
-    searcher.check_k(k)
-    # FAISS's own number of threads, which OMP_NUM_THREADS sets. With a GPU one thread searches, another aggregates.
-    threads = max(faiss.omp_get_max_threads(), 2 if searcher.on_gpu else 1)
-
-    def own_part(block: Block) -> tuple[np.ndarray, Hits]:
-        queries = searcher.checked(datastore.keys(*block), block[0], datastore.path)
-        return queries, searcher.candidates(queries, k)
-
-    if searcher.share is None:
-
-        def whole(block: Block) -> Result:
-            queries, found = own_part(block)
-            return use(block, *searcher.hits(queries, [found], k))
-
-        yield from in_order(whole, blocks_of(ranges, block_rows), threads)
-        return
-    process, processes = searcher.share
-    # Arrays travel by gloo, whatever the GPUs talk by.
-    is_gloo = distributed.get_backend() == "gloo"
-    group = None if is_gloo else distributed.new_group(backend="gloo", timeout=patience())
-    everyones_ranges: list[Any] = [None] * processes
-    distributed.all_gather_object(everyones_ranges, ranges, group=group)
-    rounds = zip_longest(*(blocks_of(theirs, block_rows) for theirs in everyones_ranges))
-    turns = ((owner, block) for blocks in rounds for owner, block in enumerate(blocks) if block is not None)
-    for owner, block, (queries, found) in in_order(lambda turn: (*turn, own_part(turn[1])), turns, threads):
-        everyones: list[Any] | None = [None] * processes if owner == process else None
-        distributed.gather_object(found, everyones, dst=owner, group=group)
-        if everyones is not None:
-            yield use(block, *searcher.hits(queries, everyones, k))
-
-
-def blocks_of(ranges: Iterable[Block], block_rows: int) -> Iterator[Block]:
-    """The blocks [start, stop) of row ranges, counted from the start of each range."""
-    for first, last in ranges:
-        for start in range(first, last, block_rows):
-            yield start, min(start + block_rows, last)
-
-
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """Yield `work(item)` for each item in order, worked on by `threads` threads, few items ahead of the reader.
-
-    FAISS, NumPy and torch release the interpreter while they compute, so one thread searches while another
-    aggregates and the caller writes; inside a thread each of them keeps to that thread.
-    """
-    import faiss
-
-    def keep_to_this_thread() -> None:
-        faiss.omp_set_num_threads(1)
-        torch.set_num_threads(1)
-
-    source = iter(items)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="search", initializer=keep_to_this_thread)
-    try:
-        waiting: deque[Future[Result]] = deque(pool.submit(work, item) for item in islice(source, threads + 2))
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(work, item) for item in islice(source, 1))
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

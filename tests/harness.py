@@ -136,14 +136,19 @@ class Command:
 
 
 def together(
-    log: Path, processes: int, module: str, *arguments: object, hooks: dict[int, tuple[Callable, ...]] | None = None
+    log: Path,
+    processes: int,
+    module: str,
+    *arguments: object,
+    hooks: dict[int, tuple[Callable, ...]] | None = None,
+    environment: dict[str, str] | None = None,
 ) -> list[Command]:
     """The command as one run of several processes, as a launcher starts them, but without a launcher."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(environment or {})}
     return [
         Command(
             log.with_name(f"{log.name}.{rank}"),

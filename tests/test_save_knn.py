@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import GOLDEN, command, refused_here, run
+from harness import GOLDEN, command, refused_here, run, together
 from knn_files import (
     DIM,
     as_dicts,
@@ -20,10 +20,11 @@ from knn_files import (
 )
 from safetensors.numpy import load_file
 
+from knn_utils.block_search import blocks_of
 from knn_utils.datastore import KNNTargets, datastore_schema
 from knn_utils.parts import datastore_batch, write_single_file
 from knn_utils.saveKNNMulti import parts_of
-from knn_utils.search import KNNSearcher, blocks_of
+from knn_utils.search import KNNSearcher
 
 ROWS = 700
 MODULE = "knn_utils.saveKNNMulti"
@@ -201,14 +202,19 @@ def test_processes_that_share_an_index_make_the_targets_of_one_whole_index(files
     index = tmp_path / "whole.index"
     command("knn_utils.build_index", "--dstore_path", files.train, *factory, "--index_path", index)
     more = ("--ignore_first", "True", "--part_rows", 150, "--refine_factor", 2, "--probe", 4)
-    more += ("--knn_temp", 4)
+    more += ("--knn_temp", 4, "--k", 150)
     whole = save(files.train, index, tmp_path / "whole", *more)
     shared = tmp_path / "shared.index"
-    launch(2, "knn_utils.build_index", "--dstore_path", files.train, *factory, "--index_path", shared)
-    assert len(list(shared.glob("shard-*.index"))) == 2
-    flags = ("--dstore_path", files.train, "--index_path", shared, "--output_path", tmp_path / "shared", "--k", 20)
-    launch(3, MODULE, *flags, *more)
-    assert files_of(KNNTargets.open(tmp_path / "shared", verify=True).path) == files_of(whole.path)
+    command("knn_utils.build_index", "--dstore_path", files.train, *factory, "--index_path", shared, "--num_shards", 2)
+    runs = {
+        "shared": ({"MLPMEM_INDEX_GB": "0"}, 3, "in 2 shards, is divided among the processes"),
+        "with_room": ({}, 2, "in 2 shards, is whole in every process"),
+    }
+    for name, (room, processes, told) in runs.items():
+        flags = ("--dstore_path", files.train, "--index_path", shared, "--output_path", tmp_path / name)
+        started = together(tmp_path / "log", processes, MODULE, *flags, *more, environment=room)
+        assert told in "".join(process.done() for process in started)
+        assert files_of(KNNTargets.open(tmp_path / name, verify=True).path) == files_of(whole.path)
     alone = save(files.train, shared, tmp_path / "alone", *more)
     assert files_of(alone.path) == files_of(whole.path)
 

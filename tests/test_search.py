@@ -14,8 +14,9 @@ from harness import refused_here
 from knn_files import DIM, exact_neighbours, random_rows, write_datastore
 
 from knn_utils import faiss_files, search
+from knn_utils.block_search import in_order, searching_threads
 from knn_utils.datastore import Datastore
-from knn_utils.search import KNNSearcher, in_order, rank_exactly
+from knn_utils.search import KNNSearcher, rank_exactly
 from utils.errors import InputError
 
 pytestmark = pytest.mark.unit
@@ -160,18 +161,41 @@ def test_an_index_of_another_kind_is_refused(tmp_path: Path) -> None:
     assert "1049" in refuses(lambda: KNNSearcher(path, probe=1).search(keys, 50))
 
 
+@pytest.mark.parametrize(("k", "shards"), [(1, 2), (64, 3), (100, 2), (300, 8)])
+def test_merged_lists_are_those_of_sorting_all_hits_though_few_of_them_are_looked_at(k: int, shards: int) -> None:
+    random, found = np.random.default_rng(k), []
+    for shard in range(shards):
+        # Whole numbers, so that ties fall on every place; the last shard holds few rows, one row hits nothing.
+        distances = np.sort(random.integers(0, 40 + 60 * shard, (25, k)).astype(np.float32), axis=1)
+        ids = np.sort(random.integers(0, 1000, (25, k)), axis=1) + 1000 * shard
+        distances[0], ids[0] = np.inf, -1
+        if shard == shards - 1:
+            distances[:, k // 3 :], ids[:, k // 3 :] = np.inf, -1
+        found.append((distances, ids))
+    distances, ids = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    merged = search.merge(found, k)
+    assert (merged[0] == np.take_along_axis(distances, order, 1)).all()
+    assert (merged[1] == np.take_along_axis(ids, order, 1)).all()
+    reach = search.farthest([search.sample(each, k) for each, _ in found], k)
+    kept = sum(search.within(*each, reach)[0] for each in found)
+    assert (kept >= k).all() or np.isinf(reach).any()
+
+
 def test_threads_keep_the_order_and_hand_errors_on() -> None:
-    assert list(in_order(lambda number: number * 2, range(50), 3)) == list(range(0, 100, 2))
+    with searching_threads(3) as pool:
+        assert list(in_order(lambda number: number * 2, range(50), pool, 5)) == list(range(0, 100, 2))
 
     def fail(number: int) -> int:
         if number == 7:
             raise InputError("seven")
         return number
 
-    results = in_order(fail, range(50), 3)
-    assert [next(results) for _ in range(7)] == list(range(7))
-    with pytest.raises(InputError, match="seven"):
-        next(results)
+    with searching_threads(3) as pool:
+        results = in_order(fail, range(50), pool, 5)
+        assert [next(results) for _ in range(7)] == list(range(7))
+        with pytest.raises(InputError, match="seven"):
+            next(results)
 
 
 def test_a_gpu_asked_for_without_one_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
