@@ -17,6 +17,7 @@ from tiny_models import letter_tokenizer, some_ids, tiny_base, tiny_memory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import MLPMemory
+from models.capture import decoder_blocks
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "gemma")
 CHAT = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + ' ' }}{% endfor %}"
@@ -310,6 +311,23 @@ def test_push_to_hub_uploads_the_folder_that_is_saved(joint, tmp_path, monkeypat
 def test_a_device_map_is_the_bases(exported, joint, place):
     again = AutoModelForCausalLM.from_pretrained(exported, device_map=place)
     assert torch.equal(again(some_ids()).logits, joint(some_ids()).logits)
+
+
+@pytest.mark.parametrize("include_base", [None, True])
+def test_a_quantised_base_stays_so_and_its_memory_plain(sources, tmp_path, include_base):
+    """BitNet's layers: the one quantisation of transformers that needs neither a GPU nor a further package."""
+    shutil.copytree(sources / "llama" / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    method = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
+    joint = MLPMemory.from_pretrained(tmp_path / "base", sources / "llama" / "memory")
+    joint.save_pretrained(tmp_path / "joint", include_base=include_base)
+    assert (tmp_path / "joint" / "base").exists() == bool(include_base)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "joint")
+    blocks = again.knn_generator.blocks[0], decoder_blocks(again.base_lm)[0]
+    assert [type(block.mlp.up_proj).__name__ for block in blocks] == ["Linear", "AutoBitLinear"]
+    assert torch.equal(again(some_ids()).logits, joint(some_ids()).logits)
+    assert again.generate(some_ids(), max_new_tokens=4, num_beams=2).shape == (2, 16)
 
 
 def test_the_command_tells_where_the_base_must_stay(sources, tmp_path, capsys):
