@@ -33,8 +33,8 @@ def main() -> None:
     (arguments,) = parse(JointArguments, description=__doc__.split("\n")[0])
     arguments.check_scored(knn=False)
     check_at_least(1, arguments, "per_device_eval_batch_size")
-    if ADAPTIVE in arguments.lmbda:
-        raise InputError("--lmbda adaptive: needs a memory with a gate; expected numbers from 0 to 1")
+    if ADAPTIVE in arguments.lmbda and arguments.dstore_path:
+        raise InputError(f"--lmbda {ADAPTIVE}: the gate reads the base's whole distribution; leave --dstore_path out")
     if arguments.knn_generator_path is None:
         raise InputError("--knn_generator_path: is required")
     from utils.cli import say
@@ -50,9 +50,10 @@ def evaluate(arguments: JointArguments) -> None:
     """Score the split, print its perplexities and write them to results.json."""
     import torch
 
-    from utils.evaluation import MixtureScore, label_log_probabilities
+    from utils.evaluation import MixtureScore, check_token_ids, label_log_probabilities
+    from utils.gating import GateScore
     from utils.loading import load_windows
-    from utils.memories import open_memory_of
+    from utils.memories import open_joint, open_memory_of
     from utils.results import report_scores
     from utils.windows import check_windows
 
@@ -64,11 +65,21 @@ def evaluate(arguments: JointArguments) -> None:
         tokenizer = arguments.open_tokenizer()
         base = arguments.open_base(tokenizer, dtype=dtype)
         check_windows(arguments.dataset_name, windows, base.config, tokenizer)
-    memory = open_memory_of(arguments, arguments.knn_generator_path, base, dtype=dtype)
+    score = MixtureScore([value for value in arguments.lmbda if value != ADAPTIVE], arguments.knn_temp)
+    if ADAPTIVE in arguments.lmbda:
+        joint = open_joint(arguments, arguments.knn_generator_path, base, ADAPTIVE, dtype=dtype)
+        memory, adaptive = joint.knn_generator, GateScore(joint)
+        check_token_ids(windows, base.get_input_embeddings().weight.shape[0], arguments.dataset_name)
+        rows = adaptive.batches(windows, batch_size, f"score {split}")
+    else:
+        memory, adaptive = open_memory_of(arguments, arguments.knn_generator_path, base, dtype=dtype), None
+        rows = scored_rows(base, windows, arguments, split, batch_size, memory.input_dim)
     weight = memory.lm_head.weight
-    score = MixtureScore(arguments.lmbda, arguments.knn_temp)
     with torch.inference_mode():
-        for hidden, logprob, labels in scored_rows(base, windows, arguments, split, batch_size, memory.input_dim):
+        for hidden, logprob, labels in rows:
+            if not score.lmbda:
+                score.add(logprob, None)
+                continue
             read = memory.hidden(hidden.to(weight.device, weight.dtype))  # (rows, hidden)
             other = label_log_probabilities(read, weight, labels.to(weight.device), arguments.knn_temp)
             score.add(logprob, other.to(logprob.device))
@@ -77,6 +88,7 @@ def evaluate(arguments: JointArguments) -> None:
         "base + memory",
         arguments.output_dir,
         started,
+        adaptive=adaptive and adaptive.result(),
         model=str(arguments.model_name_or_path),
         memory=str(arguments.knn_generator_path),
         dataset=str(arguments.dataset_name),

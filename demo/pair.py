@@ -134,16 +134,14 @@ def open_pair(pair: Pair, arguments: PairArguments) -> tuple[Any, Any]:
     Raises:
         InputError: no model, tokenizer or memory where `pair` says, or a memory of another base.
     """
-    from models import MLPMemory
     from utils.loading import quiet_libraries
-    from utils.memories import open_memory_of
+    from utils.memories import open_joint
 
     quiet_libraries()
     arguments.model_name_or_path = pair.base
     tokenizer = arguments.open_tokenizer(required=True)
     base = arguments.open_base(tokenizer)
-    memory = open_memory_of(arguments, pair.memory, base)
-    return MLPMemory(base, memory, pair.lmbda, pair.knn_temp, arguments.layer_position), tokenizer
+    return open_joint(arguments, pair.memory, base, pair.lmbda, pair.knn_temp), tokenizer
 
 
 def short_name(path: str) -> str:

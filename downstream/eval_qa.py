@@ -24,6 +24,7 @@ from downstream.model import ModelArguments
 from downstream.tasks import TASKS, Prompt, Task
 from utils.cli import command, flag, note_unused, parse, required
 from utils.errors import InputError, check_positive
+from utils.results import lambda_text
 
 
 @dataclass
@@ -186,7 +187,7 @@ def score(task: Task, lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str,
 
 def summary(results: Mapping[str, Any]) -> str:
     """The scores in one line, in percent."""
-    which = "base" if results["memory"] is None else f"base + memory (lambda {results['lmbda']:g})"
+    which = "base" if results["memory"] is None else f"base + memory (lambda {lambda_text(results['lmbda'])})"
     scores = ", ".join(f"{name} {100 * value:.2f}%" for name, value in results["metrics"].items())
     return f"{results['task']}, {which}: {scores} ({results['counts']['scored']} rows, {results['seconds']:.1f} s)"
 

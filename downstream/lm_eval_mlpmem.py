@@ -25,6 +25,7 @@ if __package__ in (None, ""):
 from downstream.model import ModelArguments
 from utils.cli import command, flag, parse, required, started_together
 from utils.errors import InputError, check_at_least, check_seed, one_line
+from utils.results import lambda_text
 
 OWN_TASKS = Path(__file__).resolve().parent / "general_tasks"
 
@@ -86,7 +87,7 @@ def main() -> None:
         language_model.model.lmbda = 0.0
         scored["base"] = evaluate(language_model, names, manager, harness)
         language_model.model.lmbda = model.lmbda
-    which = f"base + memory (lambda {model.lmbda:g})" if model.use_neural_knn else "base"
+    which = f"base + memory (lambda {lambda_text(model.lmbda)})" if model.use_neural_knn else "base"
     scored[which] = evaluate(language_model, names, manager, harness)
     results = {**plain(scored[which]), **model.stated()}
     if harness.with_base:

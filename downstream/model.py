@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import flag
-from utils.errors import InputError, check_fraction, check_positive
+from utils.errors import InputError, check_positive
 from utils.loading import BaseArguments
+from utils.results import Lambda, check_lambda
 
 
 @dataclass
@@ -20,7 +21,7 @@ class ModelArguments(BaseArguments):
     torch_dtype: str | None = flag(None, "float32, bfloat16, float16 or auto; default: float16 on a GPU, else float32")
     use_neural_knn: bool = flag(False, "evaluate base + MLP memory; without it the base alone")
     knn_generator_path: str | None = flag(None, "the MLP memory: a folder or a hub name")
-    lmbda: float = flag(0.25, "weight of the memory, from 0 to 1")
+    lmbda: Lambda = flag(0.25, "weight of the memory: 0 to 1, or adaptive (by the memory's gate)")
     knn_temp: float = flag(1.0, "temperature of the memory's softmax, above 0")
     add_bos: bool = flag(
         False, "begin each prompt with the BOS token where the tokenizer does not, as the windows of --window_bos do"
@@ -29,7 +30,7 @@ class ModelArguments(BaseArguments):
     def check(self) -> None:
         """Check the values by themselves, before anything is loaded. Raises InputError."""
         self.require_base()
-        check_fraction("--lmbda", self.lmbda)
+        check_lambda("--lmbda", self.lmbda)
         check_positive("--knn_temp", self.knn_temp)
         if self.use_neural_knn and not self.knn_generator_path:
             raise InputError("--use_neural_knn: needs the memory; name its folder with --knn_generator_path")
@@ -71,10 +72,9 @@ def open_model(arguments: ModelArguments) -> tuple[Any, Any]:
     Raises:
         InputError: no model, no tokenizer or no memory there, or a memory of another base.
     """
-    from models import MLPMemory
     from utils.cli import say
     from utils.loading import quiet_libraries
-    from utils.memories import open_memory_of
+    from utils.memories import open_joint
 
     quiet_libraries()
     tokenizer = arguments.open_tokenizer(required=True)
@@ -83,8 +83,8 @@ def open_model(arguments: ModelArguments) -> tuple[Any, Any]:
         if arguments.knn_generator_path:
             say("the base alone is evaluated: --knn_generator_path counts only together with --use_neural_knn")
         return base, tokenizer
-    memory = open_memory_of(arguments, arguments.knn_generator_path, base)
-    return MLPMemory(base, memory, arguments.lmbda, arguments.knn_temp, arguments.layer_position), tokenizer
+    joint = open_joint(arguments, arguments.knn_generator_path, base, arguments.lmbda, arguments.knn_temp)
+    return joint, tokenizer
 
 
 def fingerprint(path: str | None) -> str | None:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import command, flag, parse, required
-from utils.errors import InputError, check_at_least, check_fraction, check_positive
+from utils.errors import InputError, check_at_least, check_positive
 from utils.files import read_json
 from utils.loading import WINDOWS_RECORD, BaseArguments
+from utils.results import ADAPTIVE, Lambda, check_lambda, chosen
 
 RULE = (
     "an article's title and its first sentence up to 'is a', 'was an', 'are the' and the like, answered by the next "
@@ -50,7 +51,7 @@ class RecallArguments(BaseArguments):
     articles: str = required(".jsonl of the trained articles, one a row, in the column text")
     max_cases: int = flag(400, "cases at most, taken evenly over the articles")
     answer_words: int = flag(ANSWER_WORDS, "words that answer a definition")
-    lmbda: float = flag(0.25, "weight of the memory")
+    lmbda: Lambda = flag(0.25, "weight of the memory: 0 to 1, or adaptive (by the memory's gate)")
     knn_temp: float = flag(1.0, "temperature of the memory")
     choose_on: str | None = flag(None, "results.json of an evaluation whose best lambda and temperature are used")
     batch_size: int = flag(16, "prompts at a time")
@@ -62,10 +63,9 @@ class RecallArguments(BaseArguments):
         """Check the values by themselves; `choose_on` gives lambda and temperature. Raises InputError."""
         self.require_base()
         if self.choose_on:
-            from utils.results import chosen
-
-            (self.lmbda,), (self.knn_temp,) = chosen(self.choose_on, knn=False)
-        check_fraction("--lmbda", self.lmbda)
+            (lmbda,), (self.knn_temp,) = chosen(self.choose_on, knn=False)
+            self.lmbda = ADAPTIVE if self.lmbda == ADAPTIVE else lmbda
+        check_lambda("--lmbda", self.lmbda)
         check_positive("--knn_temp", self.knn_temp)
         check_at_least(1, self, "max_cases", "answer_words", "batch_size", "new_tokens")
         check_at_least(0, self, "examples")
@@ -112,10 +112,9 @@ def main() -> None:
     (arguments,) = parse(RecallArguments, description=__doc__.split("\n")[0])
     arguments.check()
     from downstream.scoring import Evaluator
-    from models import MLPMemory
     from utils.cli import say
     from utils.loading import quiet_libraries
-    from utils.memories import open_memory_of
+    from utils.memories import open_joint
     from utils.results import write_results
 
     started = time.time()
@@ -133,8 +132,7 @@ def main() -> None:
         return
     tokenizer = arguments.open_tokenizer(required=True)
     base = arguments.open_base(tokenizer)
-    memory = open_memory_of(arguments, arguments.knn_generator_path, base)
-    joint = MLPMemory(base, memory, arguments.lmbda, arguments.knn_temp, arguments.layer_position)
+    joint = open_joint(arguments, arguments.knn_generator_path, base, arguments.lmbda, arguments.knn_temp)
     evaluator = Evaluator(joint, tokenizer, arguments.batch_size, windows_have_bos(arguments.articles))
     right = recall(evaluator, cases, arguments.lmbda)
     for name, flags in right.items():
@@ -152,7 +150,7 @@ def main() -> None:
     write_results(arguments.output_dir, results, started)
 
 
-def recall(evaluator: Any, cases: Sequence[Case], lmbda: float) -> dict[str, list[bool]]:
+def recall(evaluator: Any, cases: Sequence[Case], lmbda: float | str) -> dict[str, list[bool]]:
     """For each case whether greedy decoding gives the whole answer: {"base": [...], "memory": [...]}; and whether it
     gives its first token: "first_base", "first_memory".
 

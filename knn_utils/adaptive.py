@@ -24,8 +24,6 @@ LEAST_ROWS = 100  # of a bucket: fewer say little about a lambda
 # A bucket whose validation rows the neighbours all know leaves the base this much: no token becomes impossible.
 LARGEST_LAMBDA = 0.99
 HALVINGS = 50
-# So much of a validation text in the indexed text is no chance.
-MOST_SHARED = 0.2
 
 
 @dataclass(frozen=True)
@@ -149,19 +147,6 @@ class AdaptiveScore:
         return {"perplexity": float(np.exp(-likelihood)), "knn_temp": chosen.knn_temp, **lists, **self._about}
 
 
-def check_held_out(windows: Any, values: np.ndarray, dataset: object, split: str) -> None:
-    """Refuse windows whose text is part of the indexed one (`values`, (rows,)): each row would find itself."""
-    from utils.windows import shared_runs
-
-    labels = np.concatenate(windows["labels"][:])
-    shared = shared_runs(labels[labels >= 0], values)
-    if shared > MOST_SHARED:
-        raise InputError(
-            f"--lmbda {ADAPTIVE}: split {split} of {dataset} is part of the indexed text ({shared:.0%} of its runs of "
-            "16 tokens stand there); choose on validation text that is not in it"
-        )
-
-
 def adaptive_score(arguments: Any, windows: Any, neighbours: Any) -> AdaptiveScore | None:
     """What `--lmbda` and `--choose_on` ask for; None where it is numbers only.
 
@@ -194,5 +179,8 @@ def adaptive_score(arguments: Any, windows: Any, neighbours: Any) -> AdaptiveSco
             f"--lmbda {ADAPTIVE}: is chosen on validation text: run this with --eval_subset validation first, then "
             "test with --choose_on and its results.json"
         )
-    check_held_out(windows, neighbours.values, arguments.dataset_name, split)
+    from utils.windows import check_held_out
+
+    told = f"--lmbda {ADAPTIVE}: split {split} of {arguments.dataset_name}"
+    check_held_out(windows, neighbours.values, told, "indexed")
     return AdaptiveScore(arguments.knn_temp, **index, chosen_on=made)

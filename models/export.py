@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .joint_config import ADAPTIVE
 from .mlpMemory import MLPMemory
 
 
@@ -25,7 +26,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("memory", help="its memory: a folder or a hub name")
     parser.add_argument("folder", help="the folder to write")
     parser.add_argument(
-        "--lmbda", type=float, help="weight of the memory, 0 to 1 (default: the memory's own, else 0.25)"
+        "--lmbda",
+        type=lambda word: word if word == ADAPTIVE else float(word),
+        help="weight of the memory: 0 to 1, or adaptive where the memory has a gate (default: its own, else 0.25)",
     )
     parser.add_argument("--knn_temp", type=float, help="temperature of the memory (default: the memory's own, else 1)")
     parser.add_argument(

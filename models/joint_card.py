@@ -28,7 +28,7 @@ hidden state of the base model and its next-token distribution is mixed with the
 | base model | {base} |
 | memory | {memory} |
 | hidden state | input of the `.mlp` of block {layer_position} |
-| lambda (weight of the memory) | {lmbda:g} |
+| lambda (weight of the memory) | {lmbda} |
 | temperature of the memory | {knn_temp:g} |
 
 ## Measured
@@ -61,7 +61,7 @@ def model_card(joint: PreTrainedModel, config: MLPMemoryConfig, included: bool) 
         memory=_described(joint.knn_generator),
         measured=_table(config.results or ()),
         layer_position=config.layer_position,
-        lmbda=config.lmbda,
+        lmbda=config.lmbda if isinstance(config.lmbda, str) else f"{config.lmbda:g}",
         knn_temp=config.knn_temp,
         oldest=OLDEST_MAJOR,
     )

@@ -16,6 +16,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 # transformers 4 takes the rotary base of a config written by 5 for the default one: wrong numbers without a word.
 OLDEST_MAJOR = 5
+# The lambda of a memory with a gate: another one for each token.
+ADAPTIVE = "adaptive"
 if int(transformers.__version__.split(".")[0]) < OLDEST_MAJOR:
     raise ImportError(
         f"this model was written for transformers {OLDEST_MAJOR} or newer; {transformers.__version__}, which is installed, "
@@ -37,7 +39,7 @@ class MLPMemoryConfig(PretrainedConfig):
     def __init__(
         self,
         text_config: PretrainedConfig | dict | None = None,
-        lmbda: float = 0.25,
+        lmbda: float | str = 0.25,
         knn_temp: float = 1.0,
         layer_position: int = -1,
         base_model_name_or_path: str | None = None,
@@ -77,8 +79,10 @@ class MLPMemoryConfig(PretrainedConfig):
 MLPMemoryConfig.register_for_auto_class()
 
 
-def check_lambda(value: float) -> float:
-    """`value` as a float. Raises ValueError unless it is in [0, 1]."""
+def check_lambda(value: float | str) -> float | str:
+    """`value` as a float, or the word `ADAPTIVE`. Raises ValueError unless it is in [0, 1]."""
+    if value == ADAPTIVE:
+        return ADAPTIVE
     if not (math.isfinite(value) and 0.0 <= value <= 1.0):
         raise ValueError(f"lambda {value:g}: expected a number from 0 to 1")
     return float(value)

@@ -117,6 +117,8 @@ def save_joint(
                 raise ValueError(f"the {name} has adapters that are not merged: merge them before it is saved")
         for other in _beside(joint.knn_generator):
             (shutil.copytree if other.is_dir() else shutil.copy)(other, new / MEMORY / other.name)
+        if joint.gate is not None:
+            joint.gate.save(new / MEMORY)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
             if include_base:

@@ -21,8 +21,9 @@ from transformers.utils import logging
 
 from .capture import HiddenCapture, captured_module, hidden_states
 from .families import load_memory
+from .gate import LambdaGate, mix
 from .joint_base import absolute, open_base, resize_to_memory
-from .joint_config import MLPMemoryConfig, check_lambda, check_temperature, read_joint_config
+from .joint_config import ADAPTIVE, MLPMemoryConfig, check_lambda, check_temperature, read_joint_config
 from .joint_files import has_local_base, joint_parts, save_joint
 from .stack import check_fit, shifted_nll
 
@@ -45,7 +46,7 @@ def joint_log_probs(
     memory = _log_softmax(memory_logits.to(base_logits.device), knn_temp)
     if lmbda == 1.0:
         return memory
-    return _mix(torch.log_softmax(base_logits, dim=-1, dtype=torch.float32), memory, lmbda)
+    return mix(torch.log_softmax(base_logits, dim=-1, dtype=torch.float32), memory, math.log1p(-lmbda), math.log(lmbda))
 
 
 def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -53,13 +54,6 @@ def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     if temperature != 1.0:
         logits = logits.float() / temperature
     return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-
-
-def _mix(base: torch.Tensor, memory: torch.Tensor, lmbda: float) -> torch.Tensor:
-    """log((1-lambda)·exp(base) + lambda·exp(memory)) for lambda in (0, 1); without gradient both are used up."""
-    if base.requires_grad or memory.requires_grad:
-        return torch.logaddexp(base + math.log1p(-lmbda), memory + math.log(lmbda))
-    return torch.logaddexp(base.add_(math.log1p(-lmbda)), memory.add_(math.log(lmbda)), out=base)
 
 
 class MLPMemory(PreTrainedModel, GenerationMixin):
@@ -77,23 +71,26 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         self,
         base_lm: PreTrainedModel,
         knn_generator: nn.Module,
-        lmbda: float = 0.25,
+        lmbda: float | str = 0.25,
         knn_temp: float = 1.0,
         layer_position: int = -1,
         is_train: bool = False,
+        gate: LambdaGate | None = None,
     ) -> None:
         """Join a base and a memory; neither is copied, moved or cast.
 
-        `lmbda`: weight of the memory, 0 to 1. `knn_temp`: softmax temperature of the memory's logits, above 0.
+        `lmbda`: weight of the memory, 0 to 1, or "adaptive": another one for each token, by `gate`, which defaults to the
+        one in the memory's folder. `knn_temp`: softmax temperature of the memory's logits, above 0 (with a gate, that
+        which it was trained with).
         `layer_position`: the decoder block whose `.mlp` input is captured. `is_train` freezes the base and makes
-        `forward` return the memory's logits alone. Raises ValueError when the memory does not fit the base.
+        `forward` return the memory's logits alone. Raises ValueError when the memory does not fit the base, or "adaptive"
+        has no gate of this pair.
         """
         captured = captured_module(base_lm, layer_position)
         check_fit(base_lm.config, knn_generator)
         # A copy: a composite config hands its attention settings down to the configs inside it.
         config = MLPMemoryConfig(
             text_config=copy.deepcopy(base_lm.config),
-            lmbda=lmbda,
             knn_temp=knn_temp,
             layer_position=layer_position,
             base_model_name_or_path=absolute(base_lm.name_or_path),
@@ -102,6 +99,8 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         self.config._attn_implementation = base_lm.config._attn_implementation  # its copy has lost it
         self.base_lm = base_lm
         self.knn_generator = knn_generator
+        self.gate = gate
+        self.lmbda = lmbda
         self.is_train = is_train
         self.supports_gradient_checkpointing = base_lm.supports_gradient_checkpointing
         self._captured = (captured,)  # in a tuple: it is the base's module, not one more of ours
@@ -113,13 +112,29 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         self.train(is_train)
 
     @property
-    def lmbda(self) -> float:
-        """Weight of the memory in the mixture; may be set at any time (ValueError outside [0, 1])."""
+    def lmbda(self) -> float | str:
+        """Weight of the memory in the mixture; may be set at any time: 0 to 1, or "adaptive" where there is a gate.
+
+        ValueError otherwise.
+        """
         return self.config.lmbda
 
     @lmbda.setter
-    def lmbda(self, value: float) -> None:
-        self.config.lmbda = check_lambda(value)
+    def lmbda(self, value: float | str) -> None:
+        value = check_lambda(value)
+        if value == ADAPTIVE:
+            self.gate = self.gate or self._gate_of_memory()
+            self.knn_temp = self.gate.knn_temp
+        self.config.lmbda = value
+
+    def _gate_of_memory(self) -> LambdaGate:
+        """The gate in the memory's folder. Raises ValueError where there is none, or it is another pair's."""
+        gate = LambdaGate.beside(self.knn_generator)
+        if gate is None:
+            told = f"lambda {ADAPTIVE}: {self.knn_generator.name_or_path or 'the memory'} has no gate"
+            raise ValueError(f"{told}; train one (python -m training.gate), or give a number from 0 to 1")
+        gate.check_made_for(self.base_lm, self.knn_generator)
+        return gate.to(self.get_output_embeddings().weight.device)
 
     @property
     def knn_temp(self) -> float:
@@ -145,7 +160,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         cls,
         base: str | os.PathLike | PreTrainedModel,
         memory: str | os.PathLike | nn.Module | None = None,
-        lmbda: float | None = None,
+        lmbda: float | str | None = None,
         knn_temp: float | None = None,
         layer_position: int | None = None,
         *,
@@ -305,10 +320,16 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         rest = {name: base.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
         logits = torch.log_softmax(base.logits, dim=-1, dtype=torch.float32)  # (batch, kept, vocabulary)
         del base  # its logits go before the memory's come
-        if self.lmbda > 0.0 and hidden is not None:
-            memory = self.memory_logits(_kept(hidden, logits_to_keep)).to(logits.device)
-            memory = _log_softmax(memory, self.knn_temp)  # (batch, kept, vocabulary)
-            logits = memory if self.lmbda == 1.0 else _mix(logits, memory, self.lmbda)
+        if self.lmbda != 0.0 and hidden is not None:
+            hidden = _kept(hidden, logits_to_keep)
+            memory = _log_softmax(self.memory_logits(hidden).to(logits.device), self.knn_temp)
+            # each (batch, kept, vocabulary)
+            if self.lmbda == ADAPTIVE:
+                logits = self.gate.mix(logits, memory, hidden)
+            elif self.lmbda == 1.0:
+                logits = memory
+            else:
+                logits = mix(logits, memory, math.log1p(-self.lmbda), math.log(self.lmbda))
         loss = None if labels is None else shifted_nll(logits, labels, items)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
         return output.to_tuple() if return_dict is False else output

@@ -46,3 +46,23 @@ def open_memory_of(
             check_made(f"--knn_generator_path {path}", made, **now)
             break
     return memory
+
+
+def open_joint(
+    arguments: BaseArguments,
+    path: str | os.PathLike,
+    base: Any,
+    lmbda: float | str = 0.0,
+    knn_temp: float = 1.0,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Base and memory as one model (`models.MLPMemory`), in evaluation mode; raises InputError as `open_memory_of`, and
+    where lambda is "adaptive" and the memory has no gate for this base."""
+    from models import MLPMemory
+
+    memory = open_memory_of(arguments, path, base, dtype=dtype)
+    try:
+        return MLPMemory(base, memory, lmbda, knn_temp, arguments.layer_position).eval()
+    except ValueError as error:
+        raise InputError(f"--lmbda {lmbda}: {one_line(error, 300)}") from None

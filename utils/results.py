@@ -52,7 +52,9 @@ class ScoreArguments(BaseArguments):
         """
         if self.choose_on:
             lmbda, self.knn_temp = chosen(self.choose_on, knn=knn)
-            self.lmbda = self.lmbda if self.lmbda == [ADAPTIVE] else lmbda
+            self.lmbda = (
+                self.lmbda if self.lmbda == [ADAPTIVE] else [*lmbda, *([ADAPTIVE] if ADAPTIVE in self.lmbda else [])]
+            )
         check_grid(self.lmbda, self.knn_temp)
         check_at_least(1, self, "max_eval_samples")
         if not self.dstore_path:

@@ -30,6 +30,7 @@ ROWS_PER_BATCH = 1000  # rows that are concatenated and cut together: published 
 BATCHES_PER_PART = 50  # batches in one file: the unit of work of a process
 TOKENIZE_CHARACTERS = 4 << 20  # text given to the tokenizer at once
 LONGEST_WINDOW = 1 << 24
+MOST_SHARED = 0.2  # so much of a validation text in the corpus is no chance
 TABLE_TOKENS = 4 << 20  # tokens in one Arrow record batch of windows
 WINDOW_SCHEMA = pa.schema(
     [
@@ -320,6 +321,19 @@ def check_windows(path: str | os.PathLike, windows: Any, config: Any, tokenizer:
         raise InputError(
             f"--dataset_name {path}: windows of {length} tokens, but the model has {positions} positions; "
             f"make the windows with --block_size {positions} or less"
+        )
+
+
+def check_held_out(windows: Any, corpus: np.ndarray, told: str, kind: str) -> None:
+    """Refuse windows whose text is part of the `kind` ("indexed", "trained") text with the tokens `corpus` (n,).
+
+    Raises InputError that begins with `told`.
+    """
+    labels = np.concatenate(windows["labels"][:])
+    if (shared := shared_runs(labels[labels >= 0], corpus)) > MOST_SHARED:
+        raise InputError(
+            f"{told}: is part of the {kind} text ({shared:.0%} of its runs of 16 tokens stand there); choose on "
+            "validation text that is not in it"
         )
 
 
