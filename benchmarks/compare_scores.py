@@ -62,12 +62,12 @@ class Method:
 
 
 @torch.inference_mode()
-def score(model: Any, ids: Tensor, begin: int) -> tuple[float, int]:
-    """The tokens of `ids` (time,) from `begin` on: their log-likelihood, and how many have the highest probability."""
+def score(model: Any, ids: Tensor, begin: int) -> tuple[float, list[bool]]:
+    """The tokens of `ids` (time,) from `begin` on: their log-likelihood, and which have the highest probability."""
     labels = ids[begin:].to(model.device)  # (rows,)
     inputs = ids[None, :-1].to(model.device)
     logits = model(input_ids=inputs, use_cache=False, logits_to_keep=len(labels)).logits[0]  # (rows, V)
-    return temperature_grid(logits, labels, (1.0,)).double().sum().item(), int((logits.argmax(-1) == labels).sum())
+    return temperature_grid(logits, labels, (1.0,)).double().sum().item(), (logits.argmax(-1) == labels).tolist()
 
 
 def score_windows(method: Method, windows: Any, tokenizer: Any, chunk: int, query: int) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def score_windows(method: Method, windows: Any, tokenizer: Any, chunk: int, quer
             total = count = 0
             for ids, begin in pieces(method, window, tokenizer, chunk, query):
                 likelihood, hits = score(method.model, ids, begin)
-                total, count, right = total + likelihood, count + len(ids) - begin, right + hits
+                total, count, right = total + likelihood, count + len(ids) - begin, right + sum(hits)
             likelihoods.append([total, count])
     tokens = sum(count for _, count in likelihoods)
     return {
@@ -119,9 +119,10 @@ def score_facts(method: Method, cases: Sequence[Case], tokenizer: Any) -> dict[s
     """Share of cases whose whole answer greedy decoding gives, by the rule of `downstream.recall`.
 
     Returns:
-        accuracy and standard_error (None without cases), cases, and right: "1" or "0" for each case.
+        accuracy and standard_error (None without cases), cases, and right: "1" or "0" for each case; and first_token,
+        first_right: of its first token the same.
     """
-    right = []
+    right, first = [], []
     with method.around():
         for case in cases:
             prompt, whole = (tokenizer(text)["input_ids"] for text in (case.prompt, case.prompt + case.answer))
@@ -129,10 +130,15 @@ def score_facts(method: Method, cases: Sequence[Case], tokenizer: Any) -> dict[s
             begin = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
             ids, moved = method.before(case.prompt, torch.tensor(whole))
             begin = max(begin + moved, 1)
-            right.append(int(score(method.model, ids, begin)[1] == len(ids) - begin))
-    share = sum(right) / len(cases) if cases else None
+            hits = score(method.model, ids, begin)[1]
+            right.append(all(hits))
+            first.append(hits[0])
+    share, first_share = (sum(each) / len(cases) if cases else None for each in (right, first))
     error = math.sqrt(share * (1 - share) / len(cases)) if cases else None
-    return {"accuracy": share, "standard_error": error, "cases": len(cases), "right": "".join(map(str, right))}
+    found = {"accuracy": share, "standard_error": error, "cases": len(cases), "first_token": first_share}
+    return found | {
+        name: "".join("01"[hit] for hit in each) for name, each in (("right", right), ("first_right", first))
+    }
 
 
 def speed_prompts(cases: Sequence[Case], windows: Any, tokenizer: Any, count: int) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.page import line
 
-MARKERS = "osD^vP"
+MARKERS = "osD^vPX*<>d"
 
 
 def add_differences(methods: dict[str, dict[str, Any]]) -> None:
@@ -25,9 +25,10 @@ def add_differences(methods: dict[str, dict[str, Any]]) -> None:
             each = [(own - bare) / count for (own, count), (bare, _) in pairs if count]
             total = sum(own - bare for (own, _), (bare, _) in pairs) / sum(count for (_, count), _ in pairs)
             record[part]["nats_below_base"] = {"mean": total, "standard_error": standard_error(each)}
-        each = [int(a) - int(b) for a, b in zip(record["facts"]["right"], base["facts"]["right"], strict=True)]
-        if each:
-            record["facts"]["above_base"] = {"mean": mean(each), "standard_error": standard_error(each)}
+        for name, beside in (("right", "above_base"), ("first_right", "first_above_base")):
+            each = [int(a) - int(b) for a, b in zip(record["facts"][name], base["facts"][name], strict=True)]
+            if each:
+                record["facts"][beside] = {"mean": mean(each), "standard_error": standard_error(each)}
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -41,7 +42,13 @@ def markdown(results: dict[str, Any]) -> str:
     if not methods:
         return "No method is measured to its end."
     first = next(iter(methods.values()))
-    columns = ("method", "perplexity, held-out articles", "facts completed", "perplexity, web text")
+    columns = (
+        "method",
+        "perplexity, held-out articles",
+        "facts completed",
+        "their first token",
+        "perplexity, web text",
+    )
     columns += ("next token right, web text", "time to first token", "tokens/s", "added on disk")
     lines = [
         f"Base {description['model']} ({description['dtype']}), {description['train_tokens']:,} trained tokens; "
@@ -53,7 +60,7 @@ def markdown(results: dict[str, Any]) -> str:
         "All methods are scored on the same tokens. ± is the standard error of the difference from the base, over "
         "windows or cases.",
         f"- Facts completed: {first['facts']['cases']} cases of the trained articles, right when greedy decoding gives "
-        f"the whole answer. Rule: {description['rule']}.",
+        f"the whole answer, and, in the next column, at least its first token. Rule: {description['rule']}.",
         f"- Speed: medians over {first['speed']['prompts']} of these prompts, one at a time, "
         f"{first['speed']['new_tokens']} tokens generated; retrieval counts. × is the ratio to the bare base, "
         "which ran in turn with each method.",
@@ -66,16 +73,17 @@ def row(record: dict[str, Any]) -> str:
     """A method's line of the table."""
     speed, facts, web = record["speed"], record["facts"], record["web"]
     other = record["name"] != "base"
-    completed = "–" if facts["accuracy"] is None else f"{facts['accuracy']:.1%}"
-    error = facts.get("above_base", {}).get("standard_error")
-    if other and error is not None:
-        completed += f" ± {100 * error:.1f}"
+    shares = []
+    for name, beside in (("accuracy", "above_base"), ("first_token", "first_above_base")):
+        error = facts.get(beside, {}).get("standard_error") if other else None
+        share = "–" if facts[name] is None else f"{facts[name]:.1%}"
+        shares.append(share if error is None else f"{share} ± {100 * error:.1f}")
     first, rate = speed["first_token_seconds_ratio"], speed["tokens_per_second_ratio"]
     size = record["bytes"] / 1e6
     return line(
         record["title"],
         f"{record['held_out']['perplexity']:.2f}" + against_base(record["held_out"]) * other,
-        completed,
+        *shares,
         f"{web['perplexity']:.2f}" + against_base(web) * other,
         f"{web['accuracy']:.1%}",
         f"{1000 * speed['first_token_seconds']:.0f} ms" + f" ({first:.2f}×)" * other,
