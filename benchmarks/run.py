@@ -114,10 +114,10 @@ def run(setting: Setting, stages: list[str], output: Path) -> None:
 @command
 def measure_one() -> None:
     """A stage in a process of its own (STAGE SETTING.json ROWS.json): write its rows, at the setting in a file."""
-    from utils.loading import keep_freed_memory
+    from utils.loading import prepare_device
 
     # As every command does: the stage and the bare operation it is compared with gain alike.
-    keep_freed_memory()
+    prepare_device()
     stage, setting, rows = sys.argv[1:]
     measure = getattr(importlib.import_module(f"benchmarks.{STAGES[stage]}"), stage)
     write_json(rows, [vars(row) | {"stage": stage} for row in measure(Setting(**read_json(setting)))])

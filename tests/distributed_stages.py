@@ -57,18 +57,43 @@ def stop_after(checkpoint: str, module: str, *arguments: str) -> None:
 
 
 def sharded(name: str, *arguments: str) -> None:
-    """A step whose memory accelerate shards by FSDP 2, which it does only for processes that it takes for GPUs."""
-    import os
+    """A step whose memory accelerate shards by FSDP 2, which it does only for processes that it takes for GPUs.
 
+    In any precision gradients are added up, and losses handed out, in float32.
+    """
+    import os
+    from unittest import mock
+
+    import torch
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
+
+    from training.trainer import MemoryTrainer
 
     AcceleratorState._reset_state()
     before = PartialState._shared_state["distributed_type"]
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     os.environ.update(FSDP)
+    dtypes = set()
+
+    def note(home, name):
+        def noted(*given, **options):
+            found = call(*given, **options)
+            tensors = [each for each in (found, *given, *options.values()) if isinstance(each, torch.Tensor)]
+            dtypes.update((name, each.dtype) for each in tensors)
+            return found
+
+        call = getattr(home, name)
+        return mock.patch.object(home, name, noted)
+
     try:
-        run_step(name, *arguments)
+        # The sum of gradients, by its name in this version of torch; losses.
+        adds = (
+            "reduce_scatter_single" if hasattr(torch.distributed, "reduce_scatter_single") else "reduce_scatter_tensor"
+        )
+        with note(torch.distributed, adds), note(MemoryTrainer, "_pass"):
+            run_step(name, *arguments)
+        assert dtypes == {(adds, torch.float32), ("_pass", torch.float32)}, dtypes
     finally:
         for variable in FSDP:
             del os.environ[variable]

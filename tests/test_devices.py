@@ -146,13 +146,23 @@ def test_a_base_is_read_straight_onto_its_gpu(given, asked, tmp_path, monkeypatc
     assert found == [asked] * (1 + ("device" in given))
 
 
+def open_a_base(folder):
+    BaseArguments(model_name_or_path=str(make_base("llama", folder))).open_base(dtype=torch.float32, device="cpu")
+
+
+def begin_training_without_a_base(folder):
+    TrainerArguments(mixed_precision="no", output_dir=str(folder)).make_accelerator()
+
+
+@pytest.mark.parametrize("begin", [open_a_base, begin_training_without_a_base])
 @pytest.mark.parametrize(("refused", "allowed"), [("", "high"), ("1", "highest")])
-def test_a_base_on_a_gpu_may_compute_in_tf32_unless_that_is_refused(tmp_path, monkeypatch, refused, allowed):
+def test_a_command_on_a_gpu_may_compute_in_tf32_unless_that_is_refused(tmp_path, monkeypatch, begin, refused, allowed):
     before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: SimpleNamespace(state=None))
     monkeypatch.setenv("MLPMEM_NO_TF32", refused)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     try:
-        BaseArguments(model_name_or_path=str(make_base("llama", tmp_path))).open_base(dtype=torch.float32, device="cpu")
+        begin(tmp_path)
         assert torch.get_float32_matmul_precision() == allowed
     finally:
         torch.set_float32_matmul_precision(before)

@@ -88,7 +88,9 @@ class Stages:
             steps.append(unseeded)
             pieces = ("--micro_batch_rows", 50, "--checkpointing_steps", 3)
             whole = train(offline[0], "sharded", *offline[1:], *stored, *pieces)
-            steps += [["sharded", "stop_after", "step_3", *whole], ["sharded", *whole]]
+            rounded = train(offline[0], "sharded_bf16", *offline[1:], "--max_train_steps", 3)
+            rounded[rounded.index("--mixed_precision") + 1] = "bf16"
+            steps += [["sharded", "stop_after", "step_3", *whole], ["sharded", *whole], ["sharded", *rounded]]
         if processes == 3:
             moved = train(offline[0], "moved", *offline[1:], "--checkpointing_steps", 3)
             moved[moved.index("--output_dir") + 1] = root / "2" / "moved"
@@ -243,3 +245,11 @@ def test_a_run_with_a_sharded_memory_that_was_stopped_has_the_losses_and_weights
         load_file(launched[2].folder / run / "epoch_2" / "model.safetensors") for run in ("sharded", "offline")
     )
     assert all(torch.allclose(here[name], there[name], atol=1e-4) for name in there)
+
+
+def test_a_sharded_memory_in_bfloat16_has_nearly_the_losses_of_float32(launched):
+    mine, other = launched[2].record("sharded_bf16"), launched[2].record("offline")
+    assert mine["precision"]["mixed_precision"] == "bf16"
+    for name in ("loss", "grad_norm"):
+        found, expected = logged(mine, name), logged(other, name)[:3]
+        assert found == pytest.approx(expected, rel=2e-2) and found != pytest.approx(expected, rel=1e-5)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
 from conftest import World
-from harness import command
+from harness import ROOT, command, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -96,15 +97,99 @@ def test_index_and_search_go_on_with_knn_gpu_whatever_faiss_this_is(gpu_world, t
     assert np.mean(mine.read(0, mine.rows).id_cnt == cpu.read(0, cpu.rows).id_cnt) > 0.95
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_offline_training_lowers_the_loss(gpu_world, tmp_path, precision):
-    flags = gpu_world.trainer(tmp_path, "--knn_dstore_path", gpu_world.dstore("train"), "--learning_rate", 5e-3)
+def test_the_papers_kind_of_index_is_built_and_searched_on_the_gpu(tmp_path, capsys):
+    import faiss
+    import numpy as np
+    from knn_files import random_rows, write_datastore
+
+    from knn_utils.faiss_files import has_gpu
+    from knn_utils.search import KNNSearcher
+
+    if not faiss.get_num_gpus() or not has_gpu():
+        pytest.skip("this FAISS has no code for this card")
+    keys, values = random_rows(20_000, dim=128)
+    store, index = write_datastore(tmp_path / "dstore", keys, values, part_rows=20_000), tmp_path / "train.index"
+    sizes = ("--ncentroids", 64, "--code_size", 64)
+    command("knn_utils.build_index", "--dstore_path", store, "--index_path", index, *sizes, "--knn_gpu")
+    assert "the CPU does" not in capsys.readouterr().out
+    assert "IVF64,PQ64" in str(json.loads(index.with_name("train.index.json").read_text()))
+    searchers = [KNNSearcher(index, probe=64, gpu=gpu) for gpu in (True, False)]
+    assert searchers[0].on_gpu
+    gpu, cpu = (searcher.search(keys[:500], 16)[1] for searcher in searchers)
+    assert np.mean(gpu[:, 0] == np.arange(500)) > 0.9  # a row's nearest is itself
+    assert np.mean([len(np.intersect1d(*rows)) / 16 for rows in zip(gpu, cpu, strict=True)]) > 0.8
+
+
+def test_a_base_that_accelerate_places_is_scored_embedded_and_trained_with(gpu_world, memory, tmp_path):
+    import numpy as np
+
+    from knn_utils.datastore import Datastore
+
+    placed, joint = ("--device_map", "auto"), ("--knn_generator_path", memory, "--lmbda", 0.25)
+    split = ("--model_name_or_path", gpu_world.base, "--dataset_name", gpu_world.windows)
+    for name, more in (("one", ()), ("auto", placed)):
+        command("train_base", *base_flags(gpu_world), "--output_dir", tmp_path / f"base_{name}", *more)
+        command("evaluate_joint", *split, *joint, "--output_dir", tmp_path / f"joint_{name}", *more)
+    for kind in ("base", "joint"):
+        found, expected = (result(tmp_path / f"{kind}_{name}")["perplexity"] for name in ("auto", "one"))
+        assert found == pytest.approx(expected, rel=1e-4)
+    flags = (*base_flags(gpu_world), "--save_knnlm_dstore", "--dstore_dir", tmp_path, "--output_dir", tmp_path / "tmp")
+    command("train_base", *flags, *placed)
+    here, there = Datastore.open(gpu_world.dstore("test")), Datastore.open(tmp_path / gpu_world.dstore("test").name)
+    assert np.allclose(here.keys(0, here.rows), there.keys(0, there.rows), atol=1e-2)
+    command("train_mlpmem_online", *gpu_world.trainer(tmp_path / "online", *placed, "--max_train_steps", 2))
+    assert all(map(math.isfinite, losses(tmp_path / "online")))
+
+
+def losses(output) -> list[float]:
+    log = json.loads((output / "training.json").read_text())["log"]
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+def offline(world, output, precision, *more):
+    """Flags of three epochs of offline training."""
+    flags = world.trainer(output, "--knn_dstore_path", world.dstore("train"), "--learning_rate", 5e-3, *more)
     flags[flags.index("--mixed_precision") + 1] = precision
     flags[flags.index("--num_train_epochs") + 1] = 3
-    command("train_mlpmem_offline", *flags)
-    log = json.loads((tmp_path / "training.json").read_text())["log"]
-    losses = [entry["loss"] for entry in log if "loss" in entry]
-    assert all(map(math.isfinite, losses)) and sum(losses[-3:]) < sum(losses[:3])
+    return flags
+
+
+@pytest.fixture(scope="module")
+def float32_losses(gpu_world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("float32")
+    command("train_mlpmem_offline", *offline(gpu_world, output, "no"))
+    return losses(output)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_training_in_half_precision_lowers_the_loss_as_in_float32(gpu_world, float32_losses, tmp_path, precision):
+    command("train_mlpmem_offline", *offline(gpu_world, tmp_path, precision))
+    found = losses(tmp_path)
+    assert sum(found[-3:]) < sum(found[:3]) and sum(float32_losses[-3:]) < sum(float32_losses[:3])
+    assert found == pytest.approx(float32_losses, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_training_step_waits_for_the_gpu_once(gpu_world, tmp_path, monkeypatch, precision):
+    from training.trainer import MemoryTrainer
+
+    step, waits = MemoryTrainer.train_step, []
+
+    def watched(trainer, windows, reads):
+        reads = iter([next(reads) for _ in trainer.loads(windows, 0)])  # copies for the background are not its own
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                return step(trainer, windows, reads)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            waits.append([str(each.filename) for each in caught if "synchronizing" in str(each.message)])
+
+    monkeypatch.setattr(MemoryTrainer, "train_step", watched)
+    pieces = ("--micro_batch_rows", 100, "--max_train_steps", 4, "--validation_split_name", "none")
+    command("train_mlpmem_offline", *offline(gpu_world, tmp_path, precision, *pieces))
+    assert len(waits) == 4 and all(len(each) <= 1 for each in waits[1:]), waits
 
 
 def test_online_training_gives_the_losses_of_offline_training(gpu_world, tmp_path):
@@ -113,11 +198,17 @@ def test_online_training_gives_the_losses_of_offline_training(gpu_world, tmp_pat
         *gpu_world.trainer(tmp_path / "offline", "--knn_dstore_path", gpu_world.dstore("train")),
     )
     command("train_mlpmem_online", *gpu_world.trainer(tmp_path / "online", "--round_hidden_states"))
-    found = []
-    for name in ("offline", "online"):
-        log = json.loads((tmp_path / name / "training.json").read_text())["log"]
-        found.append([entry["loss"] for entry in log if "loss" in entry])
-    assert found[0] == pytest.approx(found[1], abs=5e-3)
+    assert losses(tmp_path / "offline") == pytest.approx(losses(tmp_path / "online"), abs=5e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(("config", "precision", "near"), [("8_card", "no", 1e-3), ("llama_7B", "bf16", 0.05)])
+def test_two_gpus_train_as_one(gpu_world, float32_losses, tmp_path, config, precision, near):
+    flags = offline(gpu_world, tmp_path, precision)
+    flags[flags.index("--per_device_train_batch_size") + 1] = 8
+    launch = ("--config_file", ROOT / "accelerate_config" / f"{config}.yaml", "--num_processes", 2)
+    run("-m", "accelerate.commands.launch", *launch, "--main_process_port", 0, "-m", "train_mlpmem_offline", *flags)
+    assert losses(tmp_path) == pytest.approx(float32_losses, rel=near)
 
 
 def test_joint_evaluation_and_the_knn_lm(gpu_world, memory, tmp_path):

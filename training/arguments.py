@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from utils.cli import flag, note_unused, say, started_together
 from utils.errors import InputError, check_at_least, check_fraction, check_positive, check_seed, one_line
 from utils.files import read_json
 from utils.loading import RUN_RECORD as RECORD
-from utils.loading import BaseArguments, default_device, fastest_dtype, keep_freed_memory
+from utils.loading import BaseArguments, default_device, fastest_dtype, prepare_device
 
 STATE = "state"  # what a checkpoint holds for resuming
 STATE_RECORD = f"{STATE}/trainer_state.json"
@@ -168,8 +168,7 @@ class TrainerArguments(BaseArguments):
         import torch
         from accelerate import Accelerator
 
-        if default_device().type == "cpu":
-            keep_freed_memory()
+        prepare_device()
         self.keep_precision()
         precision = self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
         if precision is None:
@@ -177,6 +176,11 @@ class TrainerArguments(BaseArguments):
         tracker = self.report_to if self.with_tracking and self.report_to != "none" else None
         try:
             accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=self.output_dir)
+            sharding = getattr(accelerator.state, "fsdp_plugin", None)
+            if sharding is not None and sharding.fsdp_version == 2 and sharding.mixed_precision_policy is not None:
+                # accelerate would add up gradients, and hand out the losses, in half precision.
+                exact = {"reduce_dtype": torch.float32, "output_dtype": None}
+                sharding.mixed_precision_policy = replace(sharding.mixed_precision_policy, **exact)
             if tracker:
                 options = {"wandb": {"name": self.run_name}} if tracker == "wandb" and self.run_name else {}
                 accelerator.init_trackers(self.project_name, init_kwargs=options)

@@ -71,7 +71,7 @@ class BaseArguments:
         config_name: str | None = None,
         from_scratch: bool = False,
     ) -> Any:
-        """The base in evaluation mode: any decoder that `AutoModelForCausalLM` loads. MLPMEM_NO_TF32 refuses TF32 on GPUs.
+        """The base in evaluation mode: any decoder that `AutoModelForCausalLM` loads.
 
         Args:
             tokenizer: the embeddings are cut or grown to its ids, as the original does everywhere.
@@ -88,10 +88,7 @@ class BaseArguments:
 
         from models.stack import resize_vocabulary, vocabulary_size
 
-        if not torch.cuda.is_available():
-            keep_freed_memory()
-        elif not os.environ.get("MLPMEM_NO_TF32"):
-            torch.set_float32_matmul_precision("high")
+        prepare_device()
         path, remote = self.require_base(), {"trust_remote_code": self.trust_remote_code}
         dtype = self.dtype() if dtype is None else dtype
         options: dict[str, Any] = {"dtype": dtype, **remote}
@@ -256,10 +253,17 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
 
 
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed blocks: touching new ones made a CPU's forward pass 6% slower, a training step 20%."""
+def prepare_device() -> None:
+    """What every command that computes sets first. GPUs may multiply float32 in TF32 unless MLPMEM_NO_TF32 refuses it.
+
+    For a CPU glibc keeps freed blocks: touching new ones made a forward pass 6% slower, a training step 20%.
+    """
+    import torch
+
     m_trim_threshold, m_mmap_max, never = -1, -4, 2**31 - 1
-    if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("highest" if os.environ.get("MLPMEM_NO_TF32") else "high")
+    elif sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
         with contextlib.suppress(OSError, AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(m_mmap_max, 0)
