@@ -176,16 +176,15 @@ def target_batches(setting: Setting) -> list[Row]:
 
     def read() -> None:
         for load in loads:
-            source.rows(source.read(load))
+            source.rows(*source.read(load))
 
     seconds = rounds({"read": read}, max(setting.repeats, 3))
-    targets = source.read_targets(loads[0])
-    arrays = (targets.id_cnt, targets.token_id, targets.prob, targets.label)
-    rows, entries = len(targets.label), len(targets.token_id)
+    label, id_cnt, token_id, prob = arrays = source.read_targets(loads[0])
+    rows, entries = len(label), len(token_id)
     in_batch = sum(array.nbytes for array in arrays) / entries
-    all_entries = sum(len(source.read_targets(load).token_id) for load in loads)
+    all_entries = sum(len(source.read_targets(load)[2]) for load in loads)
     on_disk = sum(part.stat().st_size for part in (setting.chain_folder() / "targets").glob("*.arrow")) / all_entries
-    lists = plain.as_lists(targets.id_cnt, targets.token_id, targets.prob)
+    lists = plain.as_lists(id_cnt, token_id, prob)
     slow = timed(lambda: plain.dense_target(lists, source.vocabulary)) / len(lists)
     rate = rows_read / seconds.median("read")
     dense, largest = 4 * source.vocabulary * rows / 1e6, max(array.nbytes for array in arrays) / 1e6

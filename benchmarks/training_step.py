@@ -80,7 +80,7 @@ def step(trainer: Any, load: list[int]) -> None:
     import numpy as np
 
     windows = np.asarray(load)
-    trainer.train_step(windows, iter([trainer.source.read(windows)]))
+    trainer.train_step(windows, iter([trainer.read(windows)]))
 
 
 def bare_products(trainer: Any, rows: int, dtype: Any) -> Callable[[], None]:
@@ -144,7 +144,7 @@ def plain_rate(setting: Setting, source: Any) -> float:
 
     memory = setting.memory().train()
     optimizer = torch.optim.AdamW(memory.parameters(), lr=1e-4)
-    rows = source.rows(source.read(np.array([len(source.counts) - 1])))
+    rows = source.rows(*source.read(np.array([len(source.counts) - 1])))
     lists = plain.as_lists(rows.id_cnt, rows.token_id, rows.prob)
 
     def run() -> None:

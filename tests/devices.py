@@ -1,12 +1,14 @@
 """Tensors that hold their numbers on the CPU and claim a CUDA device; mixing devices raises, as CUDA does.
 
 Forward passes only, within `claimed_devices()`. What CUDA allows is allowed: copies, a single number from the CPU, an
-index from the CPU. The names with an underscore are torch's own way to make such tensors.
+index from the CPU. What would make the host wait for the GPU is noted. The names with an underscore are torch's own way
+to make such tensors.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -20,6 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 aten = torch.ops.aten
 COPIES = (aten.copy_, aten._to_copy)
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+# Whose result has a size that the values decide, or is a number for the host.
+READ = (aten._local_scalar_dense, aten.masked_select, aten.equal)
 attention = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -41,10 +45,52 @@ class Claimed(torch.Tensor):
         return call(func, args, kwargs or {})
 
     def tolist(self) -> Any:
+        NOTED.waits.append("tolist")
         return self.numbers.tolist()
 
     def numpy(self) -> Any:
         raise TypeError(f"can't convert {self.device} device type tensor to numpy")
+
+
+class Notes:
+    """Of a run within `claimed_devices`: what a host would have waited for, and what was pinned, by which threads."""
+
+    def __init__(self) -> None:
+        self.waits: list[str] = []
+        self.pinned: dict[int, torch.Tensor] = {}  # by the address of their memory
+        self.threads: list[threading.Thread] = []
+
+    def clear(self) -> None:
+        self.__init__()
+
+
+NOTED = Notes()
+
+
+def pin(tensor: torch.Tensor) -> torch.Tensor:
+    NOTED.pinned[tensor.untyped_storage().data_ptr()] = tensor
+    NOTED.threads.append(threading.current_thread())
+    return tensor
+
+
+def note_wait(packet: Any, args: tuple, kwargs: dict) -> None:
+    """Note an operation after which the host would go on only when the GPU has come so far."""
+    first = args[0] if args else None
+    source = args[1] if packet is aten.copy_ else first
+    if packet in COPIES:
+        goes_to = first.device if packet is aten.copy_ else torch.device(kwargs.get("device") or first.device)
+        way = source.device.type, goes_to.type
+        quick = kwargs.get("non_blocking") and kwargs.get("dtype") in (None, source.dtype)
+        quick = quick and source.untyped_storage().data_ptr() in NOTED.pinned
+        waits = way == ("cuda", "cpu") or (way == ("cpu", "cuda") and source.dim() > 0 and not quick)
+    elif packet is aten.repeat_interleave:
+        waits = isinstance(first, Claimed) and kwargs.get("output_size") is None
+    elif packet is aten.index:
+        waits = any(isinstance(each, Claimed) and each.dtype == torch.bool for each in tensors_in(args[1]))
+    else:
+        waits = packet in READ and isinstance(first, Claimed)
+    if waits:
+        NOTED.waits.append(str(packet))
 
 
 def numbers(value: Any) -> Any:
@@ -72,6 +118,7 @@ def check_index(tensor: torch.Tensor, index: Any) -> torch.device:
 def call(func: Any, args: tuple, kwargs: dict) -> Any:
     """One operation on the numbers; its result claims the device that CUDA would give it."""
     tensors, target = tensors_in(args, kwargs), kwargs.get("device")
+    note_wait(func._overloadpacket, args, kwargs)
     if func._overloadpacket in COPIES:
         device = tensors[0].device
     elif func._overloadpacket in INDEXING:
@@ -110,6 +157,7 @@ class Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], Claimed):
             check_index(args[0], args[1])
+            note_wait(aten.index, args, {})
             result = func(*tree_map(numbers, args))
             return Claimed(result, args[0].device) if result is not None else None
         if func is attention:
@@ -122,7 +170,9 @@ class Functions(TorchFunctionMode):
 @contextlib.contextmanager
 def claimed_devices() -> Iterator[None]:
     """Within it `.to("cuda:1")` and `device="cuda"` make tensors that claim to be there."""
-    with mock.patch("torch.cuda._lazy_init"), torch.inference_mode(), Operations(), Functions():
+    NOTED.clear()
+    patches = mock.patch("torch.cuda._lazy_init"), mock.patch.object(torch.Tensor, "pin_memory", pin)
+    with patches[0], patches[1], torch.inference_mode(), Operations(), Functions():
         yield
 
 

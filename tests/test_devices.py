@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from types import SimpleNamespace
 
 import datasets
@@ -10,8 +12,8 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from devices import claimed_devices, put, spread
-from tiny_models import HIDDEN, byte_tokenizer, make_base, some_ids, tiny_base, tiny_memory
+from devices import NOTED, claimed_devices, put, spread
+from tiny_models import HIDDEN, VOCABULARY, byte_tokenizer, make_base, some_ids, tiny_base, tiny_memory
 from transformers import AutoModelForCausalLM
 
 import evaluate_joint
@@ -21,7 +23,10 @@ from knn_utils.datastore import TargetRows
 from knn_utils.saveEmbedMulti import capture_rows
 from models import MLPMemory
 from models.capture import captured_module
+from training.arguments import TrainerArguments
 from training.online import OnlineRows
+from training.rows import OfflineRows
+from training.trainer import MemoryTrainer
 from utils.loading import BaseArguments
 
 pytestmark = pytest.mark.unit
@@ -72,13 +77,34 @@ def joint(base, folder):
 
 
 def online_rows(base, folder):
-    source = object.__new__(OnlineRows)  # without the files of targets
+    source = online_source(base)
+    return [source.rows(*source.read(np.arange(len(IDS)))).hidden.cpu()]
+
+
+def without_files(kind):
+    """A source of rows of WINDOWS, one target for each row."""
+    source = object.__new__(kind)
+    source.windows, source.counts, source.vocabulary = WINDOWS, np.full(len(IDS), 11), VOCABULARY
+    source.ends, labels = np.cumsum(source.counts), IDS[:, 1:].reshape(-1).astype(np.int32)
+    one = np.ones(len(labels), np.int32)
+    columns = one, labels, one.astype(np.float16), labels
+    read = lambda start, stop: TargetRows(*(column[start:stop] for column in columns))  # noqa: E731
+    source.targets = SimpleNamespace(read=read, path="targets")
+    return source
+
+
+def online_source(base):
+    source = without_files(OnlineRows)
     source.base, source.layer_position, source.batch_size, source.round_to_half = base, -1, 2, True
     source.device = base.get_input_embeddings().weight.device
-    labels = IDS[:, 1:].reshape(-1).astype(np.int32)
-    one = np.ones(len(labels), np.int32)
-    targets = TargetRows(id_cnt=one, token_id=labels, prob=one.astype(np.float16), label=labels)
-    return [source.rows(((IDS, IDS), targets)).hidden.cpu()]
+    return source
+
+
+def offline_source(base):
+    source = without_files(OfflineRows)
+    keys = np.random.default_rng(0).standard_normal((source.ends[-1], HIDDEN)).astype(np.float16)
+    source.datastore = SimpleNamespace(keys=lambda start, stop: keys[start:stop], path="datastore")
+    return source
 
 
 def recall(base, folder):
@@ -106,6 +132,69 @@ def test_a_stage_runs_where_its_base_is_and_gives_the_numbers_of_the_cpu(stage, 
     assert len(found) == len(expected) > 0
     for mine, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+class Alone:
+    """An `Accelerator` of one process, without gradients."""
+
+    num_processes, process_index, is_main_process, mixed_precision, distributed_type = 1, 0, True, "no", "NO"
+    no_sync = staticmethod(contextlib.nullcontext)
+    register_save_state_pre_hook = register_load_state_pre_hook = backward = staticmethod(lambda *_: None)
+    prepare = staticmethod(lambda module, optimizer: (module, optimizer))
+    reduce = staticmethod(lambda tensor, how: tensor)
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+
+    def clip_grad_norm_(self, parameters, norm):
+        return torch.ones((), device=self.device)
+
+
+def one_step(make_source, base, loss):
+    """The figures of a step of two loads, each of several micro-batches."""
+    memory = memory_beside(base)
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "micro_batch_rows": 5}
+    arguments = TrainerArguments(seed=0, loss=loss, **settings)
+    trainer = MemoryTrainer(memory, make_source(base), arguments, {}, Alone(memory.lm_head.weight.device))
+    NOTED.clear()
+    return trainer.train_step(np.arange(len(IDS)), trainer._reads())
+
+
+@pytest.mark.parametrize("loss", ["fused", "plain"])
+@pytest.mark.parametrize(("source", "base_batches"), [(offline_source, 0), (online_source, 2)])
+def test_a_training_step_waits_once_for_the_gpu_and_its_copies_are_pinned_in_the_reading_thread(
+    source, base_batches, loss
+):
+    expected = one_step(source, tiny_base("llama"), loss)
+    base = tiny_base("llama")
+    with claimed_devices():
+        found = one_step(source, put(base, "cuda:0"), loss)
+        # transformers itself looks once in each of the base's batches whether texts are packed in it.
+        assert NOTED.waits[-1] == "tolist" and len(NOTED.waits) <= 1 + base_batches
+        assert len(NOTED.threads) >= 2 * 5 and threading.main_thread() not in NOTED.threads
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_waits_for_a_gpu_are_noted_as_they_are_there():
+    with claimed_devices():
+        here, mask = torch.ones(3, device="cuda:0"), torch.ones(3, device="cuda:0") > 0
+        pinned = torch.ones(3).pin_memory()
+        for quick in (
+            lambda: pinned[1:].to("cuda:0", non_blocking=True),
+            lambda: here[torch.tensor([1]).pin_memory().to("cuda:0", non_blocking=True)],
+            lambda: here.repeat_interleave(mask.long(), output_size=3),
+        ):
+            quick()
+            assert NOTED.waits == []
+        for slow in (
+            *(lambda: here.sum().item(), lambda: bool(mask.all()), here.tolist, here.cpu, lambda: here[mask]),
+            *(lambda: pinned.to("cuda:0"), lambda: torch.ones(3).to("cuda:0", non_blocking=True)),
+            lambda: pinned.to("cuda:0", torch.float64, non_blocking=True),
+            lambda: here.repeat_interleave(mask.long()),
+        ):
+            slow()
+            assert NOTED.waits, slow
+            NOTED.waits.clear()
 
 
 def test_mixing_devices_raises_as_on_a_gpu():

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from models.capture import hidden_states
 from training.arguments import TrainerArguments
@@ -27,21 +28,18 @@ class OnlineRows(WindowRows):
         self.base, self.batch_size, self.round_to_half = base, batch_size, round_to_half
         self.device = base.get_input_embeddings().weight.device
 
-    def read(self, windows: np.ndarray) -> Any:
+    def read(self, windows: np.ndarray) -> list[Tensor]:
         rows = self.windows[np.asarray(windows)]
-        return (np.asarray(rows["input_ids"]), np.asarray(rows["labels"])), self.read_targets(windows)
+        ids, labels = (torch.from_numpy(np.asarray(rows[name]).astype(np.int64)) for name in ("input_ids", "labels"))
+        # Positions by number, since a mask would make the host wait for how many a GPU finds in it.
+        chosen = predicted_positions(labels)[0].flatten().nonzero()[:, 0]  # (rows,)
+        return [ids, chosen, *self.read_targets(windows)]
 
-    def rows(self, read: Any) -> Rows:
-        (input_ids, labels), targets = read
-        mask, _ = predicted_positions(torch.from_numpy(labels))
-        pieces = []
-        with torch.no_grad():
-            for start in range(0, len(input_ids), self.batch_size):
-                ids = torch.from_numpy(input_ids[start : start + self.batch_size]).to(self.device, torch.int64)
-                hidden = hidden_states(self.base, ids, layer_position=self.layer_position)
-                pieces.append(hidden[mask[start : start + self.batch_size].to(hidden.device)])  # (rows, hidden)
-        hidden = torch.cat(pieces)
-        return Rows.of(hidden.half() if self.round_to_half else hidden, targets)
+    def rows(self, input_ids: Tensor, chosen: Tensor, *targets: Tensor) -> Rows:
+        batches = (ids.to(self.device, non_blocking=True) for ids in input_ids.split(self.batch_size))
+        hidden = torch.cat([hidden_states(self.base, ids, layer_position=self.layer_position) for ids in batches])
+        hidden = hidden.flatten(0, 1)[chosen.to(hidden.device, non_blocking=True)]  # (rows, hidden)
+        return Rows(hidden.half() if self.round_to_half else hidden, *targets)
 
     def origin(self) -> str:
         return str(self.base.config.name_or_path)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knn_utils.datastore import Datastore, KNNTargets, TargetRows, check_belongs
+from knn_utils.datastore import Datastore, KNNTargets, check_belongs
 from training.arguments import TrainerArguments
 from utils.errors import InputError
 from utils.evaluation import count_rows, predicted_positions
@@ -24,7 +25,8 @@ class Rows:
     """Rows of one process's share of a step.
 
     hidden (n, dim) float16 or float32, label (n,) int32, id_cnt (n,) int32; token_id and prob hold the targets'
-    entries of all rows end to end (int32 and float16).
+    entries of all rows end to end (int32 and float16). The loss checks targets that lie on the CPU, and moves them
+    beside the hidden states, without waiting for a GPU.
     """
 
     hidden: Tensor
@@ -32,12 +34,6 @@ class Rows:
     id_cnt: Tensor
     token_id: Tensor
     prob: Tensor
-
-    @classmethod
-    def of(cls, hidden: Tensor, targets: TargetRows) -> Rows:
-        """Rows of hidden states (n, dim) and their targets, on the arrays' own memory."""
-        arrays = (targets.label, targets.id_cnt, targets.token_id, targets.prob)
-        return cls(hidden, *map(torch.from_numpy, arrays))
 
     @classmethod
     def without_target(cls, hidden: Tensor, label: Tensor) -> Rows:
@@ -53,10 +49,8 @@ class Rows:
             whole = (tensor[start:stop] for tensor in (self.hidden, self.label, self.id_cnt))
             yield Rows(*whole, self.token_id[entries], self.prob[entries])
 
-    def to(self, device: torch.device) -> Rows:
-        return Rows(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
 
-
+@functools.lru_cache(maxsize=2)
 def epoch_order(windows: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the windows in an epoch: a permutation that depends on the seed and the epoch alone."""
     return np.random.default_rng((seed, epoch)).permutation(windows)
@@ -65,8 +59,8 @@ def epoch_order(windows: int, seed: int, epoch: int) -> np.ndarray:
 class WindowRows:
     """The rows of windows, by window number: kNN targets, and hidden states from where a subclass takes them.
 
-    Its `read(windows)` reads what windows (their numbers, in order) need from disk, in a background thread; `rows` makes
-    `Rows` of that, on any device, in the main thread; `origin` names the file or model of the hidden states.
+    Its `read(windows)` gives what windows (their numbers, in order) need from disk, as tensors, in a background thread;
+    `rows` makes `Rows` of them in the main thread; `origin` names the file or model of the hidden states.
 
     Args:
         windows: a split as `load_windows` gives it.
@@ -107,18 +101,24 @@ class WindowRows:
         """First and past-last row of a window."""
         return int(self.ends[window] - self.counts[window]), int(self.ends[window])
 
-    def read_targets(self, windows: np.ndarray) -> TargetRows:
-        """Targets of `windows`, laid end to end. Raises InputError for token ids beyond the vocabulary."""
+    def read_targets(self, windows: np.ndarray) -> list[Tensor]:
+        """label, id_cnt, token_id and prob of `windows`, laid end to end, as in `Rows`.
+
+        Raises InputError for token ids beyond the vocabulary.
+        """
         pieces = [self.targets.read(*self.range_of(window)) for window in windows]
-        names = ("id_cnt", "token_id", "prob", "label")
-        targets = TargetRows(**{name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in names})
-        ids = targets.token_id
+        names = ("label", "id_cnt", "token_id", "prob")
+        arrays = [np.concatenate([getattr(piece, name) for piece in pieces]) for name in names]
+        ids = arrays[2]
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocabulary:
             raise InputError(
                 f"--knn_save_path {self.targets.path}: holds token id {ids.max()}, but the memory's vocabulary has "
                 f"{self.vocabulary} tokens; teacher and student need the same tokenizer"
             )
-        return targets
+        return [torch.from_numpy(array) for array in arrays]
+
+    def rows(self, hidden: Tensor, *targets: Tensor) -> Rows:
+        return Rows(hidden, *targets)
 
     def where(self, windows: np.ndarray) -> str:
         """Names files and windows, for messages about bad values."""
@@ -140,13 +140,9 @@ class OfflineRows(WindowRows):
         self.check_labels(dstore_path, self.datastore.vals)
         check_belongs(self.datastore, base=arguments)
 
-    def read(self, windows: np.ndarray) -> Any:
+    def read(self, windows: np.ndarray) -> list[Tensor]:
         keys = [self.datastore.keys(*self.range_of(window)) for window in windows]
-        return np.concatenate(keys), self.read_targets(windows)
-
-    def rows(self, read: Any) -> Rows:
-        keys, targets = read
-        return Rows.of(torch.from_numpy(keys), targets)
+        return [torch.from_numpy(np.concatenate(keys)), *self.read_targets(windows)]
 
     def origin(self) -> str:
         return str(self.datastore.path)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -122,10 +123,10 @@ class MemoryWithLoss(nn.Module):
         Without `num_rows`, for validation: log-probabilities (n, 1) of the labels, in the weights' own precision.
         """
         weight = self.memory.lm_head.weight  # (vocabulary, hidden)
-        inputs = rows.hidden.to(weight.dtype)  # (n, dim)
+        inputs = rows.hidden.to(weight.device, non_blocking=True).to(weight.dtype)  # (n, dim)
         if num_rows is None:
             with torch.autocast(inputs.device.type, enabled=False):
-                return label_log_probabilities(self.memory.hidden(inputs), weight, rows.label)
+                return label_log_probabilities(self.memory.hidden(inputs), weight, rows.label.to(weight.device))
         hidden = self.memory.hidden(inputs)  # (n, hidden)
         targets = rows.label, rows.id_cnt, rows.token_id, rows.prob, self.alpha
         if self.loss == "plain":
@@ -161,8 +162,7 @@ class MemoryTrainer:
         self.total_steps = self.steps_per_epoch * arguments.num_train_epochs
         if arguments.max_train_steps is not None:
             self.total_steps = min(self.total_steps, arguments.max_train_steps)
-        default_rows = GPU_ROWS if accelerator.device.type != "cpu" else CPU_ROWS
-        self.micro_rows = arguments.micro_batch_rows or default_rows
+        self.micro_rows = arguments.micro_batch_rows or (CPU_ROWS if accelerator.device.type == "cpu" else GPU_ROWS)
         self.identity = {name: getattr(arguments, name) for name in IDENTITY}
         self.identity |= {"windows_per_step": self.windows_per_step, "data": data}
         self.log: list[dict[str, Any]] = []
@@ -207,8 +207,8 @@ class MemoryTrainer:
 
     def windows_of_step(self, step: int) -> np.ndarray:
         epoch, number = divmod(step, self.steps_per_epoch)
-        order = self.filled[epoch_order(len(self.filled), self.arguments.seed, epoch)]
-        return order[number * self.windows_per_step : (number + 1) * self.windows_per_step]
+        order = epoch_order(len(self.filled), self.arguments.seed, epoch)
+        return self.filled[order[number * self.windows_per_step : (number + 1) * self.windows_per_step]]
 
     def loads(self, windows: np.ndarray, process: int) -> list[np.ndarray]:
         """Windows of a step that `process` reads at once, load by load, so that gradient accumulation bounds memory."""
@@ -230,13 +230,14 @@ class MemoryTrainer:
             for load in self.loads(self.windows_of_step(step), self.accelerator.process_index)
         )
         with ThreadPoolExecutor(1) as pool:
-            waiting = None
-            for load in loads:
-                waiting, done = pool.submit(self.source.read, load), waiting
-                if done is not None:
-                    yield done.result()
-            if waiting is not None:
-                yield waiting.result()
+            futures = (pool.submit(self.read, load) for load in loads)
+            for future, _ in itertools.pairwise(itertools.chain(futures, [None])):
+                yield future.result()
+
+    def read(self, load: np.ndarray) -> list[Tensor]:
+        """What a load reads; pinned where a GPU is to copy it without waiting."""
+        read = self.source.read(load)
+        return [tensor.pin_memory() for tensor in read] if self.accelerator.device.type == "cuda" else read
 
     # -- one step ---------------------------------------------------------------------------------------
 
@@ -245,34 +246,32 @@ class MemoryTrainer:
         num_rows = int(self.source.counts[windows].sum())
         left = self.passes(windows)
         sums = torch.zeros(3, device=self.accelerator.device)
-        for load in self.loads(windows, self.accelerator.process_index):
-            rows = self.source.rows(next(reads))
-            if not bool(torch.isfinite(rows.hidden).all()):
-                raise InputError(
-                    f"step {self.step + 1}: hidden states of {self.source.where(load)} hold NaN or infinity"
-                )
-            for piece in rows.slices(self.micro_rows):
+        for _ in self.loads(windows, self.accelerator.process_index):
+            for piece in self.source.rows(*next(reads)).slices(self.micro_rows):
                 left -= 1
                 sums += self._pass(piece, num_rows, exchange=left == 0)
-        while left:
+        for later in reversed(range(left)):
             # This process has no more rows, but takes part in the exchange of weights and gradients.
-            left -= 1
             nothing = torch.zeros(1, self.memory.input_dim), torch.zeros(1, dtype=torch.int64)
-            self._pass(Rows.without_target(*nothing), num_rows, exchange=left == 0, weight=0.0)
-        return self._update(self.accelerator.reduce(sums, "sum").tolist(), windows, num_rows)
+            self._pass(Rows.without_target(*nothing), num_rows, exchange=later == 0, weight=0.0)
+        return self._update(sums, windows, num_rows)
 
     def _pass(self, rows: Rows, num_rows: int, exchange: bool, weight: float = 1.0) -> Tensor:
         """Forward and backward of some rows; returns their (total, kl, ce)."""
         with contextlib.nullcontext() if exchange else self.accelerator.no_sync(self.model):
-            losses = self.model(rows.to(self.accelerator.device), num_rows)
+            losses = self.model(rows, num_rows)
             # The exchange averages gradients over processes; the loss is a sum of their shares.
             self.accelerator.backward(losses[0] * (weight * self.accelerator.num_processes))
         return torch.stack(losses).detach()
 
-    def _update(self, losses: list[float], windows: np.ndarray, num_rows: int) -> dict[str, Any]:
+    def _update(self, sums: Tensor, windows: np.ndarray, num_rows: int) -> dict[str, Any]:
         """Clip the gradients and take the optimizer's step; returns the step's figures."""
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        # All that is read from a GPU in a step, so that it waits once.
+        *losses, norm = torch.cat([self.accelerator.reduce(sums, "sum"), norm.to(sums).view(1)]).tolist()
+        if not math.isfinite(losses[0]):
+            self._check_hidden(windows)
         scaled = self.accelerator.mixed_precision == "fp16"  # whose scaler leaves out steps of infinite gradients
         for name, value in (("loss", losses[0]), ("gradient's norm", 0.0 if scaled else norm)):
             if not math.isfinite(value):
@@ -286,6 +285,13 @@ class MemoryTrainer:
         self.optimizer.zero_grad()
         figures = dict(zip(("loss", "kl", "ce"), losses, strict=True))
         return {**figures, "grad_norm": norm, "learning_rate": rate, "rows": num_rows}
+
+    def _check_hidden(self, windows: np.ndarray) -> None:
+        """Raise InputError for the first of `windows` whose hidden states are not finite: that makes a loss NaN."""
+        for window in windows[:, None]:
+            if not torch.isfinite(self.source.rows(*self.source.read(window)).hidden).all():
+                where = self.source.where(window)
+                raise InputError(f"step {self.step + 1}: hidden states of {where} hold NaN or infinity")
 
     def _loop(self) -> None:
         hidden = None if self.accelerator.is_main_process else True  # None: shown on a terminal
@@ -314,11 +320,8 @@ class MemoryTrainer:
 
     @torch.no_grad()
     def _validate(self, validation: Validation) -> None:
-        def label_log_probs(hidden: Tensor, labels: Tensor) -> Tensor:
-            return self.model(Rows.without_target(hidden, labels).to(self.accelerator.device))
-
         self.model.eval()
-        figures = validation.figures(label_log_probs)
+        figures = validation.figures(lambda hidden, labels: self.model(Rows.without_target(hidden, labels)))
         self.model.train()
         self._note({"step": self.step, "validation": figures})
         say(f"step {self.step}: {json.dumps(figures)}")

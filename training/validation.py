@@ -40,21 +40,17 @@ class Validation:
         Args:
             label_log_probs: the memory's log-probabilities (rows, 1) of labels (rows,) from hidden states (rows, dim).
         """
-        score, alone = MixtureScore(LAMBDAS, [1.0]), MixtureScore([1.0], [1.0])
-        done = 0
-        for hidden, base, labels in self.batches():
-            log_probs = label_log_probs(hidden, labels).cpu()
-            score.add(base, log_probs)
-            alone.add(base, log_probs)
-            done += 1
+        score, done = MixtureScore((*LAMBDAS, 1.0), [1.0]), 0
+        for done, (hidden, base, labels) in enumerate(self.batches(), 1):  # noqa: B007
+            score.add(base, label_log_probs(hidden, labels))
         for _ in range(done, self.passes):
             label_log_probs(torch.zeros(1, self.dim), torch.zeros(1, dtype=torch.int64))
         score.reduce()
-        alone.reduce()
-        best = score.best()
+        *mixed, alone = score.grid()
+        best = min(mixed, key=lambda row: row["perplexity"])
         return {
             "base_perplexity": round(score.base_perplexity(), 4),
-            "memory_perplexity": round(alone.best()["perplexity"], 4),
+            "memory_perplexity": round(alone["perplexity"], 4),
             "joint_perplexity": round(best["perplexity"], 4),
             "lmbda": best["lmbda"],
             "tokens": int(score.tokens.item()),
@@ -84,10 +80,11 @@ def open_validation(arguments: Any, dim: int, processes: int, open_base: Callabl
         return None
     base, batch_size = open_base(), arguments.per_device_eval_batch_size
     check_token_ids(windows, base.config.vocab_size, arguments.dataset_name)
-    scored = []
+    scored, finite = [], True
     for hidden, log_probs, labels in Scorer(base, arguments.layer_position).batches(windows, batch_size):
-        hidden = hidden.half().cpu()
-        if not torch.isfinite(hidden).all():
-            raise InputError(f"--validation_split_name {split}: hidden states of the base hold NaN or infinity")
-        scored.append((hidden, log_probs.cpu(), labels.cpu()))
+        hidden = hidden.half()
+        finite = torch.isfinite(hidden).all() & finite
+        scored.append((hidden.cpu(), log_probs.cpu(), labels))
+    if not finite:
+        raise InputError(f"--validation_split_name {split}: hidden states of the base hold NaN or infinity")
     return Validation(lambda: scored, math.ceil(math.ceil(len(windows) / batch_size) / processes), dim)

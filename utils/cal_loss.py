@@ -86,12 +86,13 @@ def sparse_distillation_loss(
     log_probs = logits.to(_accurate(logits.dtype)).log_softmax(-1).reshape(-1)  # (rows · vocabulary,)
     row_start = torch.arange(rows, device=logits.device) * vocabulary
     # (entries,): the student's log-probability of each entry's token
-    entry_log_probs = log_probs[row_start.repeat_interleave(targets.id_cnt) + targets.token_id]
+    entry_start = row_start.repeat_interleave(targets.id_cnt, output_size=len(targets.token_id))
+    entry_log_probs = log_probs[entry_start + targets.token_id]
     p = targets.prob.to(log_probs.dtype)
     kl = (torch.xlogy(p, p) - p * entry_log_probs).sum() / targets.divisor
 
     labelled = targets.labels != IGNORED_LABEL
-    ce = -log_probs[row_start[labelled] + targets.labels[labelled]].sum() / targets.divisor
+    ce = -log_probs[row_start + targets.labels.clamp_min(0)].where(labelled, 0.0).sum() / targets.divisor
     return alpha * kl + (1 - alpha) * ce, kl.detach(), ce.detach()
 
 
@@ -182,12 +183,7 @@ class _FusedLinearDistillation(torch.autograd.Function):
 
 
 def _chunked(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: _Targets,
-    product_dtype: torch.dtype,
-    want_hidden: bool,
-    want_weight: bool,
+    hidden: Tensor, weight: Tensor, targets: _Targets, product_dtype: torch.dtype, want_hidden: bool, want_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(total, kl, ce, gradient of hidden or None, gradient of weight or None), both gradients in float32 or float64."""
     (rows, width), vocabulary = hidden.shape, weight.shape[0]
@@ -291,14 +287,15 @@ def _check_targets(
 ) -> _Targets:
     """Targets for the rows of `like` (rows, …), on its device. Raises InputError if they do not fit.
 
-    An id beyond the vocabulary would address another row. All facts travel at once, so that a GPU waits once.
+    An id beyond the vocabulary would address another row. What lies on the CPU is checked there; of what lies on a GPU
+    all facts travel at once.
     """
     if not 0.0 <= alpha <= 1.0:
         raise InputError(f"alpha {alpha}: expected a number from 0 to 1")
     if num_rows is not None and not num_rows > 0:
         raise InputError(f"num_rows {num_rows}: expected a number above 0")
     rows = like.shape[0]
-    labels, id_cnt = labels.reshape(-1).long(), id_cnt.reshape(-1).long()
+    labels, id_cnt = labels.reshape(-1), id_cnt.reshape(-1)
     if len(labels) != rows or len(id_cnt) != rows or token_id.ndim != 1 or token_id.shape != prob.shape:
         raise InputError(
             f"targets do not fit {rows} rows: {len(labels)} labels, {len(id_cnt)} id_cnt, token_id "
@@ -320,8 +317,12 @@ def _check_targets(
         raise InputError(
             f"labels reach from {lowest_label} to {highest_label}; expected 0 to {vocabulary - 1}, or {IGNORED_LABEL}"
         )
-    moved = (tensor.to(like.device, non_blocking=True) for tensor in (labels, id_cnt, token_id, prob))
-    return _Targets(*moved, alpha, float(num_rows or max(rows, 1)), row_bounds, bounds)
+    # Widened where they go to: a CPU's copies would not be pinned, and a GPU would wait for them.
+    labels, id_cnt, token_id, prob = (
+        each.to(like.device, non_blocking=True) for each in (labels, id_cnt, token_id, prob)
+    )
+    divisor = float(num_rows or max(rows, 1))
+    return _Targets(labels.long(), id_cnt.long(), token_id, prob, alpha, divisor, row_bounds, bounds)
 
 
 def _accurate(dtype: torch.dtype) -> torch.dtype:
