@@ -170,17 +170,15 @@ class TrainerArguments(BaseArguments):
 
         prepare_device()
         self.keep_precision()
-        precision = self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-        if precision is None:
-            precision = "bf16" if fastest_dtype(default_device()) is torch.bfloat16 else "no"
+        fastest = "bf16" if fastest_dtype(default_device()) is torch.bfloat16 else "no"
+        precision = self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or fastest
         tracker = self.report_to if self.with_tracking and self.report_to != "none" else None
         try:
             accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=self.output_dir)
             sharding = getattr(accelerator.state, "fsdp_plugin", None)
-            if sharding is not None and sharding.fsdp_version == 2 and sharding.mixed_precision_policy is not None:
+            if sharding and sharding.fsdp_version == 2 and (policy := sharding.mixed_precision_policy):
                 # accelerate would add up gradients, and hand out the losses, in half precision.
-                exact = {"reduce_dtype": torch.float32, "output_dtype": None}
-                sharding.mixed_precision_policy = replace(sharding.mixed_precision_policy, **exact)
+                sharding.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
             if tracker:
                 options = {"wandb": {"name": self.run_name}} if tracker == "wandb" and self.run_name else {}
                 accelerator.init_trackers(self.project_name, init_kwargs=options)

@@ -70,6 +70,8 @@ class WindowRows:
         InputError: targets of other windows or of another block.
     """
 
+    rows: Callable[..., Rows] = Rows
+
     def __init__(self, windows: Any, config: Any, arguments: TrainerArguments) -> None:
         self.windows, self.vocabulary, self.layer_position = windows, config.vocab_size, arguments.layer_position
         self.targets = KNNTargets.open(arguments.knn_save_path)
@@ -116,9 +118,6 @@ class WindowRows:
                 f"{self.vocabulary} tokens; teacher and student need the same tokenizer"
             )
         return [torch.from_numpy(array) for array in arrays]
-
-    def rows(self, hidden: Tensor, *targets: Tensor) -> Rows:
-        return Rows(hidden, *targets)
 
     def where(self, windows: np.ndarray) -> str:
         """Names files and windows, for messages about bad values."""

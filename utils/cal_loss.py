@@ -321,8 +321,9 @@ def _check_targets(
     labels, id_cnt, token_id, prob = (
         each.to(like.device, non_blocking=True) for each in (labels, id_cnt, token_id, prob)
     )
-    divisor = float(num_rows or max(rows, 1))
-    return _Targets(labels.long(), id_cnt.long(), token_id, prob, alpha, divisor, row_bounds, bounds)
+    return _Targets(
+        labels.long(), id_cnt.long(), token_id, prob, alpha, float(num_rows or rows or 1), row_bounds, bounds
+    )
 
 
 def _accurate(dtype: torch.dtype) -> torch.dtype:
