@@ -170,8 +170,8 @@ class TrainerArguments(BaseArguments):
 
         prepare_device()
         self.keep_precision()
-        fastest = "bf16" if fastest_dtype(default_device()) is torch.bfloat16 else "no"
-        precision = self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or fastest
+        precision = self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+        precision = precision or ("bf16" if fastest_dtype(default_device()) is torch.bfloat16 else "no")
         tracker = self.report_to if self.with_tracking and self.report_to != "none" else None
         try:
             accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=self.output_dir)

@@ -25,8 +25,7 @@ class Rows:
     """Rows of one process's share of a step.
 
     hidden (n, dim) float16 or float32, label (n,) int32, id_cnt (n,) int32; token_id and prob hold the targets'
-    entries of all rows end to end (int32 and float16). The loss checks targets that lie on the CPU, and moves them
-    beside the hidden states, without waiting for a GPU.
+    entries of all rows end to end (int32 and float16). All but `hidden` lie on the CPU, where the loss checks them.
     """
 
     hidden: Tensor

@@ -243,8 +243,7 @@ class MemoryTrainer:
 
     def train_step(self, windows: np.ndarray, reads: Iterator[Any]) -> dict[str, Any]:
         """One step of the optimizer on `windows`, whose loads on this process are the next of `reads`."""
-        num_rows = int(self.source.counts[windows].sum())
-        left = self.passes(windows)
+        num_rows, left = int(self.source.counts[windows].sum()), self.passes(windows)
         sums = torch.zeros(3, device=self.accelerator.device)
         for _ in self.loads(windows, self.accelerator.process_index):
             for piece in self.source.rows(*next(reads)).slices(self.micro_rows):
@@ -269,11 +268,11 @@ class MemoryTrainer:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         # All that is read from a GPU in a step, so that it waits once.
-        *losses, norm = torch.cat([self.accelerator.reduce(sums, "sum"), norm.to(sums).view(1)]).tolist()
-        if not math.isfinite(losses[0]):
+        loss, kl, ce, norm = torch.cat([self.accelerator.reduce(sums, "sum"), norm.to(sums).view(1)]).tolist()
+        if not math.isfinite(loss):
             self._check_hidden(windows)
         scaled = self.accelerator.mixed_precision == "fp16"  # whose scaler leaves out steps of infinite gradients
-        for name, value in (("loss", losses[0]), ("gradient's norm", 0.0 if scaled else norm)):
+        for name, value in (("loss", loss), ("gradient's norm", 0.0 if scaled else norm)):
             if not math.isfinite(value):
                 raise InputError(
                     f"step {self.step + 1}: the {name} is {value} on {self.source.where(windows)}; training stops and "
@@ -283,8 +282,7 @@ class MemoryTrainer:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        figures = dict(zip(("loss", "kl", "ce"), losses, strict=True))
-        return {**figures, "grad_norm": norm, "learning_rate": rate, "rows": num_rows}
+        return {"loss": loss, "kl": kl, "ce": ce, "grad_norm": norm, "learning_rate": rate, "rows": num_rows}
 
     def _check_hidden(self, windows: np.ndarray) -> None:
         """Raise InputError for the first of `windows` whose hidden states are not finite: that makes a loss NaN."""

@@ -287,8 +287,7 @@ def _check_targets(
 ) -> _Targets:
     """Targets for the rows of `like` (rows, …), on its device. Raises InputError if they do not fit.
 
-    An id beyond the vocabulary would address another row. What lies on the CPU is checked there; of what lies on a GPU
-    all facts travel at once.
+    An id beyond the vocabulary would address another row. Targets that lie on the CPU are checked there.
     """
     if not 0.0 <= alpha <= 1.0:
         raise InputError(f"alpha {alpha}: expected a number from 0 to 1")
