@@ -313,6 +313,7 @@ def test_a_device_map_is_the_bases(exported, joint, place):
     assert torch.equal(again(some_ids()).logits, joint(some_ids()).logits)
 
 
+@torch.compiler.set_stance("force_eager")
 @pytest.mark.parametrize("include_base", [None, True])
 def test_a_quantised_base_stays_so_and_its_memory_plain(sources, tmp_path, include_base):
     """BitNet's layers: the one quantisation of transformers that needs neither a GPU nor a further package."""
