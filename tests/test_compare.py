@@ -12,6 +12,8 @@ import torch
 from harness import command, refused, refused_here
 from tiny_models import byte_tokenizer, make_base
 
+from utils.errors import InputError
+
 pytest.importorskip("peft", reason="the extra `compare` is not installed")
 pytest.importorskip("bm25s", reason="the extra `compare` is not installed")
 
@@ -62,6 +64,8 @@ def work(tmp_path_factory):
         *("--num_train_epochs", 1, "--seed", 3, "--num_warmup_steps", 2, "--per_device_train_batch_size", 4),
         *("--learning_rate", 1e-2, "--mixed_precision", "no"),
     )
+    known = ("--known_windows", 4, "--steps", 5, "--seed", 3)
+    command("training.gate", *base[:4], "--knn_generator_path", memory / "epoch_1", *known)
     for split in ("validation", "test"):
         for name in ("knnlm", "joint"):
             output = ("--output_dir", folder / f"{name}_{split}")
@@ -123,7 +127,8 @@ def test_each_method_has_every_figure_on_the_same_tokens_and_cases(compared):
     _, output = compared
     methods = results_of(output)
     mixtures, adapters = ["knnlm", "knnlm_adaptive"], ["lora", "lora_last"]
-    assert list(methods) == ["base", *mixtures, "rag_bm25", "rag_dense", *adapters, "memory", "lora_memory"]
+    memories = ["memory", "memory_adaptive"]
+    assert list(methods) == ["base", *mixtures, "rag_bm25", "rag_dense", *adapters, *memories, "lora_memory"]
     for record in methods.values():
         for part in ("held_out", "web"):
             assert record[part]["tokens"] == methods["base"][part]["tokens"] > 100
@@ -177,7 +182,7 @@ def test_a_second_run_measures_nothing_and_a_cut_off_one_only_what_is_missing(co
     capsys.readouterr()
     command("benchmarks.compare", *flags)
     lines = capsys.readouterr().out.splitlines()
-    assert len([line for line in lines if line.endswith("measured before")]) == 8
+    assert len([line for line in lines if line.endswith("measured before")]) == 9
     assert len([line for line in lines if line.startswith("MLP memory: web")]) == 1
     assert not any("MLP memory: facts" in line for line in lines)
     after = {path.name: json.loads(path.read_bytes()) for path in (output / "methods").iterdir()}
@@ -214,6 +219,19 @@ def test_retrieval_sees_only_what_is_before_a_chunk_and_scores_each_token_once(w
     assert asked[:3] == [tokenizer.decode(ids[max(end - 24, 0) : end]) for end in (16, 32, 48)]
     some = score_windows(Method(base, passages=lambda _: [5, 6, 7] * 10), windows, tokenizer, 16, 24)
     assert some["tokens"] == whole["tokens"] and some["perplexity"] != whole["perplexity"]
+
+
+@pytest.mark.unit
+def test_what_a_quickstart_did_not_make_is_left_out_unless_it_was_asked_for(capsys):
+    from benchmarks.compare import METHODS, is_there
+
+    flags = SimpleNamespace(methods=[*METHODS])
+    work = SimpleNamespace(folder="work", flags=flags, adaptive={"knnlm_adaptive": None, "memory_adaptive": "0a"})
+    assert is_there(work, "base") and is_there(work, "memory_adaptive") and not is_there(work, "knnlm_adaptive")
+    assert "kNN-LM, adaptive lambda: left out, work has no adaptive lambda" in capsys.readouterr().out
+    flags.methods = ["knnlm_adaptive"]
+    with pytest.raises(InputError, match="--methods knnlm_adaptive: work has no adaptive lambda"):
+        is_there(work, "knnlm_adaptive")
 
 
 @pytest.mark.unit
