@@ -1,16 +1,17 @@
-"""Any task of EleutherAI's evaluation harness, on a base model or a base with its MLP memory.
+"""Base and joint model on any task of EleutherAI's evaluation harness, in one run.
 
     python -m downstream.lm_eval_mlpmem --tasks mlpmem_general --model_name_or_path BASE \\
         --use_neural_knn --knn_generator_path MEMORY --lmbda 0.5 --with_base --output_dir results/general
 
-Tasks and groups of the harness go by its names; `mlpmem_general` is the group of the paper's nine general tasks, and
-`--include_path` adds a folder of task files. With `--with_base` the base alone is scored in the same run. It needs the
-package lm-eval; `register()` makes the model known to the harness as `mlpmem`.
+The harness itself opens a folder of `python -m models.export` (`lm_eval --model hf --model_args
+pretrained=FOLDER,trust_remote_code=True`, to which `lmbda=…` may be added) and gives the same figures. What it cannot do
+is here: a base and a memory that are two folders, scored with and without the memory while both are loaded once, and the
+paper's general tasks by name. Tasks and groups go by the harness's names; `mlpmem_general` is the group of the paper's
+nine, and `--include_path` adds a folder of task files. It needs the package lm-eval.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import time
@@ -58,14 +59,18 @@ def main() -> None:
     model.check()
     if harness.with_base and not model.use_neural_knn:
         raise InputError("--with_base: needs --use_neural_knn; without it the base alone is scored already")
+    if started_together():
+        raise InputError("the harness runs as one process here; start it with python -m, not accelerate launch")
     started = time.time()
     try:
         import lm_eval
     except ImportError:
         raise InputError("the evaluation harness is not installed; pip install lm-eval") from None
+    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
+    from downstream.model import open_model
     from utils.files import ensure_folder
     from utils.results import write_results
 
@@ -80,13 +85,17 @@ def main() -> None:
             own = ", ".join(sorted(each for each in manager.all_tasks if each.startswith("mlpmem_")))
             raise InputError(f"--tasks {name}: unknown; expected one of {own}, or one that lm-eval ls tasks lists")
     ensure_folder(harness.output_dir)
-    language_model = register()(batch_size=harness.per_device_eval_batch_size, **vars(model))
+    opened, tokenizer = open_model(model)
+    sizes = {"batch_size": harness.per_device_eval_batch_size, "max_batch_size": 64}
+    language_model = HFLM(
+        pretrained=opened, tokenizer=tokenizer, backend="causal", add_bos_token=model.add_bos, **sizes
+    )
     scored = {}
     if harness.with_base:
         # At lambda 0 the joint model computes the base alone and runs no memory.
-        language_model.model.lmbda = 0.0
+        opened.lmbda = 0.0
         scored["base"] = evaluate(language_model, names, manager, harness)
-        language_model.model.lmbda = model.lmbda
+        opened.lmbda = model.lmbda
     which = f"base + memory (lambda {lambda_text(model.lmbda)})" if model.use_neural_knn else "base"
     scored[which] = evaluate(language_model, names, manager, harness)
     results = {**plain(scored[which]), **model.stated()}
@@ -97,55 +106,6 @@ def main() -> None:
     write_results(harness.output_dir, results, started)
     for name, found in scored.items():
         print(f"{name}\n{make_table(found)}")
-
-
-@functools.cache
-def register() -> type:
-    """The harness's model class of a base, or of a base with its memory, registered as `mlpmem`.
-
-    Its arguments are `batch_size`, `max_length` (tokens of context; default: the base's own) and the fields of
-    `ModelArguments`; as the harness's users write them, `pretrained` is the base and `memory` the memory. The
-    harness's own class does the batching and the arithmetic: the joint model has the same `forward` and `generate` as
-    any model of transformers, and the log-softmax that the harness takes changes no log-probability.
-    """
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.huggingface import HFLM
-
-    from downstream.model import open_model
-    from downstream.scoring import context_length
-
-    @register_model("mlpmem")
-    class MLPMemoryLM(HFLM):
-        def __init__(
-            self,
-            pretrained: str | None = None,
-            memory: str | None = None,
-            batch_size: int | str = 8,
-            max_length: int | None = None,
-            device: str | None = None,
-            max_batch_size: int | None = 64,
-            **options: Any,
-        ) -> None:
-            if started_together():
-                raise InputError("the harness runs as one process here; start it with python -m, not accelerate launch")
-            if pretrained:
-                options["model_name_or_path"] = pretrained
-            if memory:
-                options.update(use_neural_knn=True, knn_generator_path=memory)
-            arguments = ModelArguments(**options)
-            arguments.check()
-            model, tokenizer = open_model(arguments)
-            super().__init__(
-                pretrained=model,
-                tokenizer=tokenizer,
-                backend="causal",
-                batch_size=batch_size,
-                max_batch_size=max_batch_size,
-                max_length=max_length or context_length(model.config),
-                add_bos_token=arguments.add_bos,
-            )
-
-    return MLPMemoryLM
 
 
 def evaluate(language_model: Any, names: Sequence[str], manager: Any, harness: HarnessArguments) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Facts about the evaluation harness's adapter, on local tasks: no hub is asked. Skipped where lm-eval is missing."""
+"""The evaluation harness on a saved folder, and base and joint in one run; local tasks. Skipped without lm-eval."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ ROWS = [
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("harness")
-    save_models(folder)
+    save_models(folder, context=128)
     return folder
 
 
@@ -95,23 +95,63 @@ def test_base_and_joint_are_scored_as_single_texts_are(world, tmp_path):
     assert found == pytest.approx((2 / 3, 2 / 3))
 
 
-def test_the_adapter_is_known_to_the_harness_by_name(world, tmp_path):
+def exported(world, **settings) -> Path:
+    from models import MLPMemory
+
+    folder = world / f"exported-{settings.get('lmbda')}"
+    MLPMemory.from_pretrained(world / "base", world / "memory", **settings).save_pretrained(folder)
+    return folder
+
+
+def test_the_harness_itself_gives_the_adapters_figures(world, tmp_path):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from downstream.lm_eval_mlpmem import register
-
-    register()
-
-    tasks = write_tasks(tmp_path / "tasks", [{**row, "label": 0, "text": "x"} for row in ROWS])
+    tasks = write_tasks(tmp_path / "tasks", [{**row, "label": 1, "text": "x"} for row in ROWS])
+    names = ("--tasks", "local_choice,local_text", "--include_path", tasks)
+    command("downstream.lm_eval_mlpmem", *flags(world, tmp_path / "out", 0.9), *names)
     found = lm_eval.simple_evaluate(
-        model="mlpmem",
-        model_args={"pretrained": str(world / "base"), "memory": str(world / "memory"), "lmbda": 0.5},
-        tasks=["local_choice"],
+        model="hf",
+        model_args=f"pretrained={exported(world, lmbda=0.9)},trust_remote_code=True",
+        device="cpu",
+        batch_size=8,
+        tasks=["local_choice", "local_text"],
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         bootstrap_iters=0,
     )
-    assert 0 <= found["results"]["local_choice"]["acc,none"] <= 1
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+    for name, metric in (("local_choice", "acc,none"), ("local_text", "exact_match,none")):
+        assert found["results"][name][metric] == results[name][metric]
+
+
+LONG = "who wrote it, is the moon here? " * 20
+PAIRS = [
+    ("Q: who wrote it?\nA:", " James"),
+    (LONG, " the first"),
+    ("", " The moon"),
+    ("Answer: ", "No \n"),
+    ("A \n ", "b"),
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_at_lambda_0_the_harness_scores_the_folder_as_it_scores_the_base(world, batch_size):
+    """Contexts longer than the model's, empty ones, trailing white space."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    def scores(**arguments):
+        language_model = HFLM(device="cpu", batch_size=batch_size, **arguments)
+        assert language_model.max_length == 128 < len(language_model.tok_encode(LONG))
+        pairs = [Instance("loglikelihood", {}, pair, 0) for pair in PAIRS]
+        texts = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in (LONG, "Yes.")]
+        return [each[0] for each in language_model.loglikelihood(pairs)] + language_model.loglikelihood_rolling(texts)
+
+    base = scores(pretrained=str(world / "base"))
+    folder = str(exported(world, lmbda=0.5))
+    alone = scores(pretrained=folder, trust_remote_code=True, lmbda=0.0)
+    assert alone == pytest.approx(base, abs=1e-4)
+    assert scores(pretrained=folder, trust_remote_code=True) != pytest.approx(base, abs=1e-2)
 
 
 # The columns of each benchmark's dataset, for a row or two of each label.
