@@ -92,33 +92,33 @@ share_of_cores() {
     echo "$((cores > $1 ? cores / $1 : 1))"
 }
 
-# find_launcher: LAUNCH, the beginning of a command that may run in several PROCESSES of a machine, THREADS of each, and
-# ON_GPU, the flag of index and search. ACCELERATE_CONFIG names a file; without one and without a GPU the command runs
-# in one plain process. A file that asks for more cards than this machine has (WANTED) gets a process for each card.
+# find_launcher: LAUNCH, the beginning of a command that may run in several processes of a machine, THREADS of each, ON_GPU,
+# the flag of index and search, and GPUS, those of all machines that the command uses. ACCELERATE_CONFIG names a file;
+# without one and without a GPU the command runs in one plain process. A file that asks for more cards than this machine
+# has gets a process for each card.
 find_launcher() {
-    local cards machines
-    LAUNCH=("${ONE[@]}") ON_GPU=() PROCESSES=1 WANTED=1
+    local cards machines wanted processes config
+    LAUNCH=("${ONE[@]}") ON_GPU=() GPUS=0
     if [ -n "${ON_ALL+set}" ]; then
-        ON_GPU=(--knn_gpu)
+        ON_GPU=(--knn_gpu) GPUS="$((${SLURM_JOB_NUM_NODES:-1} * GPUS_PER_NODE))"
         return
     fi
     cards="$(count_cards)"
-    if [ -z "${ACCELERATE_CONFIG:-}" ] && [ "$cards" -gt 0 ]; then
-        ACCELERATE_CONFIG="accelerate_config/${DEFAULT_CONFIG:-1_card}.yaml"
-    fi
-    [ -n "${ACCELERATE_CONFIG:-}" ] || return 0
-    LAUNCH=("$PYTHON" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG")
+    [ -n "${ACCELERATE_CONFIG:-}" ] || [ "$cards" -gt 0 ] || return 0
+    config="${ACCELERATE_CONFIG:-accelerate_config/${DEFAULT_CONFIG:-1_card}.yaml}"
+    LAUNCH=("$PYTHON" -m accelerate.commands.launch --config_file "$config")
+    machines="$(sed -n 's/^num_machines: *//p' "$config")"
+    wanted="$(sed -n 's/^num_processes: *//p' "$config")"
+    processes="$((${wanted:-1} / ${machines:=1}))"
     [ "$cards" -eq 0 ] || ON_GPU=(--knn_gpu)
-    machines="$(sed -n 's/^num_machines: *//p' "$ACCELERATE_CONFIG")"
-    WANTED="$(sed -n 's/^num_processes: *//p' "$ACCELERATE_CONFIG")"
-    WANTED="$((${WANTED:-1} / ${machines:=1}))" PROCESSES="$WANTED"
-    if [ "$machines" -eq 1 ] && [ "$cards" -gt 0 ] && [ "$cards" -lt "$WANTED" ] &&
-        ! grep -q '^use_cpu: true' "$ACCELERATE_CONFIG"; then
-        PROCESSES="$cards"
-        LAUNCH+=(--num_processes "$cards")
-        echo "$ACCELERATE_CONFIG asks for $WANTED GPUs, this machine has $cards: one process for each"
+    if [ "$cards" -gt 0 ] && ! grep -q '^use_cpu: true' "$config"; then
+        if [ "$machines" -eq 1 ] && [ "$cards" -lt "$processes" ]; then
+            echo "$config asks for $processes GPUs, this machine has $cards: one process for each"
+            LAUNCH+=(--num_processes "$cards") processes="$cards"
+        fi
+        GPUS="$((processes * machines))"
     fi
-    THREADS="$(share_of_cores "$PROCESSES")"
+    THREADS="$(share_of_cores "$processes")"
 }
 
 # choose_dtype: TORCH_DTYPE, unless it is set: bfloat16 where every GPU has it (compute capability 8.0 or more), float32
@@ -128,6 +128,7 @@ choose_dtype() {
     [ -z "${TORCH_DTYPE:-}" ] && [ "$(count_cards)" -gt 0 ] || return 0
     oldest="$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | sed -n 1p)" || true
     case "${oldest%%.*}" in [89] | [1-9][0-9]) TORCH_DTYPE=bfloat16 ;; *) TORCH_DTYPE=float32 ;; esac
+    [ "$TORCH_DTYPE" = bfloat16 ] || echo "a GPU here has no bfloat16: models in float32 (TORCH_DTYPE)"
 }
 
 # add_given FLAG VARIABLE...: to the array `options` each flag whose variable is set, with its value.
@@ -138,18 +139,27 @@ add_given() {
     done
 }
 
+# keep_step: the paper's step, 16 windows on each of 8 GPUs, on any number of them: GRADIENT_ACCUMULATION_STEPS or BATCH_SIZE
+# of each process. Settings that are given stay.
+keep_step() {
+    if [ "$GPUS" -eq 0 ] || [ "$GPUS" -eq 8 ] || [ -n "${GRADIENT_ACCUMULATION_STEPS:-}" ]; then
+        return
+    elif [ "$((8 % GPUS))" -eq 0 ]; then
+        GRADIENT_ACCUMULATION_STEPS="$((8 / GPUS))"
+        echo "a step adds up $GRADIENT_ACCUMULATION_STEPS batches: as many windows as on 8 GPUs"
+    elif [ -z "${BATCH_SIZE:-}" ] && [ "$((128 % GPUS))" -eq 0 ]; then
+        BATCH_SIZE="$((128 / GPUS))"
+        echo "a batch has $BATCH_SIZE windows: a step has as many as on 8 GPUs"
+    else
+        echo "a step takes $GPUS batches, on 8 GPUs 8: BATCH_SIZE sets the windows of each"
+    fi
+}
+
 # train_memory MODULE FLAGS...: one of the two trainers, with the paper's values where no variable gives another.
 train_memory() {
     local options=(--weight_decay 0.0 --lr_scheduler_type linear --report_to none)
     DEFAULT_CONFIG=8_card find_launcher
-    if [ "$PROCESSES" -lt "$WANTED" ] && [ -z "${GRADIENT_ACCUMULATION_STEPS:-}" ]; then
-        if [ "$((WANTED % PROCESSES))" -eq 0 ]; then
-            GRADIENT_ACCUMULATION_STEPS="$((WANTED / PROCESSES))"
-            echo "a step adds up $GRADIENT_ACCUMULATION_STEPS batches: as many windows as on $WANTED GPUs"
-        else
-            echo "a step takes $PROCESSES batches, on $WANTED GPUs $WANTED: BATCH_SIZE sets the windows of each"
-        fi
-    fi
+    keep_step
     choose_dtype
     add_given --memory_layers MEMORY_LAYERS --torch_dtype TORCH_DTYPE
     run "train memory ${1##*_}" "${LAUNCH[@]}" -m "$1" \

@@ -12,7 +12,7 @@
 #   WINDOWS                  a windows folder that is there already
 #   OUTPUT                   folder of everything                 (default: results/wikitext103)
 #   LAMBDA KNN_TEMP_MEMORY   mixture                              (default: 0.25 and 1)
-#   ACCELERATE_CONFIG        a file of accelerate_config/         (default: 1_card.yaml on a GPU; the paper: 8_card.yaml)
+#   ACCELERATE_CONFIG        a file of accelerate_config/         (default on GPUs: 1_card.yaml, for the training 8_card.yaml)
 #   TORCH_DTYPE              of the models                        (default: bfloat16 on cards that have it)
 #   BATCH_SIZE_EVAL NUM_PROC PLAN_ONLY=1
 # and with TRAIN=1 those of scripts/save_pipeline.sh and scripts/train_mlpmem_offline.sh: K PROBE NCENTROIDS CODE_SIZE

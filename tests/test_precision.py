@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from harness import Command, refused_here, run
+
+from training.arguments import TrainerArguments
 
 
 def flags(world, output, *more):
@@ -14,6 +18,28 @@ def flags(world, output, *more):
     words = world.trainer(output, "--knn_dstore_path", world.dstore("train"), "--checkpointing_steps", 1, *more)
     at = words.index("--mixed_precision")
     return [*words[:at], *words[at + 2 :]]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("capability", "given", "sharded", "chosen"),
+    [
+        *(((8, 0), None, "", "bf16"), ((7, 5), None, "", "fp16"), ((7, 0), None, "true", "no")),
+        ((7, 5), "bf16", "", "bf16"),
+    ],
+)
+def test_the_bf16_of_a_launcher_becomes_fp16_on_a_gpu_without_it(
+    capability, given, sharded, chosen, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("training.arguments.default_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **given: SimpleNamespace(state=None, **given))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
+    assert (
+        TrainerArguments(output_dir=str(tmp_path), mixed_precision=given).make_accelerator().mixed_precision == chosen
+    )
+    assert capsys.readouterr().out.count("\n") == (chosen in ("fp16", "no"))
 
 
 @pytest.fixture(scope="module")

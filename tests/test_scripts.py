@@ -128,10 +128,11 @@ def test_only_cards_that_a_command_may_see_are_counted_and_what_is_set_stays(tmp
     settings = {"CUDA_VISIBLE_DEVICES": "2,5", "GRADIENT_ACCUMULATION_STEPS": "3"}
     _, (call,) = ran(tmp_path / "two", script, **machine, **settings)
     assert call[4:6] == ["--num_processes", "2"] and flags(call)["--gradient_accumulation_steps"] == "3"
-    for config in ("cpu", "multi_node"):
+    for config, steps, windows in (("cpu", "1", "16"), ("multi_node", "1", "8"), ("1_card", "8", "16")):
         settings = {"ACCELERATE_CONFIG": f"accelerate_config/{config}.yaml", "CUDA_VISIBLE_DEVICES": "0"}
         _, (call,) = ran(tmp_path / config, script, **machine, **settings)
-        assert "--num_processes" not in call and flags(call)["--gradient_accumulation_steps"] == "1"
+        assert "--num_processes" not in call and flags(call)["--gradient_accumulation_steps"] == steps
+        assert flags(call)["--per_device_train_batch_size"] == windows
 
 
 @pytest.mark.parametrize(
@@ -268,6 +269,16 @@ def test_the_table_with_training_takes_the_teacher_for_the_targets_and_the_stude
     assert train["--knn_save_path"] == search["--output_path"]
     assert "/student/" in train["--knn_dstore_path"] and train["--num_train_epochs"] == "50"
     assert flags(found[10])["--knn_generator_path"].endswith("memory/epoch_50")
+
+
+def test_the_training_of_the_paper_takes_all_cards_and_its_128_windows_a_step(tmp_path):
+    for side in ("teacher", "student"):
+        (tmp_path / "out" / "work" / side / "dstore_gpt2_train_8.arrow").mkdir(parents=True)
+    _, found = reproduction(tmp_path, TRAIN=1, **stub_cards(tmp_path / "bin", *["9.0"] * 4))
+    configs = [call[call.index("--config_file") + 1] if "--config_file" in call else "" for call in found]
+    (train,) = (call for call in found if "train_mlpmem_offline" in call)
+    assert train[:6][-1] == "4" and flags(train)["--gradient_accumulation_steps"] == "2"
+    assert sorted({Path(config).stem for config in configs}) == ["", "1_card", "8_card"]
 
 
 def test_the_estimate_comes_before_anything_runs_and_asks_for_nothing(tmp_path):

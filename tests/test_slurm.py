@@ -127,6 +127,19 @@ def test_a_job_hands_cpus_and_memory_on_and_each_process_gets_its_share_of_the_c
     assert (cluster.folder / "threads").read_text().split() == [threads] * 2
 
 
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "steps", "windows"), [(1, 8, "1", "16"), (1, 4, "2", "16"), (2, 2, "2", "16"), (2, 8, "1", "8")]
+)
+def test_a_step_has_the_papers_128_windows_on_any_number_of_gpus(cluster, nodes, gpus, steps, windows):
+    job = {"SLURM_JOB_NUM_NODES": str(nodes), "GPUS_PER_NODE": str(gpus)}
+    cluster("train.sh", PYTHON="true", **job)
+    words = (cluster.folder / "steps").read_text().split()
+    asked = [
+        words[words.index(name) + 1] for name in ("--gradient_accumulation_steps", "--per_device_train_batch_size")
+    ]
+    assert asked == [steps, windows]
+
+
 def known_flags(module: str) -> set[str]:
     """The flags that a command defines, by its dataclasses."""
     from transformers import TrainingArguments

@@ -78,8 +78,8 @@ class TrainerArguments(BaseArguments):
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     mixed_precision: str | None = flag(
         None,
-        "no, bf16 or fp16; default: the launcher's, else bf16 where this device computes in it; a continued run keeps "
-        "the one it began with",
+        "no, bf16 or fp16; default: the launcher's (fp16 for bf16 on a GPU without it), else bf16 where this device "
+        "computes in it; a continued run keeps the one it began with",
     )
     seed: int | None = flag(None, "seed of initialisation and data order; without it a run draws one and records it")
     checkpointing_steps: str | None = flag(
@@ -170,11 +170,14 @@ class TrainerArguments(BaseArguments):
 
         prepare_device()
         self.keep_precision()
-        precision = self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-        precision = precision or ("bf16" if fastest_dtype(default_device()) is torch.bfloat16 else "no")
+        has_bf16 = fastest_dtype(default_device()) is torch.bfloat16
+        mixed = self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or ("bf16" if has_bf16 else "no")
+        if mixed == "bf16" and not (self.mixed_precision or has_bf16 or default_device().type == "cpu"):
+            mixed = "no" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "fp16"
+            say(f"precision {mixed}: this GPU has no bf16, which the launcher asks for")
         tracker = self.report_to if self.with_tracking and self.report_to != "none" else None
         try:
-            accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=self.output_dir)
+            accelerator = Accelerator(mixed_precision=mixed, log_with=tracker, project_dir=self.output_dir)
             sharding = getattr(accelerator.state, "fsdp_plugin", None)
             if sharding and sharding.fsdp_version == 2 and (policy := sharding.mixed_precision_policy):
                 # accelerate would add up gradients, and hand out the losses, in half precision.
@@ -183,9 +186,7 @@ class TrainerArguments(BaseArguments):
                 options = {"wandb": {"name": self.run_name}} if tracker == "wandb" and self.run_name else {}
                 accelerator.init_trackers(self.project_name, init_kwargs=options)
         except (ValueError, ImportError) as error:
-            raise InputError(
-                f"--report_to {self.report_to}, --mixed_precision {precision}: {one_line(error)}"
-            ) from None
+            raise InputError(f"--report_to {self.report_to}, --mixed_precision {mixed}: {one_line(error)}") from None
         return accelerator
 
 

@@ -2,7 +2,8 @@
 #SBATCH --job-name=mlpmem-train
 #SBATCH --requeue
 # Train a memory from stored hidden states, on all GPUs of the job. With ACCELERATE_CONFIG=accelerate_config/gpt2.yaml
-# (or llama_7B, mistral_7B) its weights are sharded. BATCH_SIZE counts windows of one process.
+# (or llama_7B, mistral_7B) its weights are sharded. A step has the paper's 128 windows on any number of
+# GPUs; BATCH_SIZE counts windows of one process.
 # Settings (environment): MODEL DATASET SUBSET KNN_SAVE_PATH STUDENT_DSTORE_PATH OUTPUT_DIR BASE_MODEL_NAME MEMORY_LAYERS
 #   LEARNING_RATE EPOCHS WARMUP_STEPS ALPHA BATCH_SIZE GRADIENT_ACCUMULATION_STEPS CHECKPOINTING_STEPS SEED
 # shellcheck source=scripts/slurm/common.sh
