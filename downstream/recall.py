@@ -13,7 +13,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,13 @@ class RecallArguments(BaseArguments):
     def check(self) -> None:
         """Check the values by themselves; `choose_on` gives lambda and temperature. Raises InputError."""
         self.require_base()
+        self.one_lambda: tuple[float, float] | None = None  # beside adaptive: the chosen number and its temperature
         if self.choose_on:
-            (lmbda,), (self.knn_temp,) = chosen(self.choose_on, knn=False)
-            self.lmbda = ADAPTIVE if self.lmbda == ADAPTIVE else lmbda
+            (lmbda,), (knn_temp,) = chosen(self.choose_on, knn=False)
+            if self.lmbda != ADAPTIVE:
+                self.lmbda, self.knn_temp = lmbda, knn_temp
+            elif lmbda != ADAPTIVE:
+                self.one_lambda = lmbda, knn_temp
         check_lambda("--lmbda", self.lmbda)
         check_positive("--knn_temp", self.knn_temp)
         check_at_least(1, self, "max_cases", "answer_words", "batch_size", "new_tokens")
@@ -134,12 +138,15 @@ def main() -> None:
     base = arguments.open_base(tokenizer)
     joint = open_joint(arguments, arguments.knn_generator_path, base, arguments.lmbda, arguments.knn_temp)
     evaluator = Evaluator(joint, tokenizer, arguments.batch_size, windows_have_bos(arguments.articles))
-    right = recall(evaluator, cases, arguments.lmbda)
+    mixtures = {"base": (0.0, 1.0), "memory": (arguments.lmbda, arguments.knn_temp)}
+    if arguments.one_lambda:
+        mixtures["one_lambda"] = arguments.one_lambda
+    right = recall(evaluator, cases, mixtures)
     for name, flags in right.items():
         share = sum(flags) / len(cases)
         error = math.sqrt(share * (1 - share) / len(cases))
         results |= {f"recall_{name}": share, f"standard_error_{name}": error}
-        what = "facts completed" if name in ("base", "memory") else "by their first token"
+        what = "by their first token" if name.startswith("first_") else "facts completed"
         say(f"{name}: {sum(flags)} of {len(cases)} {what} ({share:.1%}, standard error {error:.1%})")
     differences = [int(b) - int(a) for a, b in zip(right["base"], right["memory"], strict=True)]
     results["standard_error_difference"] = statistics.pstdev(differences) / math.sqrt(len(cases))
@@ -150,14 +157,17 @@ def main() -> None:
     write_results(arguments.output_dir, results, started)
 
 
-def recall(evaluator: Any, cases: Sequence[Case], lmbda: float | str) -> dict[str, list[bool]]:
-    """For each case whether greedy decoding gives the whole answer: {"base": [...], "memory": [...]}; and whether it
-    gives its first token: "first_base", "first_memory".
+def recall(
+    evaluator: Any, cases: Sequence[Case], mixtures: Mapping[str, tuple[float | str, float]]
+) -> dict[str, list[bool]]:
+    """For each case whether greedy decoding gives the whole answer, by the name of each mixture; and whether it gives its
+    first token, by "first_" and the name.
 
     Teacher-forced: the answer is right when each of its tokens has the highest probability after the ones before.
 
     Args:
-        evaluator: a `downstream.scoring.Evaluator` of the joint model; the base is the joint model at lambda 0.
+        evaluator: a `downstream.scoring.Evaluator` of the joint model.
+        mixtures: lambda and temperature of each; the base is lambda 0.
     """
     from downstream.scoring import Encoded
 
@@ -168,8 +178,11 @@ def recall(evaluator: Any, cases: Sequence[Case], lmbda: float | str) -> dict[st
         begin = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
         encoded.append(Encoded(whole, begin))
     right, first = {}, {}
-    for name, value in (("base", 0.0), ("memory", lmbda)):
-        evaluator.model.lmbda = value
+    for name, (lmbda, knn_temp) in mixtures.items():
+        evaluator.model.knn_temp, evaluator.model.lmbda = (
+            knn_temp,
+            lmbda,
+        )  # in this order: a gate brings its temperature
         found = evaluator.likelihoods(encoded)
         right[name], first[f"first_{name}"] = [each.greedy for each in found], [each.first for each in found]
     return right | first
@@ -178,14 +191,18 @@ def recall(evaluator: Any, cases: Sequence[Case], lmbda: float | str) -> dict[st
 def examples(
     evaluator: Any, cases: Sequence[Case], right: dict[str, list[bool]], arguments: RecallArguments
 ) -> list[dict[str, str]]:
-    """Greedy continuations of a few prompts by both. The prompts are cases the two disagree on, where there are any."""
-    differ = [n for n in range(len(cases)) if right["base"][n] != right["memory"][n]]
-    pool = differ or list(range(len(cases)))
+    """Greedy continuations of a few prompts by both: of cases that the memory completes and the base does not, else of
+    cases that the two disagree on, else of any."""
+    pairs = list(zip(right["base"], right["memory"], strict=True))
+    gained, differ = (
+        [n for n, (base, memory) in enumerate(pairs) if memory - base in each] for each in ((1,), (1, -1))
+    )
+    pool = gained or differ or list(range(len(cases)))
     numbers = pool[:: max(1, len(pool) // max(arguments.examples, 1))][: arguments.examples]
     shown = [{"prompt": cases[number].prompt, "article": cases[number].answer.strip()} for number in numbers]
     prompts = [evaluator.encode(row["prompt"]) for row in shown]
-    for name, value in (("base", 0.0), ("memory", arguments.lmbda)):
-        evaluator.model.lmbda = value
+    for name, lmbda, knn_temp in (("base", 0.0, 1.0), ("memory", arguments.lmbda, arguments.knn_temp)):
+        evaluator.model.knn_temp, evaluator.model.lmbda = knn_temp, lmbda
         for row, text in zip(shown, evaluator.continuations(prompts, arguments.new_tokens, ""), strict=True):
             row[name] = " ".join(text.split())
     return shown

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import command, flag, parse, required
-from utils.results import lambda_text
+from utils.results import ADAPTIVE, lambda_text
 
 
 @dataclass
@@ -40,8 +40,7 @@ def main() -> None:
     results = {
         **perplexities(joint, knn),
         **({"untuned_ppl": read_json(untuned)["perplexity"]} if untuned.exists() else {}),
-        "lambda": joint["lmbda"],
-        "knn_temp": joint["knn_temp"],
+        **memory_setting(joint),
         "knnlm_lambda": knn["lmbda"],
         "knnlm_temp": knn["knn_temp"],
         "validation": perplexities(joint_validation, knn_validation),
@@ -51,6 +50,8 @@ def main() -> None:
         "recall_memory": recall["recall_memory"],
         "recall_first_base": recall.get("recall_first_base"),  # not in the results of an older run
         "recall_first_memory": recall.get("recall_first_memory"),
+        **{name: recall[name] for name in ("recall_one_lambda", "recall_first_one_lambda") if name in recall},
+        **known_text(work),
         "recall_cases": recall["cases"],
         "recall_standard_error": recall["standard_error_difference"],
         "recall_rule": recall["rule"],
@@ -76,11 +77,33 @@ def main() -> None:
 def perplexities(joint: dict[str, Any], knn: dict[str, Any]) -> dict[str, float]:
     """Those of base, kNN-LM and base + memory in the results.json of a split's two evaluations.
 
-    With one lambda, and where it was scored with one that differs from token to token (`…_adaptive_ppl`).
+    Where lambda differed from token to token, the kNN-LM's is `knnlm_adaptive_ppl`; the memory's is `memory_ppl`, and
+    `memory_one_lambda_ppl` what the best number came to.
     """
     found = {"base_ppl": joint["base_perplexity"], "knnlm_ppl": knn["perplexity"], "memory_ppl": joint["perplexity"]}
-    adaptive = {"knnlm_adaptive_ppl": knn.get("adaptive"), "memory_adaptive_ppl": joint.get("adaptive")}
-    return found | {name: each["perplexity"] for name, each in adaptive.items() if each}
+    if "adaptive" in knn:
+        found["knnlm_adaptive_ppl"] = knn["adaptive"]["perplexity"]
+    if "adaptive" in joint:
+        found |= {"memory_ppl": joint["adaptive"]["perplexity"], "memory_one_lambda_ppl": joint["perplexity"]}
+    return found
+
+
+def memory_setting(joint: dict[str, Any]) -> dict[str, Any]:
+    """Lambda and temperature of `memory_ppl`, and the number beside an adaptive lambda."""
+    if "adaptive" not in joint:
+        return {"lambda": joint["lmbda"], "knn_temp": joint["knn_temp"]}
+    one = {"one_lambda": joint["lmbda"], "one_lambda_temp": joint["knn_temp"]}
+    return {"lambda": ADAPTIVE, "knn_temp": joint["adaptive"]["knn_temp"], **one}
+
+
+def known_text(work: Path) -> dict[str, float]:
+    """Perplexity of base and mixture on trained text in other windows, as the gate's training measured it, if there."""
+    from models.gate import SETTINGS
+    from utils.files import read_json
+
+    gates = sorted((work / "memory").glob(f"epoch_*/{SETTINGS}"), key=lambda path: path.stat().st_mtime)
+    known = read_json(gates[-1])["perplexity"]["known"] if gates else {}
+    return {f"known_{name}_ppl": known[key] for name, key in (("base", "base"), ("memory", "mixture")) if known}
 
 
 def machine() -> str:
@@ -99,14 +122,12 @@ def table(results: dict[str, Any]) -> str:
     untuned = results.get("untuned_ppl")
     base, name = results["base_ppl"], "base" if untuned is None else "fine-tuned"
     knn = f"lambda {lambda_text(results['knnlm_lambda'])}, temperature {results['knnlm_temp']:g}"
-    memory = f"lambda {lambda_text(results['lambda'])}, temperature {results['knn_temp']:g}"
     rows = [
         ("base", untuned, ""),
         (name, base, ""),
         (f"{name} + kNN-LM", results["knnlm_ppl"], knn),
         (f"{name} + kNN-LM, adaptive", results.get("knnlm_adaptive_ppl"), "lambda by the nearest neighbour's distance"),
-        (f"{name} + MLP memory", results["memory_ppl"], memory),
-        (f"{name} + MLP memory, adaptive", results.get("memory_adaptive_ppl"), "lambda by token"),
+        *memory_rows(f"{name} + MLP memory", results),
     ]
     lines = [
         f"| {model} | {value:.2f} | {'' if model == name else f'{100 * (value / base - 1):+.1f}%'} | {chosen} |"
@@ -127,6 +148,20 @@ Rule: {results["recall_rule"]}.
 Trained on {results["train_tokens"]} tokens; {results["seconds"]:.0f} s in all on {results["machine"]}."""
 
 
+def memory_rows(name: str, results: dict[str, Any]) -> list[tuple[str, float, str]]:
+    """The table's rows of the memory: with one lambda, and by token where it has a gate."""
+
+    def one(lmbda: str, knn_temp: str) -> str:
+        return f"lambda {lambda_text(results[lmbda])}, temperature {results[knn_temp]:g}"
+
+    if results["lambda"] != ADAPTIVE:
+        return [(name, results["memory_ppl"], one("lambda", "knn_temp"))]
+    return [
+        (name, results["memory_one_lambda_ppl"], one("one_lambda", "one_lambda_temp")),
+        (f"{name}, adaptive", results["memory_ppl"], "lambda by token"),
+    ]
+
+
 def recall_line(results: dict[str, Any]) -> str:
     """What was remembered, in a sentence."""
     if not results["recall_cases"]:
@@ -137,6 +172,18 @@ def recall_line(results: dict[str, Any]) -> str:
         f"Facts of the trained articles completed ({results['recall_cases']} cases): base "
         f"{results['recall_base']:.1%}, base + memory {results['recall_memory']:.1%} ({gain:.1f} standard errors apart)"
         + ("." if None in first else f"; by the first token {first[0]:.1%} and {first[1]:.1%}.")
+        + (f" With one lambda {results['recall_one_lambda']:.1%}." if "recall_one_lambda" in results else "")
+        + known_line(results)
+    )
+
+
+def known_line(results: dict[str, Any]) -> str:
+    """Perplexity of trained text in other windows, in a sentence."""
+    if "known_memory_ppl" not in results:
+        return ""
+    return (
+        f"\nThe trained articles' text in other windows: base {results['known_base_ppl']:.2f}, "
+        f"base + memory {results['known_memory_ppl']:.2f}."
     )
 
 

@@ -165,7 +165,8 @@ def test_facts_are_right_where_the_recall_command_says_so(work):
     opened = work_of(work)
     opened.joint["lmbda"] = 0.7
     base, memory = build(opened, "base"), build(opened, "memory")
-    expected = recall(Evaluator(memory.model, opened.tokenizer, 16), opened.cases, 0.7)
+    mixtures = {"base": (0.0, 1.0), "memory": (0.7, opened.joint["knn_temp"])}
+    expected = recall(Evaluator(memory.model, opened.tokenizer, 16), opened.cases, mixtures)
     for name, method in (("base", base), ("memory", memory)):
         found = score_facts(method, opened.cases, opened.tokenizer)
         assert [flag == "1" for flag in found["right"]] == expected[name]

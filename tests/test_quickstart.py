@@ -35,7 +35,7 @@ def names(found: list[list[str]]) -> list[str]:
 
 CHAIN = [
     *("train_base", "train_base", "train_base", "knn_utils.build_index", "train_base", "knn_utils.saveKNNMulti"),
-    *("train_mlpmem_offline", "evaluate_joint", "evaluate_joint", "train_base", "downstream.recall"),
+    *("train_mlpmem_offline", "evaluate_joint", "training.gate", "evaluate_joint", "train_base", "downstream.recall"),
     "downstream.report",
 ]
 BEFORE = ["utils.embedded_default", "utils.precision", "preprocess_dataset"]
@@ -51,6 +51,27 @@ def test_each_stage_takes_what_the_one_before_it_made_and_a_second_run_reports_o
     assert {flags(call).get("--model_name_or_path") for call in found[3:6]} == {str(work / "embedded" / "model")}
     _, found = quickstart(tmp_path)
     assert names(found)[len(BEFORE + CHAIN) :] == ["downstream.report"]
+
+
+def test_the_gate_is_trained_after_the_one_lambda_is_chosen_and_test_and_recall_use_both(tmp_path):
+    _, found = quickstart(tmp_path)
+    gate = next(flags(call) for call in found if "training.gate" in call)
+    later = [flags(call) for call in found if {"downstream.recall", "evaluate_joint"} & set(call)]
+    assert gate["--knn_generator_path"] == later[1]["--knn_generator_path"] == later[2]["--knn_generator_path"]
+    chosen = str(tmp_path / "out" / "work" / "joint_validation" / "results.json")
+    assert [each.get("--lmbda") for each in later[1:]] == ["adaptive", "adaptive"]
+    assert [each.get("--choose_on") for each in later[1:]] == [chosen, chosen]
+
+
+def test_articles_of_the_default_text_begin_windows_and_another_text_is_cut_through(tmp_path):
+    for name, settings, cut in (
+        ("own", {}, "--by_document"),
+        ("other", {"TEXT": "a.txt", "MODEL": "m"}, "--group_rows"),
+        ("documents", {"TEXT": "a.jsonl", "MODEL": "m", "BY_DOCUMENT": 1}, "--by_document"),
+    ):
+        _, found = quickstart(tmp_path / name, **settings)
+        windows = next(call for call in found if call[0].endswith("preprocess_dataset.py"))
+        assert [word for word in windows if word in ("--by_document", "--group_rows")] == [cut]
 
 
 def test_with_a_fine_tuned_base_the_whole_chain_is_made_with_it_in_a_folder_of_its_own(tmp_path):
@@ -122,3 +143,24 @@ def test_the_table_has_a_row_for_each_mixture_and_for_the_base_before_fine_tunin
     assert (results["untuned_ppl"], results["base_ppl"], results["knnlm_adaptive_ppl"]) == (18.0, 15.0, 14.5)
     assert {"knnlm_ppl", "memory_ppl", "lambda", "knn_temp", "recall_base", "recall_memory"} <= results.keys()
     assert (results["recall_first_base"], results["recall_first_memory"]) == (0.4, 0.8)
+
+
+def test_with_a_gate_the_memory_s_figures_are_those_of_lambda_by_token_and_the_best_number_stands_beside(tmp_path):
+    results_of_stages(tmp_path)
+    joint = json.loads((tmp_path / "joint_test" / "results.json").read_text())
+    joint["adaptive"] = {"perplexity": 14.0, "knn_temp": 1.0}
+    (tmp_path / "joint_test" / "results.json").write_text(json.dumps(joint))
+    recall = json.loads((tmp_path / "recall" / "results.json").read_text())
+    recall |= {"recall_one_lambda": 0.2, "recall_first_one_lambda": 0.5}
+    (tmp_path / "recall" / "results.json").write_text(json.dumps(recall))
+    gate = tmp_path / "memory" / "epoch_2" / "gate.json"
+    gate.parent.mkdir()
+    gate.write_text(json.dumps({"perplexity": {"known": {"base": 20.0, "memory": 1.5, "mixture": 2.0}}}))
+    command("downstream.report", "--work", tmp_path, "--output_dir", tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (results["lambda"], results["memory_ppl"]) == ("adaptive", 14.0)
+    assert (results["one_lambda"], results["memory_one_lambda_ppl"], results["recall_one_lambda"]) == (0.3, 14.4, 0.2)
+    assert (results["known_base_ppl"], results["known_memory_ppl"]) == (20.0, 2.0)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| base + MLP memory, adaptive | 14.00 | -6.7% | lambda by token |" in text
+    assert "With one lambda 20.0%." in text and "in other windows: base 20.00, base + memory 2.00." in text

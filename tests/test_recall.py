@@ -87,7 +87,7 @@ def test_right_answers_are_those_greedy_decoding_gives(llama_world, tmp_path):
     memory = load_memory(tmp_path / "m" / "epoch_1").eval()
     cases = choose_cases(lines, 40)
     joint = MLPMemory(base, memory, 0.5, 1.0)
-    found = recall(Evaluator(joint, tokenizer, 7), cases, 0.5)
+    found = recall(Evaluator(joint, tokenizer, 7), cases, {"base": (0.0, 1.0), "memory": (0.5, 1.0)})
     for name, model in (("base", base), ("memory", joint)):
         for case, right, first in zip(cases, found[name], found[f"first_{name}"], strict=True):
             prompt = tokenizer(case.prompt, return_tensors="pt")["input_ids"]

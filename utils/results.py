@@ -52,9 +52,8 @@ class ScoreArguments(BaseArguments):
         """
         if self.choose_on:
             lmbda, self.knn_temp = chosen(self.choose_on, knn=knn)
-            self.lmbda = (
-                self.lmbda if self.lmbda == [ADAPTIVE] else [*lmbda, *([ADAPTIVE] if ADAPTIVE in self.lmbda else [])]
-            )
+            adaptive = [ADAPTIVE] if ADAPTIVE in self.lmbda and ADAPTIVE not in lmbda else []
+            self.lmbda = self.lmbda if knn and self.lmbda == [ADAPTIVE] else [*lmbda, *adaptive]
         check_grid(self.lmbda, self.knn_temp)
         check_at_least(1, self, "max_eval_samples")
         if not self.dstore_path:
