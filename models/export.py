@@ -27,7 +27,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("folder", help="the folder to write")
     parser.add_argument(
         "--lmbda",
-        type=lambda word: word if word == ADAPTIVE else float(word),
+        type=_weight,
         help="weight of the memory: 0 to 1, or adaptive where the memory has a gate (default: its own, else 0.25)",
     )
     parser.add_argument("--knn_temp", type=float, help="temperature of the memory (default: the memory's own, else 1)")
@@ -45,6 +45,13 @@ def main(words: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _weight(word: str) -> float | str:
+    try:
+        return word if word == ADAPTIVE else float(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r}: expected a number from 0 to 1, or {ADAPTIVE}") from None
 
 
 def export(base: str, memory: str, folder: str, *, include_base: bool, results: list[str], **settings: Any) -> None:
