@@ -24,7 +24,8 @@ COPIES = (aten.copy_, aten._to_copy)
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 # Whose result has a size that the values decide, or is a number for the host.
 READ = (aten._local_scalar_dense, aten.masked_select, aten.equal)
-attention = torch.nn.functional.scaled_dot_product_attention
+# What looks at the device before any operation is seen.
+BY_HAND = (torch.nn.functional.scaled_dot_product_attention, torch.Tensor.__int__, torch.Tensor.__invert__)
 
 
 class Claimed(torch.Tensor):
@@ -139,6 +140,10 @@ def call(func: Any, args: tuple, kwargs: dict) -> Any:
     return tree_map(claim, result)
 
 
+def bounds(part: slice) -> tuple[Any, Any, Any]:
+    return part.start, part.stop, part.step
+
+
 class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         # Inference mode hands over operations that are made of others, `.to` among them.
@@ -158,12 +163,18 @@ class Functions(TorchFunctionMode):
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], Claimed):
             check_index(args[0], args[1])
             note_wait(aten.index, args, {})
-            result = func(*tree_map(numbers, args))
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            index = tuple(slice(*map(numbers, bounds(part))) if isinstance(part, slice) else part for part in index)
+            result = func(*tree_map(numbers, (args[0], index, *args[2:])))
             return Claimed(result, args[0].device) if result is not None else None
-        if func is attention:
+        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "cuda":
+            return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
+        if func in BY_HAND:
+            if func is torch.Tensor.__int__ and isinstance(args[0], Claimed):
+                NOTED.waits.append("int")
             device = common_device(func.__name__, tensors_in(args, kwargs))
             result = func(*tree_map(numbers, args), **tree_map(numbers, kwargs))
-            return Claimed(result, device) if device.type == "cuda" else result
+            return Claimed(result, device) if device.type == "cuda" and isinstance(result, torch.Tensor) else result
         return func(*args, **kwargs)
 
 

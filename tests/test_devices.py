@@ -18,6 +18,9 @@ from transformers import AutoModelForCausalLM
 
 import evaluate_joint
 import train_base
+from demo.inspection import inspect_tokens
+from demo.pair import Sampling
+from demo.streams import side_by_side
 from downstream.scoring import Encoded, Evaluator
 from knn_utils.datastore import TargetRows
 from knn_utils.saveEmbedMulti import capture_rows
@@ -113,6 +116,38 @@ def recall(base, folder):
     return [each.total for each in found]
 
 
+def answers(base, folder):
+    """Question answering: texts, and likelihoods, of prompts with a long common start."""
+    start = some_ids(batch=1, time=35, seed=5)[0].numpy()
+    prompts = [np.concatenate([start, row[:3]]) for row in IDS]
+    evaluator = Evaluator(MLPMemory(base, memory_beside(base)), byte_tokenizer(), batch_size=2)
+    assert evaluator.share_start(prompts) == 35
+    texts = evaluator.continuations(prompts, 5, "\n")
+    likelihoods = evaluator.likelihoods([Encoded(np.append(prompt, [7, 8]), 38) for prompt in prompts])
+    return [*(ord(letter) for letter in "".join(texts)), *(each.total for each in likelihoods)]
+
+
+def generated(base, folder):
+    """`MLPMemory.generate`, greedy, with beams and of prompts of two lengths."""
+    joint = MLPMemory(base, memory_beside(base), lmbda=0.4, knn_temp=2.0)
+    ids = torch.from_numpy(IDS).to(base.get_input_embeddings().weight.device)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    return [*joint.generate(ids, **options).tolist(), *joint.generate(ids, num_beams=2, **options).tolist()]
+
+
+def shown(base, folder):
+    """The demo: both continuations token by token, and what the memory does to each token."""
+    joint = MLPMemory(base, memory_beside(base), lmbda=0.4)
+    ids = torch.from_numpy(IDS[:1])
+    tokens = [
+        token for _, made in side_by_side(joint, byte_tokenizer(), ids, Sampling(max_new_tokens=3)) for token in made
+    ]
+    inspected, hidden = inspect_tokens(joint, [*IDS[0].tolist(), *tokens], 5)
+    return [tokens, *((each.base, each.memory, each.mixture) for each in inspected), hidden.cpu().numpy()]
+
+
 def memory_beside(base):
     return put(tiny_memory(base), next(captured_module(base).parameters()).device)
 
@@ -123,7 +158,9 @@ def perplexities(folder):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("stage", [embedded, embedded_and_scored, knn_lm, joint, online_rows, recall])
+@pytest.mark.parametrize(
+    "stage", [embedded, embedded_and_scored, knn_lm, joint, online_rows, recall, answers, generated, shown]
+)
 def test_a_stage_runs_where_its_base_is_and_gives_the_numbers_of_the_cpu(stage, place, tmp_path):
     expected = stage(tiny_base("llama"), tmp_path)
     base = tiny_base("llama")
@@ -187,7 +224,14 @@ def test_waits_for_a_gpu_are_noted_as_they_are_there():
             quick()
             assert NOTED.waits == []
         for slow in (
-            *(lambda: here.sum().item(), lambda: bool(mask.all()), here.tolist, here.cpu, lambda: here[mask]),
+            *(
+                lambda: here.sum().item(),
+                lambda: bool(mask.all()),
+                lambda: int(here[0]),
+                here.tolist,
+                here.cpu,
+                lambda: here[mask],
+            ),
             *(lambda: pinned.to("cuda:0"), lambda: torch.ones(3).to("cuda:0", non_blocking=True)),
             lambda: pinned.to("cuda:0", torch.float64, non_blocking=True),
             lambda: here.repeat_interleave(mask.long()),
