@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -29,6 +30,9 @@ from utils.units import size_text
 
 # Blocks of kNN targets, and rows of each, whose entries are counted.
 ENTRY_BLOCKS, ENTRY_ROWS = 8, 1024
+KNOWN_INDEX = re.compile(r"(OPQ[0-9]+,)?(IVF[1-9][0-9]*,)?(Flat|PQ[1-9][0-9]*)")
+# No size or rate is as large.
+TOO_LARGE = 1e18
 # Families whose MLP has two matrices and no gate.
 PLAIN = ("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "gpt_neox", "opt", "bloom", "phi", "falcon")
 # What the files state, in the words of a message.
@@ -133,9 +137,9 @@ def check_arguments(arguments: PreflightArguments) -> None:
             isinstance(value, (int, float))
             and not isinstance(value, bool)
             and name != "layer_position"
-            and not value > 0
+            and not 0 < value < TOO_LARGE
         ):
-            raise InputError(f"--{name} {value:g}: expected a number above 0")
+            raise InputError(f"--{name} {value}: expected a number above 0 and below {TOO_LARGE:g}")
     if arguments.measure and arguments.device_tflops:
         raise InputError("--measure and --device_tflops: expected one of them, measured or assumed")
     if arguments.tokens is None and not any(getattr(arguments, name) for name in FILES):
@@ -264,6 +268,7 @@ def sizes_of(arguments: PreflightArguments, chain: Chain) -> Sizes:
     for name in ("dim", "vocab", "base_parameters"):
         if getattr(sizes, name) is None:
             raise InputError(f"--{name}: is needed for the plan, or --model_name_or_path")
+    check_factory(sizes)
     if sizes.gated is None:
         sizes.gated = config is not None and config.model_type not in PLAIN
     own_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
@@ -282,6 +287,19 @@ def sizes_of(arguments: PreflightArguments, chain: Chain) -> Sizes:
             f"entries of a row's target: {sizes.entries_per_row:.1f}, {origin}; --entries_per_row changes it"
         )
     return sizes
+
+
+def check_factory(sizes: Sizes) -> None:
+    """Refuse an --index_factory whose bytes are not known here, or that FAISS cannot build. Raises InputError."""
+    from knn_utils.index_training import make_index
+
+    factory = sizes.index_factory
+    if factory and not KNOWN_INDEX.fullmatch(factory):
+        raise InputError(
+            f"--index_factory {factory}: a plan knows the sizes of Flat, IVF4096,Flat and IVF4096,PQ64 only"
+        )
+    if factory:
+        make_index(factory, sizes.dim, seed=1)
 
 
 def rates_of(arguments: PreflightArguments, sizes: Sizes) -> Rates | None:

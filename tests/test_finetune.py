@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from conftest import make_text
-from harness import Command, command, refused_here
+from harness import Command, command, refused_here, together
 from safetensors.torch import load_file
 from tiny_models import make_base
 
@@ -123,6 +123,17 @@ def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batch_size(groun
         (found,) = (entry["eval_loss"] for entry in record(tmp_path / str(size))["log"] if "eval_loss" in entry)
         perplexity = json.loads((tmp_path / str(size) / "results.json").read_text())["perplexity"]
         assert found == pytest.approx(math.log(perplexity), rel=1e-5)
+
+
+@pytest.mark.parametrize("windows", [5, 7])  # in fours: the last batches hold one window and none, two and one
+def test_two_processes_give_the_held_out_loss_of_one(ground, tmp_path, windows):
+    more = ("--max_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1, "--max_eval_samples", windows)
+    more += ("--per_device_eval_batch_size", 2, "--dataloader_drop_last", True, "--do_eval")
+    for process in together(tmp_path / "log", 2, "train_base", *flags(ground, tmp_path / "out", *more)):
+        process.done()
+    (found,) = (entry["eval_loss"] for entry in record(tmp_path / "out")["log"] if "eval_loss" in entry)
+    perplexity = json.loads((tmp_path / "out" / "results.json").read_text())["perplexity"]
+    assert found == pytest.approx(math.log(perplexity), rel=1e-5)
 
 
 def test_a_last_window_of_one_token_is_skipped(ground, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 
 import datasets
@@ -74,11 +75,15 @@ def test_appending_again_finds_the_windows_there(llama_world, corpus, capsys):
 def test_an_older_record_does_not_say_what_was_not_to_choose_then(llama_world, corpus, tmp_path, capsys):
     older = shutil.copytree(corpus / "old", tmp_path / "older")
     record = json.loads((older / "preprocess.json").read_text())
-    del record["settings"]["group_rows"], record["vocabulary_sha256"]
+    del record["settings"]["group_rows"], record["settings"]["window_bos"], record["vocabulary_sha256"]
+    del record["splits"]["train"]["tokens_of_text"], record["splits"]["train"]["tokens_left_out"]
     (older / "preprocess.json").write_text(json.dumps(record))
     preprocess(llama_world, corpus / "first", older)
     assert "there already" in capsys.readouterr().out
     preprocess(llama_world, corpus / "second", tmp_path / "both", "--append_to", older)
+    added, both = capsys.readouterr().out.splitlines()
+    assert re.match(r"train, added: 1 documents, 60 rows, [0-9]+ tokens of text, [0-9]+ tokens left out", added)
+    assert both.startswith("train: 2 documents, 210 rows, ") and "left out" not in both
     both = (datasets.load_from_disk(str(folder / "both"))["train"][:] for folder in (tmp_path, corpus))
     assert next(both) == next(both)
 

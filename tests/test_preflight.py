@@ -170,6 +170,20 @@ def test_assumed_rates_are_called_assumed_and_measured_ones_measured(llama_world
     assert found["plan"]["seconds"] > 0
 
 
+OUT_OF_RANGE = [
+    *(
+        (name, value)
+        for name in ("device_tflops", "device_memory_gb", "disk_gb_per_second")
+        for value in ("nan", "inf")
+    ),
+    *(("lookups_per_second", "nan"), ("hits_per_second", "nan"), ("entries_per_row", "nan"), ("k", 10**400)),
+    *(
+        ("index_factory", value)
+        for value in ("Nope", "HNSW32", "IVF0,Flat", "IVF4096,PQ7", "PQ64x4", "IVF99999999999,Flat")
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -177,6 +191,7 @@ def test_assumed_rates_are_called_assumed_and_measured_ones_measured(llama_world
         (("--tokens", 0), "--tokens 0"),
         (("--tokens", 10, "--base_parameters", "nan"), "--base_parameters nan"),
         (("--tokens", 10), "--dim"),
+        *((("--tokens", 10, *PLAN, f"--{name}", value), f"--{name} {value}") for name, value in OUT_OF_RANGE),
         (("--tokens", 10, "--dim", 8, "--vocab", 9), "--base_parameters"),
         # More than the disk, more than a device.
         (("--tokens", 5_000_000_000_000, *PLAN, "--output_dir", "not/there/yet"), "--output_dir not/there/yet"),

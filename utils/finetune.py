@@ -135,12 +135,28 @@ class TokenWeightedTrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, torch.Tensor], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
-        """A batch's share, for the mean that the Trainer takes over all windows."""
-        mask, labels = predicted_positions(inputs["labels"])
+        """A batch's share, for the mean that the Trainer takes over all windows.
+
+        Several processes fill the last batches up with windows that were counted before: their shares the Trainer
+        leaves out, so they must not be in those of the others.
+        """
+        state, windows = self.accelerator.gradient_state, len(inputs["labels"])
+        if state.end_of_dataloader and state.remainder > 0:
+            before = self.accelerator.process_index * self.args.eval_batch_size
+            windows = min(max(state.remainder - before, 0), windows)
+        mask, labels = predicted_positions(inputs["labels"][:windows])
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(input_ids=inputs["input_ids"]).logits[mask]  # (rows, V)
+            logits = model(input_ids=inputs["input_ids"]).logits[:windows][mask]  # (rows, V)
         total = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-        return total * len(self.eval_dataset) / (len(mask) * self.held_out_tokens), None, None
+        return total * len(self.eval_dataset) / (max(windows, 1) * self.held_out_tokens), None, None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """All held-out windows, also where --dataloader_drop_last leaves training windows out."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop
 
     def create_optimizer(self, *given: Any, **named: Any) -> Any:
         with told_by_flags(self.args, "optim", "optim_args"):

@@ -267,7 +267,7 @@ def make_windows(
     keeps_text = arguments.validation_fraction > 0 or arguments.test_fraction > 0
     if keeps_text:
         splits = divide(splits, arguments, work)
-    windows, counts = {}, {}
+    windows, counts, added = {}, {}, {}
     if arguments.append_to:
         windows, record = open_earlier(arguments.append_to, settings)
         counts, keeps_text = record["splits"], keeps_text or record["divided"]
@@ -285,6 +285,7 @@ def make_windows(
         windows[split], earlier = made, counts.get(split, {})
         amounts = {"documents": int(document_numbers(rows)[-1]) + 1, "rows": len(rows)}
         amounts |= {"tokens_of_text": in_text, "tokens_left_out": in_text - tokens, "tokens": tokens}
+        added[split] = amounts
         counted = amounts.keys() & earlier.keys() if earlier else amounts.keys()  # older records count less
         counts[split] = {name: earlier.get(name, 0) + amount for name, amount in amounts.items() if name in counted}
         counts[split] |= {"windows": len(made), "dstore_size": made[-1]["dstore_range"][1]}
@@ -299,8 +300,14 @@ def make_windows(
     raw_before = Path(arguments.append_to) / "raw" if arguments.append_to else None
     write_output(output, windows, record, splits, raw_before)
     for split, count in counts.items():
-        amounts = (f"{value:,} {name.replace('_', ' ')}" for name, value in count.items() if name != "dstore_size")
-        say(f"{split}: {', '.join(amounts)}, {count['dstore_size']:,} datastore rows")
+        if arguments.append_to and split in added:
+            say(f"{split}, added: {in_words(added[split])}")
+        say(f"{split}: {in_words(count)}, {count['dstore_size']:,} datastore rows")
+
+
+def in_words(amounts: dict[str, int]) -> str:
+    """Counts of a split with their names."""
+    return ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in amounts.items() if name != "dstore_size")
 
 
 def write_output(
