@@ -13,7 +13,7 @@ import torch
 from harness import refused_here
 from knn_files import DIM, exact_neighbours, random_rows, write_datastore
 
-from knn_utils import faiss_files, search
+from knn_utils import block_search, faiss_files, search
 from knn_utils.block_search import in_order, searching_threads
 from knn_utils.datastore import Datastore
 from knn_utils.search import KNNSearcher, rank_exactly
@@ -180,6 +180,28 @@ def test_merged_lists_are_those_of_sorting_all_hits_though_few_of_them_are_looke
     reach = search.farthest([search.sample(each, k) for each, _ in found], k)
     kept = sum(search.within(*each, reach)[0] for each in found)
     assert (kept >= k).all() or np.isinf(reach).any()
+
+
+@pytest.mark.parametrize("first_row", [0, 1 << 33])
+def test_hits_that_travel_keep_row_numbers_of_any_size(monkeypatch: pytest.MonkeyPatch, first_row: int) -> None:
+    monkeypatch.setattr(block_search, "send", lambda rows, leaving, coming: rows)
+    distances, ids = np.sort(np.random.default_rng(0).random((9, 200), np.float32)), np.arange(1800).reshape(9, 200)
+    lists = block_search.exchange((distances, ids + first_row), [9], 0, 200, first_row + 1800)
+    found = search.merge_ragged(lists, 200)
+    assert (found[0] == distances).all() and (found[1] == ids + first_row).all()
+
+
+def test_an_index_may_take_what_is_free_on_a_card_shared_by_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faiss_files, "default_device", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 << 30, 96 << 30))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert faiss_files.room_for_index(True) == 37 << 30
+    assert faiss_files.room_for_index(False) > 0
+    monkeypatch.setenv("MLPMEM_INDEX_GB", "1.5")
+    assert faiss_files.room_for_index(True) == 1.5e9
+    monkeypatch.setenv("MLPMEM_INDEX_GB", "much")
+    assert "MLPMEM_INDEX_GB much" in refuses(lambda: faiss_files.room_for_index(True))
 
 
 def test_threads_keep_the_order_and_hand_errors_on() -> None:
