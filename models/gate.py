@@ -48,6 +48,8 @@ class LambdaGate(nn.Module):
 
     def figures(self, base: torch.Tensor, memory: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """The nine figures (…, FIGURES) float32 of log-probabilities base, memory (…, vocabulary) and states (…, hidden)."""
+        if base.device != self.corpus_mean.device:  # a base spread over devices gives its logits where it likes
+            self.to(base.device)
         sure, favourite = base.max(-1, keepdim=True)  # (…, 1)
         memory_sure, memory_favourite = memory.max(-1, keepdim=True)
         expected = memory.exp()

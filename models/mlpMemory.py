@@ -134,7 +134,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
             told = f"lambda {ADAPTIVE}: {self.knn_generator.name_or_path or 'the memory'} has no gate"
             raise ValueError(f"{told}; train one (python -m training.gate), or give a number from 0 to 1")
         gate.check_made_for(self.base_lm, self.knn_generator)
-        return gate.to(self.get_output_embeddings().weight.device)
+        return gate
 
     @property
     def knn_temp(self) -> float:

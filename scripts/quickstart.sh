@@ -128,7 +128,8 @@ once "train the memory" python -m train_mlpmem_offline --model_name_or_path "$MO
     --knn_save_path "$WORK/targets" --knn_dstore_path "$train_dstore" --validation_dstore_path "$validation_dstore" \
     --output_dir "$WORK/memory" --init_from_base --memory_layers "$LAYERS" --num_train_epochs "$EPOCHS" \
     --learning_rate "$LEARNING_RATE" --alpha "$ALPHA" --per_device_train_batch_size "$WINDOWS_PER_STEP" \
-    --lr_scheduler_type linear --num_warmup_steps 10 --micro_batch_rows 2048 --checkpointing_steps 50 --seed "$SEED" --mixed_precision "$mixed"
+    --lr_scheduler_type linear --num_warmup_steps 10 --micro_batch_rows 2048 --max_eval_samples 16 \
+    --seed "$SEED" --mixed_precision "$mixed"
 memory="$WORK/memory/epoch_$EPOCHS"
 
 # 8. Perplexity: lambda and temperature are chosen on the validation articles, reported on the test articles; and the
@@ -149,7 +150,7 @@ articles="$WORK/windows/raw/train.jsonl"
 [ -f "$articles" ] || articles=/dev/null
 once "recall" python -m downstream.recall --model_name_or_path "$MODEL" --knn_generator_path "$memory" \
     --articles "$articles" --lmbda adaptive --choose_on "$WORK/joint_validation/results.json" \
-    --answer_words 1 --max_cases 1000 --torch_dtype "$dtype" --output_dir "$WORK/recall"
+    --answer_words 1 --max_cases 300 --torch_dtype "$dtype" --output_dir "$WORK/recall"
 
 # 10. The table.
 run "report" python -m downstream.report --work "$WORK" --output_dir "$OUTPUT" --seconds "$(seconds_of_stages)"

@@ -26,10 +26,12 @@ from knn_utils.datastore import TargetRows
 from knn_utils.saveEmbedMulti import capture_rows
 from models import MLPMemory
 from models.capture import captured_module
+from models.gate import LambdaGate
 from training.arguments import TrainerArguments
 from training.online import OnlineRows
 from training.rows import OfflineRows
 from training.trainer import MemoryTrainer
+from utils.gating import gate_rows
 from utils.loading import BaseArguments
 
 pytestmark = pytest.mark.unit
@@ -148,6 +150,18 @@ def shown(base, folder):
     return [tokens, *((each.base, each.memory, each.mixture) for each in inspected), hidden.cpu().numpy()]
 
 
+def gated(base, folder):
+    """Lambda by token: in generation, and in scoring."""
+    memory = memory_beside(base)
+    torch.manual_seed(3)
+    gate = put(LambdaGate(HIDDEN, 16, knn_temp=2.0), base.get_output_embeddings().weight.device)
+    joint = MLPMemory(base, memory, "adaptive", gate=gate)
+    ids = torch.from_numpy(IDS).to(base.get_input_embeddings().weight.device)
+    made = joint.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    scored = [rows for _, _, rows in gate_rows(joint, joint.gate, WINDOWS, 2, "scored")]
+    return [*made.tolist(), *(figures.tolist() for rows in scored for figures in rows)]
+
+
 def memory_beside(base):
     return put(tiny_memory(base), next(captured_module(base).parameters()).device)
 
@@ -159,7 +173,7 @@ def perplexities(folder):
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
-    "stage", [embedded, embedded_and_scored, knn_lm, joint, online_rows, recall, answers, generated, shown]
+    "stage", [embedded, embedded_and_scored, knn_lm, joint, online_rows, recall, answers, generated, shown, gated]
 )
 def test_a_stage_runs_where_its_base_is_and_gives_the_numbers_of_the_cpu(stage, place, tmp_path):
     expected = stage(tiny_base("llama"), tmp_path)

@@ -220,6 +220,25 @@ def test_joint_evaluation_and_the_knn_lm(gpu_world, memory, tmp_path):
     assert math.isfinite(result(tmp_path / "knn")["perplexity"])
 
 
+def test_a_gate_is_trained_and_gives_each_token_its_lambda(gpu_world, memory, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.windows.MOST_SHARED", 1.0)  # this world's validation text is part of its train text
+    joint = (
+        "--model_name_or_path",
+        gpu_world.base,
+        "--knn_generator_path",
+        memory,
+        "--dataset_name",
+        gpu_world.windows,
+    )
+    command("training.gate", *joint, "--known_windows", 8, "--steps", 20)
+    command("evaluate_joint", *joint, "--lmbda", "adaptive", "--output_dir", tmp_path / "gpu")
+    assert result(tmp_path / "gpu")["lmbda"] == "adaptive"
+    monkeypatch.setattr("utils.loading.default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("utils.memories.default_device", lambda: torch.device("cpu"))
+    command("evaluate_joint", *joint, "--lmbda", "adaptive", "--output_dir", tmp_path / "cpu")
+    assert result(tmp_path / "gpu")["perplexity"] == pytest.approx(result(tmp_path / "cpu")["perplexity"], rel=1e-3)
+
+
 def test_questions_are_answered_and_text_is_generated(gpu_world, memory, tmp_path):
     (tmp_path / "nq.jsonl").write_text('{"question": "zi kimoho ke", "answer": ["mo"]}\n' * 3)
     model = ("--model_name_or_path", gpu_world.base, "--knn_generator_path", memory)
