@@ -25,6 +25,7 @@ from typing import Any
 
 from demo.pair import PairArguments, Sampling, choose_pair, open_pair, short_name
 from utils.cli import command, parse
+from utils.results import lambda_text
 
 SMALLEST_WIDTH, LARGEST_WIDTH = 80, 160  # columns of a terminal on which two texts stand side by side; of both together
 
@@ -43,7 +44,7 @@ def main() -> None:
         print(remark, file=sys.stderr, flush=True)
     names = {
         BASE: f"base: {short_name(pair.base)}",
-        JOINT: f"base + memory: {short_name(pair.memory)}, lambda {pair.lmbda:g}, temperature {pair.knn_temp:g}",
+        JOINT: f"base + memory: {short_name(pair.memory)}, lambda {lambda_text(pair.lmbda)}, temperature {pair.knn_temp:g}",
     }
     texts = {side: RunningText(tokenizer, input_ids[0].tolist()) for side in names}
     sys.stdout.reconfigure(errors="replace")  # what its encoding cannot write

@@ -9,6 +9,7 @@ import torch
 from demo.passages import Passage
 from models import MLPMemory
 from models.capture import base_logits, hidden_and_head_input
+from models.joint_config import ADAPTIVE
 from models.mlpMemory import joint_log_probs
 
 SOURCES = ("base", "memory", "mixture")
@@ -18,9 +19,9 @@ SOURCES = ("base", "memory", "mixture")
 class InspectedToken:
     """A token of a text and what was said of it before it came.
 
-    `base`, `memory`, `mixture`: its log-probability in nats under each. `top`: for each of SOURCES the most probable
-    tokens there, [(token id, probability)], falling. Whoever shows it adds `texts`, of it and of these by token id, and
-    `passages`, the nearest of the training texts (None where no datastore is at hand).
+    `base`, `memory`, `mixture`: its log-probability in nats under each. `lmbda`: the memory's weight in the mixture. `top`:
+    for each of SOURCES the most probable tokens there, [(token id, probability)], falling. Whoever shows it adds `texts`,
+    of it and of these by token id, and `passages`, the nearest of the training texts (None where no datastore is at hand).
     """
 
     position: int
@@ -28,6 +29,7 @@ class InspectedToken:
     base: float
     memory: float
     mixture: float
+    lmbda: float
     top: dict[str, list[tuple[int, float]]]
     texts: dict[int, str] = field(default_factory=dict)
     passages: list[Passage] | None = None
@@ -64,15 +66,22 @@ def inspect_tokens(
     logits = base_logits(joint.base_lm, head_input)  # (n, V)
     memory_logits = joint.memory_logits(hidden).to(logits.device)  # (n, V)
     wanted = torch.tensor(token_ids[first:], device=logits.device)[:, None]  # (n, 1)
-    mixtures = {"base": (0.0, 1.0), "memory": (1.0, joint.knn_temp), "mixture": (joint.lmbda, joint.knn_temp)}
+    scores = {  # (n, V) each
+        "base": joint_log_probs(logits, memory_logits, 0.0, 1.0),
+        "memory": joint_log_probs(logits, memory_logits, 1.0, joint.knn_temp),
+    }
+    if joint.lmbda == ADAPTIVE:
+        lmbda = joint.gate(scores["base"], scores["memory"], hidden).sigmoid()  # (n, 1)
+    else:
+        lmbda = torch.full_like(wanted, joint.lmbda, dtype=torch.float32)
+    scores["mixture"] = torch.logaddexp(scores["base"] + (-lmbda).log1p(), scores["memory"] + lmbda.log())
     own, best = {}, {}
-    for name, mixture in mixtures.items():
-        scores = joint_log_probs(logits, memory_logits, *mixture)  # (n, V)
-        own[name] = scores.gather(-1, wanted)[:, 0].tolist()
-        values, tokens = scores.topk(min(top, scores.shape[-1]))  # (n, top) each
+    for name, each in scores.items():
+        own[name] = each.gather(-1, wanted)[:, 0].tolist()
+        values, tokens = each.topk(min(top, each.shape[-1]))  # (n, top) each
         best[name] = [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), values.exp().tolist(), strict=True)]
     inspected = []
     for row, token in enumerate(token_ids[first:]):
-        scores, top_here = ({name: each[name][row] for name in SOURCES} for each in (own, best))
-        inspected.append(InspectedToken(first + row, token, **scores, top=top_here))
+        here, top_here = ({name: each[name][row] for name in SOURCES} for each in (own, best))
+        inspected.append(InspectedToken(first + row, token, **here, lmbda=lmbda[row].item(), top=top_here))
     return inspected, hidden

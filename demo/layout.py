@@ -11,6 +11,7 @@ import gradio
 from demo import page
 from demo.pair import Pair, Sampling, short_name
 from demo.viewer import Viewer
+from utils.results import ADAPTIVE
 
 
 def build(viewer: Viewer, pair: Pair) -> gradio.Blocks:
@@ -35,8 +36,16 @@ def build(viewer: Viewer, pair: Pair) -> gradio.Blocks:
                     go = gradio.Button("Continue", variant="primary", elem_id="go")
                     stop = gradio.Button("Stop", elem_id="stop")
             with gradio.Column(scale=2):
-                lmbda = slider("lambda", 0, 1, pair.lmbda, 0.01, "Lambda: weight of the memory")
+                weight = Pair.lmbda if pair.lmbda == ADAPTIVE else pair.lmbda
+                lmbda = slider("lambda", 0, 1, weight, 0.01, "Lambda: weight of the memory")
                 knn_temp = slider("knn_temp", 0.1, 4, pair.knn_temp, 0.01, "Temperature of the memory")
+                lmbda.interactive = knn_temp.interactive = pair.lmbda != ADAPTIVE
+                adaptive = gradio.Checkbox(
+                    pair.lmbda == ADAPTIVE,
+                    label="Lambda by token: the memory's gate, with its own temperature",
+                    visible=viewer.has_gate(),
+                    elem_id="adaptive",
+                )
                 with gradio.Accordion("Sampling", open=False, elem_id="sampling"):
                     new_tokens = slider("new_tokens", 1, 256, 40, 1, "New tokens")
                     temperature = slider("temperature", 0, 2, 0, 0.05, "Sampling temperature (0: greedy)")
@@ -49,21 +58,25 @@ def build(viewer: Viewer, pair: Pair) -> gradio.Blocks:
             joint = gradio.HTML(empty.joint, elem_id="joint", **flush)
         inspector = gradio.HTML(empty.inspector, elem_id="inspector", **flush)
 
-        def run(request: gradio.Request, prompt: str, *values: float | None) -> Iterator[tuple[str, ...]]:
+        def run(
+            request: gradio.Request, prompt: str, by_token: bool, *values: float | None
+        ) -> Iterator[tuple[str, ...]]:
             # An emptied field comes as None; the checks of the run then name it.
             lmbda, knn_temp, temperature, top_p = (math.nan if value is None else value for value in values[:4])
             new_tokens, seed = (-1 if value is None else int(value) for value in values[4:])
             sampling = Sampling(new_tokens, temperature, top_p, seed=seed)
+            lmbda = ADAPTIVE if by_token else lmbda
             yield from viewer.run(prompt or "", lmbda, knn_temp, sampling, request.session_hash)
 
         def halt(request: gradio.Request) -> None:
             viewer.stop(request.session_hash)
 
-        settings = [prompt, lmbda, knn_temp, temperature, top_p, new_tokens, seed]
+        settings = [prompt, adaptive, lmbda, knn_temp, temperature, top_p, new_tokens, seed]
         shown = [base, joint, inspector, status]
         for start in (go.click, prompt.submit):
             start(run, settings, shown, concurrency_id="models", concurrency_limit=1, **private)
         stop.click(halt, queue=False, **private)
+        adaptive.change(lambda on: [gradio.update(interactive=not on)] * 2, adaptive, [lmbda, knn_temp], **private)
     return blocks
 
 

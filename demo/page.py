@@ -64,12 +64,14 @@ def _lowering_scale(lmbda: float) -> float:
     return max(min(most, math.log(FULL_COLOUR)), SMALLEST_SCALE)
 
 
-def inspector(sides: dict[str, tuple[str, list[InspectedToken]]], lmbda: float) -> str:
+def inspector(sides: dict[str, tuple[str, list[InspectedToken]]], *, adaptive: bool = False) -> str:
     """Coloured tokens of each side, {name: (heading, tokens)}, and the details of each token, one of them visible.
 
-    The first shown is the one that the memory raised most, among the last side's where it has tokens.
+    The first shown is the one that the memory raised most, among the last side's where it has tokens. `adaptive`: each
+    token's own lambda is shown too; the colours are those of the largest of them, so that they mean the same everywhere.
     """
     active = None
+    lmbda = max((token.lmbda for _, tokens in sides.values() for token in tokens), default=0.0)
     for name, (_, tokens) in sides.items():
         if tokens:
             active = name, max(range(len(tokens)), key=lambda number: tokens[number].moved)
@@ -78,50 +80,53 @@ def inspector(sides: dict[str, tuple[str, list[InspectedToken]]], lmbda: float) 
         buttons = ""
         for number, token in enumerate(tokens):
             shown = f"mlpm-{name}-{number}", token, (name, number) == active
-            buttons += token_button(*shown, lmbda)
-            details += token_details(*shown)
+            buttons += token_button(*shown, lmbda, adaptive=adaptive)
+            details += token_details(*shown, adaptive=adaptive)
         flows += (
             f'<div class="mlpm-flow" data-side="{name}"><h2>{escape(heading)}</h2>'
             f'<p class="mlpm-tokens">{buttons or "no token"}</p></div>'
         )
     return (
-        f'<div class="mlpm mlpm-inspector">{legend(lmbda)}<div class="mlpm-flows">{flows}</div>'
+        f'<div class="mlpm mlpm-inspector">{legend(lmbda, adaptive=adaptive)}<div class="mlpm-flows">{flows}</div>'
         f'<div class="mlpm-details">{details}</div></div>'
     )
 
 
-def legend(lmbda: float) -> str:
+def legend(lmbda: float, *, adaptive: bool = False) -> str:
     """What the colours mean; the left end is the most that a mixture with this lambda can lower."""
+    line = '<span>line below: lambda, 0</span><span class="mlpm-lambda-scale"></span><span>1</span>' if adaptive else ""
     return (
         '<div class="mlpm-legend"><span>The memory lowered the probability</span>'
         f'<span class="mlpm-number">{factor(-_lowering_scale(lmbda))}</span><span class="mlpm-scale"></span>'
-        f'<span class="mlpm-number">×{FULL_COLOUR:g} and more</span><span>raised it</span>'
+        f'<span class="mlpm-number">×{FULL_COLOUR:g} and more</span><span>raised it</span>{line}'
         '<span class="mlpm-hint">point at a token to look inside, click to keep it</span></div>'
     )
 
 
-def token_button(identity: str, token: InspectedToken, active: bool, lmbda: float) -> str:
-    """A token in its colour. Line breaks are shown as an arrow, and made."""
+def token_button(identity: str, token: InspectedToken, active: bool, lmbda: float, *, adaptive: bool = False) -> str:
+    """A token in its colour, `adaptive` with a line of its lambda's colour. Line breaks are shown as an arrow, and made."""
+    line, told = (f";--mlpm-l:{token.lmbda:.3f}", f", lambda {token.lmbda:.2f}") if adaptive else ("", "")
     colour = strength(token.moved, lmbda)
     direction = "mlpm-up" if colour >= 0 else "mlpm-down"
     breaks = "<br>" * token.text.count("\n")
     return (
         f'<button type="button" class="mlpm-token {direction}{" mlpm-active" if active else ""}" '
-        f'style="--mlpm-s:{abs(colour):.3f}" data-detail="{identity}" '
-        f'tabindex="{0 if active else -1}" aria-label="{escape(visible(token.text))} {factor(token.moved)}">'
+        f'style="--mlpm-s:{abs(colour):.3f}{line}" data-detail="{identity}" '
+        f'tabindex="{0 if active else -1}" aria-label="{escape(visible(token.text))} {factor(token.moved)}{told}">'
         f"{escape(token.text.replace(chr(10), '↵')) or '·'}</button>{breaks}"
     )
 
 
-def token_details(identity: str, token: InspectedToken, active: bool) -> str:
-    """Probabilities of a token, the candidates of base, memory and mixture, and the nearest training passages."""
+def token_details(identity: str, token: InspectedToken, active: bool, *, adaptive: bool = False) -> str:
+    """Probabilities of a token (and, `adaptive`, its lambda), the candidates of base, memory and mixture, and the nearest training passages."""
     direction = "mlpm-up" if token.moved >= 0 else "mlpm-down"
     lists = "".join(_candidates(name, token) for name in SOURCES)
+    lmbda = f"<span>lambda <b>{token.lmbda:.2f}</b></span>" if adaptive else ""
     return (
         f'<section class="mlpm-detail" id="{identity}"{"" if active else " hidden"}>'
         f"<h3><code>{escape(visible(token.text))}</code>"
         f"<span>base <b>{percent(token.base)}</b></span><span>memory <b>{percent(token.memory)}</b></span>"
-        f"<span>base + memory <b>{percent(token.mixture)}</b></span>"
+        f"<span>base + memory <b>{percent(token.mixture)}</b></span>{lmbda}"
         f'<span class="mlpm-factor {direction}" style="--mlpm-s:.6">{factor(token.moved)}</span></h3>'
         f'<div class="mlpm-lists">{lists}</div>{_passages(token)}</section>'
     )

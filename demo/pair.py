@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import command, flag
-from utils.errors import InputError, check_fraction, check_positive
+from utils.errors import InputError, check_positive
 from utils.loading import BaseArguments
+from utils.results import Lambda, check_lambda
 
 QUICKSTART, MISTRAL = "quickstart", "mistral"
 
 
 @dataclass
 class Pair:
-    """A base and its memory (folders or hub names), the mixture, a prompt that suits them, and what there is to look
-    passages up in: datastore, index, windows folder (None where there is none)."""
+    """A base and its memory (folders or hub names), the mixture (lambda may be "adaptive"), a prompt that suits them, and
+    what there is to look passages up in: datastore, index, windows folder (None where there is none)."""
 
     base: str
     memory: str
-    lmbda: float = 0.25
+    lmbda: float | str = 0.25
     knn_temp: float = 1.0
     prompt: str = "The capital of France is"
     dstore_path: str | None = None
@@ -42,7 +43,9 @@ class PairArguments(BaseArguments):
     model_name_or_path: str | None = flag(None, "base model: a folder or a hub name; default: the preset's")
     knn_generator_path: str | None = flag(None, "the MLP memory: a folder or a hub name; default: the preset's")
     prompt: str | None = flag(None, "text to continue; default: one of the preset's")
-    lmbda: float | None = flag(None, "weight of the memory, from 0 to 1; default: the preset's best")
+    lmbda: Lambda | None = flag(
+        None, "weight of the memory: 0 to 1, or adaptive (by the memory's gate); default: the preset's best"
+    )
     knn_temp: float | None = flag(None, "temperature of the memory's softmax; default: the preset's best")
     torch_dtype: str = flag("auto", "float32, bfloat16, float16, or auto: the fastest here")
 
@@ -93,7 +96,7 @@ def choose_pair(arguments: PairArguments) -> Pair:
     for name in ("lmbda", "knn_temp", "prompt"):
         if getattr(arguments, name) is not None:
             setattr(pair, name, getattr(arguments, name))
-    check_fraction("--lmbda", pair.lmbda)
+    check_lambda("--lmbda", pair.lmbda)
     check_positive("--knn_temp", pair.knn_temp)
     if not pair.prompt.strip():
         raise InputError("--prompt: is empty, expected some text to continue")
@@ -129,10 +132,10 @@ def quickstart_pair(folder: Path) -> Pair:
 
 
 def open_pair(pair: Pair, arguments: PairArguments) -> tuple[Any, Any]:
-    """(joint model in evaluation mode, tokenizer).
+    """(joint model in evaluation mode, tokenizer); the pair takes the temperature that the model has: a gate brings its own.
 
     Raises:
-        InputError: no model, tokenizer or memory where `pair` says, or a memory of another base.
+        InputError: no model, tokenizer or memory where `pair` says, a memory of another base, or "adaptive" without a gate.
     """
     from utils.loading import quiet_libraries
     from utils.memories import open_joint
@@ -141,7 +144,9 @@ def open_pair(pair: Pair, arguments: PairArguments) -> tuple[Any, Any]:
     arguments.model_name_or_path = pair.base
     tokenizer = arguments.open_tokenizer(required=True)
     base = arguments.open_base(tokenizer)
-    return open_joint(arguments, pair.memory, base, pair.lmbda, pair.knn_temp), tokenizer
+    joint = open_joint(arguments, pair.memory, base, pair.lmbda, pair.knn_temp)
+    pair.knn_temp = joint.knn_temp
+    return joint, tokenizer
 
 
 def short_name(path: str) -> str:

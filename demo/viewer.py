@@ -14,7 +14,8 @@ from demo.pair import Sampling
 from demo.passages import Passages
 from demo.streams import BASE, JOINT, RunningText, encode_prompt, side_by_side, text_after
 from models import MLPMemory
-from utils.errors import InputError, check_fraction, check_positive, one_line
+from utils.errors import InputError, check_positive, one_line
+from utils.results import ADAPTIVE, check_lambda
 
 HEADINGS = {BASE: "Base", JOINT: "Base + memory"}
 
@@ -59,18 +60,29 @@ class Viewer:
         """End the run of `owner` at the next token; what was made is inspected."""
         self._stopped = self._stopped or self._owner == owner
 
+    def has_gate(self) -> bool:
+        """Whether lambda may be "adaptive": the memory has a gate for this base."""
+        before = self.joint.lmbda, self.joint.knn_temp
+        try:
+            self.joint.lmbda = ADAPTIVE
+        except ValueError:
+            return False
+        self.joint.lmbda, self.joint.knn_temp = before
+        return True
+
     def run(
-        self, prompt: str, lmbda: float, knn_temp: float, sampling: Sampling, owner: object = None
+        self, prompt: str, lmbda: float | str, knn_temp: float, sampling: Sampling, owner: object = None
     ) -> Iterator[View]:
         """Yield the view while both continuations grow, at last with every token inspected.
 
+        With lambda "adaptive" the memory's temperature is its gate's.
         Bad input and want of memory are told in the view's status.
         """
         self._owner, self._stopped = owner, False
         try:
             sampling.check()
-            self.joint.lmbda = check_fraction("--lambda", lmbda)
             self.joint.knn_temp = check_positive("--memory temperature", knn_temp)
+            self.joint.lmbda = check_lambda("--lambda", lmbda)
             input_ids, remark = encode_prompt(self.joint, self.tokenizer, prompt, sampling)
             prompt_ids = input_ids[0].tolist()
             texts = {side: RunningText(self.tokenizer, prompt_ids) for side in (BASE, JOINT)}
@@ -88,7 +100,7 @@ class Viewer:
                 side: (f"{HEADINGS[side]}, token by token", self._inspected(prompt_ids, each.tokens))
                 for side, each in texts.items()
             }
-            yield self._view(prompt, texts, told, inspector=page.inspector(sides, self.joint.lmbda))
+            yield self._view(prompt, texts, told, inspector=page.inspector(sides, adaptive=lmbda == ADAPTIVE))
         except (InputError, torch.OutOfMemoryError) as error:
             yield self._view(prompt, {}, one_line(error).removeprefix("--"), problem=True)
         finally:

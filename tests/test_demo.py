@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -19,12 +20,20 @@ import pytest
 import torch
 from harness import FAMILIES, GOLDEN, ROOT, command, refused, refused_here, run
 from safetensors.torch import load_file
-from tiny_models import byte_tokenizer, letter_tokenizer, save_models, tiny_base, tiny_joint, tiny_memory
+from tiny_models import (
+    byte_tokenizer,
+    letter_tokenizer,
+    random_gate,
+    save_models,
+    tiny_base,
+    tiny_joint,
+    tiny_memory,
+)
 
 from demo import page
 from demo.generation_example import printable
 from demo.inspection import SOURCES, inspect_tokens
-from demo.pair import PairArguments, Sampling, choose_pair
+from demo.pair import Pair, PairArguments, Sampling, choose_pair
 from demo.passages import Passage, Passages
 from demo.streams import BASE, JOINT, RunningText, encode_prompt, side_by_side, text_after
 from demo.viewer import Viewer
@@ -82,6 +91,23 @@ def test_a_mixture_lowers_no_token_below_its_bound_and_with_lambda_0_moves_none(
     assert any(token.moved > 0.01 for token in tokens) and any(token.moved < -0.01 for token in tokens)
     model.lmbda = 0.0
     assert {token.moved for token in inspect_tokens(model, [5, 6, 7], 1)[0]} == {0.0}
+
+
+@pytest.mark.unit
+def test_with_a_gate_each_inspected_token_has_the_lambda_it_was_mixed_with(joint):
+    assert {round(token.lmbda, 6) for token in inspect_tokens(joint, [5, 6, 7], 1)[0]} == {0.6}
+    gated = tiny_joint("llama")
+    gated.gate = random_gate(gated.base_lm, gated.knn_generator, knn_temp=2.0)
+    gated.lmbda = "adaptive"
+    ids = list(range(2, 40))
+    tokens, _ = inspect_tokens(gated, ids, 1)
+    with torch.no_grad():
+        expected = gated(torch.tensor([ids])).logits[0, :-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert [token.mixture for token in tokens] == pytest.approx(expected.tolist(), abs=1e-5)
+    for token in tokens:
+        mixed = (1 - token.lmbda) * math.exp(token.base) + token.lmbda * math.exp(token.memory)
+        assert math.exp(token.mixture) == pytest.approx(mixed, rel=1e-4)
+    assert max(token.lmbda for token in tokens) - min(token.lmbda for token in tokens) > 0.01
 
 
 # ---------------------------------------------------------------------------------------------------------- streams
@@ -208,6 +234,16 @@ def saved(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
+def gated_memory(tmp_path_factory, saved) -> Path:
+    """The saved memory with a gate beside it."""
+    folder = tmp_path_factory.mktemp("gated") / "memory"
+    shutil.copytree(saved[1], folder)
+    joint = MLPMemory.from_pretrained(*saved)
+    random_gate(joint.base_lm, joint.knn_generator, knn_temp=2.0).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def quickstart(tmp_path_factory, saved) -> Path:
     """A folder as the quickstart leaves it, with epochs 2 and 10 and an epoch 11 that was never finished."""
     folder = tmp_path_factory.mktemp("quickstart")
@@ -244,6 +280,18 @@ def test_without_flags_the_last_memory_of_the_quickstart_is_shown_at_its_best_mi
     assert pair.memory.endswith("epoch_10") and pair.base.endswith("embedded/model") and pair.dstore_path is None
     pair = choose_pair(PairArguments(quickstart=str(quickstart), lmbda=0.1, prompt="Why?", model_name_or_path="other"))
     assert (pair.lmbda, pair.knn_temp, pair.prompt, pair.base) == (0.1, 1.2, "Why?", "other")
+
+
+def test_a_quickstart_whose_memory_has_a_gate_opens_with_it(saved, gated_memory, tmp_path, capsys):
+    (tmp_path / "work" / "memory").mkdir(parents=True)
+    (tmp_path / "work" / "memory" / "epoch_1").symlink_to(gated_memory)
+    results = {"lambda": "adaptive", "knn_temp": 1.0, "examples": []}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    asked = ("--quickstart", tmp_path, "--model_name_or_path", saved[0], "--max_new_tokens", 4)
+    command("demo.generation_example", *asked)
+    assert "lambda adaptive, temperature 2" in capsys.readouterr().out
+    command("demo.generation_example", *asked, "--lmbda", 0.3)
+    assert "lambda 0.3, temperature 1" in capsys.readouterr().out
 
 
 @pytest.mark.unit
@@ -313,6 +361,7 @@ def test_a_terminal_that_is_wide_enough_shows_two_columns(saved, columns):
     ("wrong", "told"),
     [
         (("--lmbda", 1.5), "--lmbda 1.5: expected a number from 0 to 1"),
+        (("--lmbda", "adaptive"), "has no gate; train one (python -m training.gate)"),
         (("--knn_temp", 0), "--knn_temp 0: expected a number above 0"),
         (("--prompt", " "), "--prompt: is empty"),
         (("--prompt", "moon " * 100), "longer than the base's context of 64"),
@@ -434,6 +483,39 @@ def test_a_run_shows_the_texts_growing_and_then_each_token_with_its_details(view
     assert {token["style"] for token in Tags(last.inspector).of("mlpm-token")} == {"--mlpm-s:0.000"}
 
 
+def test_lambda_by_token_is_offered_where_there_is_a_gate_and_shown_with_each_token(viewer, saved, gated_memory):
+    assert not viewer.has_gate()
+    gated = Viewer(MLPMemory.from_pretrained(saved[0], gated_memory, 0.3, 1.5), byte_tokenizer())
+    assert gated.has_gate() and (gated.joint.lmbda, gated.joint.knn_temp) == (0.3, 1.5)
+    inspector = Tags(last_view(gated, lmbda="adaptive")[1].inspector)
+    assert gated.joint.knn_temp == 2.0
+    tokens = inspector.of("mlpm-token")
+    lines = [float(token["style"].split("--mlpm-l:")[1]) for token in tokens]
+    assert len(set(lines)) > 1 and all(0 <= line <= 1 for line in lines)
+    assert all(", lambda " in token["aria-label"] for token in tokens)
+    assert len(re.findall(r"lambda [01]\.\d\d", inspector.text)) == len(tokens) and inspector.of("mlpm-lambda-scale")
+    again = Tags(last_view(gated, lmbda=0.4)[1].inspector)
+    assert gated.joint.knn_temp == 1.0 and "lambda" not in again.text and not again.of("mlpm-lambda-scale")
+    assert not any("--mlpm-l" in token["style"] for token in again.of("mlpm-token"))
+
+
+@pytest.mark.parametrize("lmbda", [0.3, "adaptive"])
+def test_the_page_offers_lambda_by_token_beside_the_slider(saved, gated_memory, lmbda):
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[demo]'")
+    from demo.layout import build
+
+    def parts(memory, value):
+        opened = Viewer(MLPMemory.from_pretrained(saved[0], memory, value), byte_tokenizer())
+        blocks = build(opened, Pair(str(saved[0]), str(memory), value, 2.0))
+        return {each["props"].get("elem_id"): each["props"] for each in blocks.get_config_file()["components"]}
+
+    shown = parts(gated_memory, lmbda)
+    assert shown["adaptive"]["visible"] and shown["adaptive"]["value"] == (lmbda == "adaptive")
+    assert all(shown[name]["interactive"] == (lmbda != "adaptive") for name in ("lambda", "knn_temp"))
+    assert shown["lambda"]["value"] == (0.25 if lmbda == "adaptive" else 0.3)
+    assert not parts(saved[1], 0.3)["adaptive"]["visible"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
@@ -465,7 +547,7 @@ def test_what_comes_from_a_model_or_a_corpus_is_never_markup(viewer):
     token.texts = dict.fromkeys({6, *(each for top in token.top.values() for each, _ in top)}, evil)
     token.passages = [Passage(evil, evil, evil, 6, 1.5)]
     html = [
-        page.inspector({"base": (evil, [token]), "joint": (evil, [token])}, 0.5),
+        page.inspector({"base": (evil, [token]), "joint": (evil, [token])}, adaptive=True),
         page.running_text("base", evil, evil, evil, running=True),
         page.status(evil, problem=True),
         page.header([evil]),

@@ -9,24 +9,13 @@ import numpy as np
 import pytest
 import torch
 from harness import GOLDEN, command, refused_here
-from tiny_models import make_base, some_ids, tiny_base, tiny_joint, tiny_memory
+from tiny_models import make_base, random_gate, some_ids, tiny_base, tiny_joint, tiny_memory
 from transformers import AutoModelForCausalLM
 
 from models import MLPMemory
-from models.gate import LambdaGate, probe
+from models.gate import LambdaGate
 
 pytestmark = pytest.mark.unit
-
-
-def random_gate(base, memory, **settings) -> LambdaGate:
-    """A gate whose lambdas are far from one another, for this pair."""
-    torch.manual_seed(5)
-    gate = LambdaGate(base.config.hidden_size, 16, base_probe=probe(base), memory_probe=probe(memory), **settings)
-    with torch.no_grad():
-        gate.outer.weight.mul_(5)
-        gate.figure_scale.fill_(4.0)
-        gate.corpus_mean.normal_()
-    return gate
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from models import MLPMemory, memory_class, memory_config
+from models.gate import LambdaGate, probe
 
 VOCABULARY, HIDDEN, CONTEXT = 97, 32, 64
 SIZES = {
@@ -71,6 +72,17 @@ def tiny_memory(base, layers: int = 3, seed: int = 1):
 def tiny_joint(family: str = "llama", **settings) -> MLPMemory:
     base = tiny_base(family)
     return MLPMemory(base, tiny_memory(base), **settings).eval()
+
+
+def random_gate(base, memory, **settings) -> LambdaGate:
+    """A gate whose lambdas are far from one another, for this pair."""
+    torch.manual_seed(5)
+    gate = LambdaGate(base.config.hidden_size, 16, base_probe=probe(base), memory_probe=probe(memory), **settings)
+    with torch.no_grad():
+        gate.outer.weight.mul_(5)
+        gate.figure_scale.fill_(4.0)
+        gate.corpus_mean.normal_()
+    return gate
 
 
 def some_ids(batch: int = 2, time: int = 12, seed: int = 2) -> torch.Tensor:
