@@ -123,19 +123,19 @@ class BaseArguments:
     def fingerprint(self, made: Mapping[str, Any], base: Any = None) -> str | None:
         """`model_fingerprint` of this base as a file of the settings `made` would record it, for `files.check_made`.
 
-        Weights are opened in the dtype that `made` says, else in each; a checkpoint's own is mapped, not read. `base`:
-        the base as it is open, tried first. None where no base is named or `made` records none that can be compared.
+        `base`: as it is open, tried first. None where none is named or `made` records none, a path or quantised weights.
         """
         import torch
 
-        # Of 16 digits; a path, or what says that the weights were quantised, is not comparable.
         recorded, found = str(made.get("model")), base and model_fingerprint(base)
         if found == recorded or not self.model_name_or_path or len(recorded) != 16:
             return found if found == recorded else None
-        whole = replace(self, device_map=None, load_in_4bit=False, load_in_8bit=False)
-        for dtype in [made["dtype"]] if made.get("dtype") in DTYPES else DTYPES:
-            opened = whole.open_base(self.open_tokenizer(), dtype=getattr(torch, dtype), device="cpu")
-            if (found := model_fingerprint(opened)) == recorded:
+        whole, tokenizer = replace(self, device_map=None, load_in_4bit=False, load_in_8bit=False), self.open_tokenizer()
+        dtypes = [getattr(torch, each) for each in ([made["dtype"]] if made.get("dtype") in DTYPES else DTYPES)]
+        # First as the checkpoint has it, which is mapped and not read; that says nothing of rows that were made for it.
+        for held, dtype in [*(("auto", dtype) for dtype in dtypes), *zip(dtypes, dtypes, strict=True)]:
+            opened = whole.open_base(tokenizer, dtype=held, device="cpu")
+            if (found := model_fingerprint(opened, dtype)) == recorded:
                 break
         return found
 
@@ -316,14 +316,13 @@ def windows_fingerprint(windows: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def model_fingerprint(model: Any) -> str:
-    """A checksum of a model: its parameters' names and shapes, and a sample of each one's numbers.
-
-    That of quantised weights says so: whole weights, or those of another library, cannot be compared with them.
-    """
+def model_fingerprint(model: Any, dtype: torch.dtype | None = None) -> str:
+    """A checksum of a model (in `dtype`): its parameters' names and shapes, and a sample of each one's numbers.
+    That of quantised weights, which cannot be compared, says so."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         flat = weight.detach().flatten()
-        digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+        sample = flat[:: max(1, flat.numel() // 64)].to(dtype or flat.dtype)
+        digest.update(sample.float().cpu().numpy().tobytes())
     return "quantised " * bool(getattr(model, "is_quantized", False)) + digest.hexdigest()[:16]
