@@ -9,12 +9,6 @@ Served on this machine's loopback address unless --host says otherwise; the page
 
 from __future__ import annotations
 
-if __package__ in (None, ""):
-    import sys
-    from pathlib import Path
-
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import contextlib
 import importlib.util
 import os

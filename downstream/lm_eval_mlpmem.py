@@ -13,15 +13,11 @@ nine, and `--include_path` adds a folder of task files. It needs the package lm-
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from downstream.model import ModelArguments
 from utils.cli import command, flag, parse, required, started_together

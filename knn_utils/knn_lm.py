@@ -1,12 +1,12 @@
 """The kNN-LM (Khandelwal et al., 2020): what MLP Memory imitates, as a baseline.
 
-`Neighbours` searches and scores labels for perplexity; `KNNLM` puts the mixture on a model's logits with two hooks and
-takes it off again.
+`Neighbours` searches and scores labels for perplexity; `KNNLM` puts the mixture on a model's logits for a while.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,6 @@ class KNNLM(Neighbours):
         self.lmbda = lmbda if isinstance(lmbda, Buckets) else check_fraction("--lmbda", lmbda)
         self.knn_temp = check_positive("--knn_temp", knn_temp)
         self.layer_position = layer_position
-        self._capture: Any = None
-        self._hook: Any = None
 
     def mixture(self, hidden: Tensor, logits: Tensor) -> Tensor:
         """log((1-lambda)·softmax(logits) + lambda·p_kNN): (rows, V) float64 of hidden (rows, dim), logits (rows, V)."""
@@ -103,30 +101,19 @@ class KNNLM(Neighbours):
         lmbda = torch.from_numpy(lmbda).to(base.device)[:, None]  # (rows or 1, 1)
         return base.mul_(1 - lmbda).add_(torch.from_numpy(knn).to(base.device).mul_(lmbda)).log_()
 
-    def on(self, model: Any) -> KNNLM:
-        """Put the wrapper on `model`. Raises InputError when it is on one already."""
+    @contextlib.contextmanager
+    def on(self, model: Any) -> Iterator[KNNLM]:
+        """Put the mixture on the logits of `model`; after the block it is off again."""
         from models.capture import HiddenCapture, captured_module
 
-        if self._hook is not None:
-            raise InputError("the kNN-LM is on a model already; take it off first")
-        self._capture = HiddenCapture(captured_module(model, self.layer_position))
-        self._hook = model.get_output_embeddings().register_forward_hook(self._mix)
-        return self
+        def mix(_module: Any, _inputs: Any, logits: Tensor) -> Tensor:
+            query = capture.hidden[:, -logits.shape[1] :]  # (batch, positions, hidden)
+            mixed = self.mixture(query.flatten(0, 1), logits.flatten(0, 1))  # (batch · positions, V)
+            return mixed.view(logits.shape).to(logits.dtype)
 
-    def off(self) -> None:
-        """Take the wrapper off."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._capture.remove()
-        self._hook = self._capture = None
-
-    def __enter__(self) -> KNNLM:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.off()
-
-    def _mix(self, _module: Any, _inputs: Any, logits: Tensor) -> Tensor:
-        query = self._capture.hidden[:, -logits.shape[1] :]  # (batch, positions, hidden)
-        mixed = self.mixture(query.flatten(0, 1), logits.flatten(0, 1))  # (batch · positions, V)
-        return mixed.view(logits.shape).to(logits.dtype)
+        with HiddenCapture(captured_module(model, self.layer_position)) as capture:
+            hook = model.get_output_embeddings().register_forward_hook(mix)
+            try:
+                yield self
+            finally:
+                hook.remove()

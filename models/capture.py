@@ -80,7 +80,7 @@ def is_norm(module: nn.Module) -> bool:
 class HiddenCapture:
     """A pre-forward hook that keeps a module's input, such as that of one block's `.mlp`, in `.hidden` (batch, time, hidden).
 
-    Use it as a context manager, or call `.remove()`. Only forward passes of the thread that made it are captured, so
+    It is on until its `with` block ends. Only forward passes of the thread that made it are captured, so
     a base model shared between threads (one generating alone, one with its memory) does not mix them up.
     """
 
@@ -107,14 +107,11 @@ class HiddenCapture:
             )
         return hidden
 
-    def remove(self) -> None:
-        self._handle.remove()
-
     def __enter__(self) -> HiddenCapture:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.remove()
+        self._handle.remove()
 
 
 class _CapturedError(Exception):

@@ -124,8 +124,8 @@ def test_knn_lm_wrapper_leaves_no_trace(llama_world):
     ids = torch.arange(2, 40)[None]
     with torch.no_grad():
         before = model(ids).logits
-        with KNNLM(llama_world.index, llama_world.dstore("train"), k=16, probe=4, lmbda=0.5, knn_temp=2.0) as knn:
-            knn.on(model)
+        knn = KNNLM(llama_world.index, llama_world.dstore("train"), k=16, probe=4, lmbda=0.5, knn_temp=2.0)
+        with knn.on(model):
             mixed = model(ids).logits
         after = model(ids).logits
     assert torch.allclose(mixed.exp().sum(-1), torch.ones(1, 38), atol=1e-4)
