@@ -79,17 +79,17 @@ def resize_to_memory(base: PreTrainedModel, memory: nn.Module, reference: str | 
         resize_vocabulary(base, vocabulary)
 
 
-def tokenizer_of(path: str, base: PreTrainedModel) -> Any:
-    """The tokenizer that lies at `path`, or None; code that lies there is run only where that of the base was."""
+def tokenizer_of(path: str, model: PreTrainedModel) -> Any:
+    """The tokenizer that lies at `path`, or None; code that lies there is run only where that of `model` was."""
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=_has_own_code(base))
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=_has_own_code(model))
     except Exception as error:  # a base without a tokenizer is no fault: ids go in, ids come out
         logger.info("%s: no tokenizer (%s)", path, error)
         return None
 
 
-def _has_own_code(base: PreTrainedModel) -> bool:
-    return type(base).__module__.startswith("transformers_modules.")
+def _has_own_code(model: PreTrainedModel) -> bool:
+    return type(model).__module__.startswith("transformers_modules.")
 
 
 def not_found_again(

@@ -85,8 +85,8 @@ def save_joint(
         include_base = True
     reference = absolute(base_reference) or named
     if tokenizer is None:
-        places = filter(None, (_opened_from(joint), reference))
-        tokenizer = next(filter(None, (tokenizer_of(place, joint.base_lm) for place in places)), None)
+        places = ((_opened_from(joint), joint), (reference, joint.base_lm))
+        tokenizer = next(filter(None, (tokenizer_of(place, model) for place, model in places if place)), None)
     config = copy.deepcopy(joint.config)
     config.base_model_name_or_path = None if include_base and reference and os.path.isabs(reference) else reference
     config.base_fingerprint = fingerprint(reference) if reference and not include_base else None
