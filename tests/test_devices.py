@@ -31,6 +31,7 @@ from training.arguments import TrainerArguments
 from training.online import OnlineRows
 from training.rows import OfflineRows
 from training.trainer import MemoryTrainer
+from utils.cli import command
 from utils.gating import gate_rows
 from utils.loading import BaseArguments
 
@@ -291,6 +292,17 @@ def test_a_base_is_read_straight_onto_its_gpu(given, asked, tmp_path, monkeypatc
     if "device" in given:
         MLPMemory.from_pretrained(base, tmp_path / "memory", **given)
     assert found == [asked] * (1 + ("device" in given))
+
+
+def test_a_full_gpu_ends_in_one_line_that_names_the_flags(capsys):
+    @command
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation.")
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and "CUDA out of memory" in line and "--micro_batch_rows" in line
 
 
 def open_a_base(folder):

@@ -23,6 +23,9 @@ from utils.errors import InputError, one_line
 EXIT_BAD_INPUT = 2
 EXIT_LOST_PROCESS = 1
 EXIT_INTERRUPTED = 130
+LESS_AT_ONCE = (
+    "Less at a time needs less: --micro_batch_rows, --per_device_train_batch_size, --per_device_eval_batch_size"
+)
 LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Socket Timeout")
 
 
@@ -119,9 +122,12 @@ def command(main: Callable[[], None], *, training: bool = False) -> Callable[[],
             text = describe_os_error(error) if isinstance(error, OSError) and error.errno else error
             leave(EXIT_BAD_INPUT, f"error: {one_line(text)}")
         except RuntimeError as error:
-            if os.environ.get("MLPMEM_TRACEBACK") or not (started_together() and is_lost_connection(error)):
+            full = type(error).__name__ == "OutOfMemoryError"  # torch's, of a GPU
+            if os.environ.get("MLPMEM_TRACEBACK") or not (full or (started_together() and is_lost_connection(error))):
                 raise
-            let_others_speak(lost=True)
+            let_others_speak(lost=not full)
+            if full:
+                leave(EXIT_BAD_INPUT, f"error: {one_line(error, 200)} {LESS_AT_ONCE}")
             line = "another process of this run has ended, its own line says why"
             leave(EXIT_LOST_PROCESS, f"process {process_number()} ends: {line}")
 
@@ -152,11 +158,8 @@ def note_lone_process() -> None:
     counts = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
     asked_for_several = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
     if asked_for_several and not any(name in os.environ for name in counts):
-        print(
-            "accelerate started one process only; for several on the CPU: "
-            "accelerate launch --config_file accelerate_config/cpu.yaml --num_processes N",
-            file=sys.stderr,
-        )
+        remedy = "accelerate launch --config_file accelerate_config/cpu.yaml --num_processes N"
+        print(f"accelerate started one process only; for several on the CPU: {remedy}", file=sys.stderr)
 
 
 def patience() -> timedelta:

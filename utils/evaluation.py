@@ -125,9 +125,6 @@ class MixtureScore:
             for j, temperature in enumerate(self.knn_temp)
         ]
 
-    def best(self) -> dict[str, float]:
-        return min(self.grid(), key=lambda row: row["perplexity"])
-
 
 def _perplexity(mean_log_likelihood: Tensor) -> float:
     return mean_log_likelihood.neg().exp().item()  # infinite where it overflows

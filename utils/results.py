@@ -124,7 +124,9 @@ def report_scores(
         raise InputError(f"--dataset_name {about['dataset']}: split {about['split']} holds no token to predict")
     base = score.base_perplexity()
     say(f"base: perplexity {base:.4f} ({tokens} tokens, token-weighted)")
-    mixtures: list[dict[str, Any]] = [score.best()] if mixture is not None and score.lmbda else []
+    mixtures: list[dict[str, Any]] = []
+    if mixture is not None and score.lmbda:
+        mixtures = [min(score.grid(), key=lambda row: row["perplexity"])]
     if adaptive:
         mixtures.append({"lmbda": ADAPTIVE, **{name: adaptive[name] for name in ("knn_temp", "perplexity")}})
     for row in mixtures:
