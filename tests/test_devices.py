@@ -319,6 +319,7 @@ def test_a_command_on_a_gpu_may_compute_in_tf32_unless_that_is_refused(tmp_path,
     before = torch.get_float32_matmul_precision()
     monkeypatch.setattr("accelerate.Accelerator", lambda **_: SimpleNamespace(state=None))
     monkeypatch.setenv("MLPMEM_NO_TF32", refused)
+    monkeypatch.setattr("training.arguments.default_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     try:
         begin(tmp_path)
