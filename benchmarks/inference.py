@@ -1,9 +1,10 @@
-"""Stages that use a trained memory: joint_evaluation, first_token, decoding; and making tokens for the clock."""
+"""Stages that use a trained memory: joint_evaluation, first_token, decoding, gate; and making tokens for the clock."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -69,10 +70,10 @@ def evaluate(base: Any, memory: Any, windows: Any, lmbda: Sequence[float], knn_t
     return score.grid()
 
 
-def first_token(setting: Setting) -> list[Row]:
+def first_token(setting: Setting, *, gated: bool = False) -> list[Row]:
     """Reading a prompt of 1,024 tokens and making the first token, with the memory and without."""
     base = setting.base()
-    joint = joint_model(setting, base)
+    joint = joint_model(setting, base, gated=gated)
     ids = prompt(setting, min(1024, context_of(base) - 8))
     runs = {"base": lambda: generate(base, ids, 1), "joint": lambda: generate(joint, ids, 1)}
     seconds = rounds(runs, 3 * setting.repeats, setting.device)
@@ -81,7 +82,7 @@ def first_token(setting: Setting) -> list[Row]:
     return [Row("time to the first token, of the base alone", share, "<=", 1.03, "x", detail)]
 
 
-def decoding(setting: Setting) -> list[Row]:
+def decoding(setting: Setting, *, gated: bool = False) -> list[Row]:
     """Time that the memory adds to each generated token, against its bare products, after a short and a long prompt.
 
     What is added is a small difference of two times, so the base alone and the base with its memory make their tokens
@@ -90,7 +91,7 @@ def decoding(setting: Setting) -> list[Row]:
     own. The row's note has both times.
     """
     base = setting.base()
-    joint = joint_model(setting, base)
+    joint = joint_model(setting, base, gated=gated)
     room = context_of(base) - TOKENS - 2
     lengths = {"short": min(SHORT, max(room // 4, 1)), "long": min(LONG, room)}
     prompts = {name: prompt(setting, length) for name, length in lengths.items()}
@@ -121,6 +122,36 @@ def decoding(setting: Setting) -> list[Row]:
         Row("time added to a token, of the bare products", short / bare, "<=", 1.2, "x", detail),
         Row("time added after a long prompt, of a short one", long / short, "<=", 1.1, "x", longer),
     ]
+
+
+def gate(setting: Setting) -> list[Row]:
+    """What lambda by token costs beside the memory's own time for a token, and the two stages before with it switched on."""
+    import torch
+
+    memory = setting.memory()
+    gate = open_gate(setting, memory.config)
+    hidden, base = torch.randn(1, memory.config.hidden_size), torch.randn(1, memory.config.vocab_size)
+    hidden, base = hidden.to(setting.device), base.to(setting.device).log_softmax(-1)
+
+    def token() -> torch.Tensor:
+        return memory(hidden).logits.log_softmax(-1)  # (1, vocabulary)
+
+    with torch.inference_mode():
+        learned = token()
+        runs = {"memory": token, "gate": lambda: gate(base, learned, hidden)}
+        seconds = rounds(runs, 20 * setting.repeats, setting.device)
+    own, more = (1000 * seconds.median(name) for name in runs)
+    row = Row("gate, of the memory's own time for a token", seconds.ratio("gate", "memory"), "<=", 0.03, "x")
+    row.detail = f"{more:.2f} ms beside {own:.2f} ms"
+    rows = first_token(setting, gated=True) + decoding(setting, gated=True)
+    return [row, *(replace(each, name=f"{each.name}, with the gate") for each in rows)]
+
+
+def open_gate(setting: Setting, config: Any) -> Any:
+    """A gate as it starts, for a base of this config."""
+    from models.gate import LambdaGate
+
+    return LambdaGate(config.hidden_size).eval().requires_grad_(False).to(setting.device)
 
 
 def bare_products(memory: Any, device: str) -> Callable[[], None]:
@@ -157,11 +188,13 @@ def between_steps(base: Any, ids: Any, products: Callable[[], None], device: str
 # -- making tokens --------------------------------------------------------------------------------------
 
 
-def joint_model(setting: Setting, base: Any) -> Any:
-    """`base` with a memory of random weights."""
+def joint_model(setting: Setting, base: Any, *, gated: bool = False) -> Any:
+    """`base` with a memory of random weights, mixed at one lambda or, `gated`, at one by token."""
     from models import MLPMemory
 
-    return MLPMemory(base, setting.memory()).eval()
+    memory = setting.memory()
+    mixture = {"lmbda": "adaptive", "gate": open_gate(setting, memory.config)} if gated else {}
+    return MLPMemory(base, memory, **mixture).eval()
 
 
 def prompt(setting: Setting, length: int) -> Any:

@@ -35,6 +35,7 @@ STAGES = {
     "joint_evaluation": "inference",
     "first_token": "inference",
     "decoding": "inference",
+    "gate": "inference",
     "start": "commands",
 }
 

@@ -52,10 +52,10 @@ class LambdaGate(nn.Module):
             self.to(base.device)
         sure, favourite = base.max(-1, keepdim=True)  # (…, 1)
         memory_sure, memory_favourite = memory.max(-1, keepdim=True)
-        expected = memory.exp()
+        expected = memory.softmax(-1)  # its exponential, by a faster kernel
         memory_entropy = -torch.linalg.vecdot(expected, memory).unsqueeze(-1)
         divergence = -memory_entropy - torch.linalg.vecdot(expected, base).unsqueeze(-1)
-        entropy = -torch.linalg.vecdot(base.exp(), base)
+        entropy = -torch.linalg.vecdot(base.softmax(-1), base)
         each = (
             *(entropy.unsqueeze(-1), sure, memory_entropy, memory_sure, divergence),
             (favourite == memory_favourite).to(base.dtype),
