@@ -99,7 +99,9 @@ def shifted(windows: Path, folder: Path) -> Path:
             "labels": [label if label == -100 else label % 200 + 1 for label in row["labels"]],
         }
 
-    datasets.DatasetDict({name: rows.map(shift) for name, rows in splits.items()}).save_to_disk(str(folder))
+    datasets.DatasetDict({name: rows.map(shift, keep_in_memory=True) for name, rows in splits.items()}).save_to_disk(
+        str(folder)
+    )
     return folder
 
 
