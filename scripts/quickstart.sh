@@ -27,10 +27,10 @@ install ""
 WORK="${OUTPUT:=results/quickstart}/work"
 DONE="$WORK/done"
 : "${BLOCK_SIZE:=512}" "${MAX_CHARACTERS:=1200}" "${SEED:=42}" "${K:=256}" "${PROBE:=8}"
-# With little data a start near the base lowers the perplexity of unseen text. Eight epochs at a small alpha make the
+# With little data a start near the base lowers the perplexity of unseen text. Four epochs at a small alpha make the
 # memory learn its corpus; a gate then keeps it silent where it does not know (docs/remember.md has what was tried). The
 # paper trains from random weights at 5e-4 and alpha 0.5, with one lambda.
-: "${LAYERS:=4}" "${EPOCHS:=8}" "${LEARNING_RATE:=6e-4}" "${ALPHA:=0.2}" "${WINDOWS_PER_STEP:=3}"
+: "${LAYERS:=4}" "${EPOCHS:=4}" "${LEARNING_RATE:=6e-4}" "${ALPHA:=0.2}" "${WINDOWS_PER_STEP:=3}"
 LAMBDAS="0.02 0.05 0.1 0.15 0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 0.85 0.9"
 mkdir -p "$DONE"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from tiny_models import make_base, random_gate, some_ids, tiny_base, tiny_joint,
 from transformers import AutoModelForCausalLM
 
 from models import MLPMemory
-from models.gate import LambdaGate
+from models.gate import FIGURES, LambdaGate
+from training.gate import fit
+from utils.gating import GateRows
 
 pytestmark = pytest.mark.unit
 
@@ -208,11 +211,26 @@ def test_more_weight_on_known_text_gives_it_more_of_the_likelihood(pair):
     assert known[3] < known[0]
 
 
+def test_caution_leaves_stranger_states_to_the_base_and_the_others_to_the_memory_that_knows_them():
+    torch.manual_seed(0)
+    rows = GateRows(torch.randn(400, FIGURES) * 0.3, torch.full((400,), -3.0), torch.full((400,), -1.0))
+    lambdas = {}
+    for caution in (0, 1):
+        gate = LambdaGate(4, 16)
+        fit(gate, rows, rows, SimpleNamespace(learning_rate=0.01, steps=200, known_weight=0.05, caution=caution))
+        stranger = torch.zeros(FIGURES)
+        stranger[-1] = 1.5
+        lambdas[caution] = [gate.logit(each).sigmoid().item() for each in (torch.zeros(FIGURES), stranger)]
+    assert min(lambdas[0]) > 0.9
+    assert lambdas[1][0] > 0.8 and lambdas[1][1] < 0.2
+
+
 def test_bad_input_ends_in_one_line(pair, tmp_path):
     def refused(module, *arguments):
         return refused_here(module, *flags(pair, *arguments))
 
     assert "--known_weight -1" in refused("training.gate", "--known_weight", -1)
+    assert "--caution -1" in refused("training.gate", "--caution", -1)
     told = refused("training.gate", "--validation_split_name", "train")
     assert "--validation_split_name train: is part of the trained text (100%" in told
     (pair / "memory" / "gate.json").unlink(missing_ok=True)

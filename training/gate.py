@@ -4,7 +4,7 @@
 
 The gate (`models/gate.py`) is fitted to raise the likelihood of the mixture on two kinds of text at once: validation
 text, which the memory has never seen, and text that it was trained on, each window of which begins anew somewhere in its
-first half, since text comes back in other surroundings than it was learnt in. Base and memory stay as they are; their
+first half, since text comes back in other surroundings than it was learnt in. Stranger states are left to the base. Base and memory stay as they are; their
 figures of each position are computed once. The gate is written into the memory's folder.
 """
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from utils.gating import GateRows
 
 WEIGHT_DECAY = 0.01
+STRANGER = (0.5, 2.0)  # how much stranger than validation text the rows are at which lambda is to be 0
 
 
 @dataclass(kw_only=True)
@@ -39,6 +40,9 @@ class GateArguments(BaseArguments):
         0.05,
         "weight of the known text's likelihood beside the validation text's: more recall, higher perplexity of new text",
     )
+    caution: float = flag(
+        1.0, "weight of a lambda of 0 at states stranger than the validation text's: less harm to text of another kind"
+    )
     known_windows: int = flag(64, "windows of known text at most, taken evenly")
     max_eval_samples: int | None = flag(None, "use this many validation windows at most")
     knn_temp: float = flag(1.0, "temperature of the memory's softmax in the mixture")
@@ -51,7 +55,7 @@ class GateArguments(BaseArguments):
     def check(self) -> None:
         """Check the values by themselves. Raises InputError."""
         self.require_base()
-        check_at_least(0, self, "known_weight")
+        check_at_least(0, self, "known_weight", "caution")
         check_at_least(1, self, "known_windows", "max_eval_samples", "width", "steps", "per_device_eval_batch_size")
         check_positive("--knn_temp", self.knn_temp)
         check_positive("--learning_rate", self.learning_rate)
@@ -76,7 +80,11 @@ def begin_elsewhere(windows: Any, seed: int) -> Any:
 
 
 def fit(gate: LambdaGate, unseen: GateRows, known: GateRows, arguments: GateArguments) -> None:
-    """Fit `gate` in place to the rows' labels: AdamW on the mean of the unseen rows' loss plus known_weight · the known's."""
+    """Fit `gate` in place to the rows' labels: AdamW on the unseen rows' mean loss plus known_weight · the known's.
+
+    And caution · the loss of a lambda above 0 where the unseen rows are as they are but stranger: validation text is of the
+    corpus's kind, so nothing else tells the gate what to do with text that is not.
+    """
     import torch
 
     figures = torch.cat([unseen.figures, known.figures])
@@ -86,6 +94,9 @@ def fit(gate: LambdaGate, unseen: GateRows, known: GateRows, arguments: GateArgu
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, arguments.steps)
     for _ in range(arguments.steps):
         loss = -unseen.log_likelihoods(gate).mean() - arguments.known_weight * known.log_likelihoods(gate).mean()
+        stranger = unseen.figures.clone()
+        stranger[:, -1] += torch.empty(len(stranger)).uniform_(*STRANGER)
+        loss += arguments.caution * torch.nn.functional.softplus(gate.logit(stranger)).mean()  # of -log(1 - lambda)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -149,7 +160,12 @@ def train(arguments: GateArguments) -> LambdaGate:
         told = ", ".join(f"{each} {value:.2f}" for each, value in measured[name].items())
         say(f"{name} text: {len(rows.base)} tokens, perplexity {told}")
     probes = {"base_probe": probe(joint.base_lm), "memory_probe": probe(joint.knn_generator)}
-    gate.about = {"known_weight": arguments.known_weight, "perplexity": measured, **probes}
+    gate.about = {
+        "known_weight": arguments.known_weight,
+        "caution": arguments.caution,
+        "perplexity": measured,
+        **probes,
+    }
     folder: Path = find_memory(arguments.knn_generator_path)
     gate.save(folder)
     say(f"gate: {folder / 'gate.safetensors'} ({time.time() - started:.0f} s)")
