@@ -5,7 +5,7 @@
 #   MODEL           base model: folder or hub name            (default: SmolLM2-135M-Instruct, from PyPI)
 #   TEXT            text: .txt, .jsonl, .parquet, folder or hub name  (default: Wikipedia articles, from PyPI)
 #   OUTPUT          folder of everything                      (default: results/quickstart)
-#   MAX_DOCUMENTS   size: so many articles at most            (default: 480 of the default text's, all of another's)
+#   MAX_DOCUMENTS   size: so many articles at most            (default: 320 of the default text's, all of another's)
 #   MAX_CHARACTERS  size: paragraphs that begin within so many characters of an article  (default: 1200)
 #   DTYPE           float32, bfloat16 or auto                 (default: auto, the faster of the two here)
 #   SIZE            full: all of the default text's articles, whatever time it takes
@@ -27,10 +27,10 @@ install ""
 WORK="${OUTPUT:=results/quickstart}/work"
 DONE="$WORK/done"
 : "${BLOCK_SIZE:=512}" "${MAX_CHARACTERS:=1200}" "${SEED:=42}" "${K:=256}" "${PROBE:=8}"
-# With little data a start near the base lowers the perplexity of unseen text. Four epochs at a small alpha make the
+# With little data a start near the base lowers the perplexity of unseen text. Six epochs at a small alpha make the
 # memory learn its corpus; a gate then keeps it silent where it does not know (docs/remember.md has what was tried). The
 # paper trains from random weights at 5e-4 and alpha 0.5, with one lambda.
-: "${LAYERS:=4}" "${EPOCHS:=4}" "${LEARNING_RATE:=6e-4}" "${ALPHA:=0.2}" "${WINDOWS_PER_STEP:=3}"
+: "${LAYERS:=4}" "${EPOCHS:=6}" "${LEARNING_RATE:=6e-4}" "${ALPHA:=0.2}" "${WINDOWS_PER_STEP:=3}"
 LAMBDAS="0.02 0.05 0.1 0.15 0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 0.85 0.9"
 mkdir -p "$DONE"
 
@@ -42,7 +42,7 @@ documents=1000000
 cut=--group_rows
 text_options=()
 if [ -z "${TEXT:-}" ]; then
-    documents=480 cut=--by_document
+    documents=320 cut=--by_document
     [ "${SIZE:-}" != full ] || documents=1000000
     text_options=(--document_separator '\n?</doc>\n*|<doc [^>]*>\n' --min_document_characters "${MIN_CHARACTERS:-500}")
 fi
