@@ -58,7 +58,7 @@ def main() -> None:
         from demo.layout import build
         from demo.viewer import Viewer
 
-        passages = open_passages(page_arguments, pair, joint, tokenizer)
+        passages = open_passages(page_arguments, pair_arguments, pair, joint, tokenizer)
         counts = {"passage_count": page_arguments.passages, "candidate_count": page_arguments.candidates}
         serve(build(Viewer(joint, tokenizer, passages, **counts), pair), listener)
 
@@ -72,7 +72,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(f"{told}; port 0 takes any free one") from None
 
 
-def open_passages(arguments: PageArguments, pair: Pair, joint: Any, tokenizer: Any) -> Any:
+def open_passages(arguments: PageArguments, base: PairArguments, pair: Pair, joint: Any, tokenizer: Any) -> Any:
     """The training passages of the flags, else of the quickstart; None where there are none."""
     named = (arguments.dstore_path, arguments.index_path, arguments.dataset_name)
     places = named if any(named) else (pair.dstore_path, pair.index_path, pair.dataset_name)
@@ -81,7 +81,7 @@ def open_passages(arguments: PageArguments, pair: Pair, joint: Any, tokenizer: A
     from demo.passages import Passages
     from utils.cli import say
 
-    belongs = {"dim": joint.config.hidden_size, "base": arguments}
+    belongs = {"dim": joint.config.hidden_size, "base": base}
     try:
         return Passages(*places, tokenizer, split=arguments.dataset_split_name, **belongs)
     except InputError as error:

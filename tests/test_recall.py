@@ -78,7 +78,8 @@ def test_right_answers_are_those_greedy_decoding_gives(llama_world, tmp_path):
 
     more = ("--knn_dstore_path", llama_world.dstore("train"), "--validation_split_name", "none", "--init_from_base")
     command("train_mlpmem_offline", *llama_world.trainer(tmp_path / "m", *more))
-    words = [w for w in AutoTokenizer.from_pretrained(llama_world.base).get_vocab() if w.isalpha()][:60]
+    # In an order of its own: that of a vocabulary is another in each process.
+    words = sorted(w for w in AutoTokenizer.from_pretrained(llama_world.base).get_vocab() if w.isalpha())[:60]
     articles = tmp_path / "articles.jsonl"
     lines = [f"{a}\n\n{a} {b} is a {c} {d}" for a, b, c, d in zip(words, words[1:], words[2:], words[3:], strict=False)]
     articles.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
@@ -88,7 +89,6 @@ def test_right_answers_are_those_greedy_decoding_gives(llama_world, tmp_path):
     cases = choose_cases(lines, 40)
     joint = MLPMemory(base, memory, 0.5, 1.0)
     found = recall(Evaluator(joint, tokenizer, 7), cases, {"base": (0.0, 1.0), "memory": (0.5, 1.0)})
-    differ = []
     for name, model in (("base", base), ("memory", joint)):
         for case, right, first in zip(cases, found[name], found[f"first_{name}"], strict=True):
             prompt = tokenizer(case.prompt, return_tensors="pt")["input_ids"]
@@ -101,5 +101,6 @@ def test_right_answers_are_those_greedy_decoding_gives(llama_world, tmp_path):
                 eos_token_id=None,
             )
             begin = prompt.shape[1]
-            differ += [torch.equal(out, whole) != right, (out[0, begin] == whole[0, begin]).item() != first]
-    assert sum(differ) <= 1  # two tokens of nearly the same probability may change places between batches
+            assert torch.equal(whole[:, :begin], prompt)  # no token merges prompt and answer
+            assert torch.equal(out, whole) == right
+            assert (out[0, begin] == whole[0, begin]).item() == first
