@@ -13,7 +13,7 @@ from utils.errors import InputError
 CHAIN_TARGETS = {"no": 260.0, "bf16": 150.0}
 # The seconds that the original took where the targets were set.
 ORIGINAL_SECONDS = 403.0
-PACKAGES = (".", "utils", "knn_utils", "downstream", "demo", "benchmarks")
+PACKAGES = (".", "models", "utils", "knn_utils", "training", "downstream", "demo", "benchmarks")
 IMPORTS = (
     "import torch, datasets, transformers.modeling_utils; from transformers import AutoModelForCausalLM, AutoTokenizer"
 )

@@ -12,16 +12,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
-
-from transformers.utils import logging
-
-from .joint_config import ADAPTIVE
-from .mlpMemory import MLPMemory
+from typing import Any, NoReturn
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m models.export", description=__doc__.split("\n")[0])
+    described = {"prog": "python -m models.export", "description": __doc__.split("\n")[0]}
+    parser = argparse.ArgumentParser(**described, allow_abbrev=False)
+    parser.error = _refuse
     parser.add_argument("base", help="the base model: a folder or a hub name")
     parser.add_argument("memory", help="its memory: a folder or a hub name")
     parser.add_argument("folder", help="the folder to write")
@@ -43,22 +40,33 @@ def main(words: list[str] | None = None) -> None:
     try:
         export(**vars(arguments))
     except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+
+
+def _refuse(told: str) -> NoReturn:
+    print(f"error: {' '.join(told.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _weight(word: str) -> float | str:
     try:
-        return word if word == ADAPTIVE else float(word)
+        return word if word == "adaptive" else float(word)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{word!r}: expected a number from 0 to 1, or {ADAPTIVE}") from None
+        raise argparse.ArgumentTypeError(f"{word!r}: expected a number from 0 to 1, or adaptive") from None
 
 
 def export(base: str, memory: str, folder: str, *, include_base: bool, results: list[str], **settings: Any) -> None:
     """Write `folder`. Raises ValueError where something is not there or does not fit, before anything is written."""
+    from transformers.utils import logging
+
+    from .mlpMemory import MLPMemory
+
     rows = [_read_rows(Path(path)) for path in results]
     logging.disable_progress_bar()
-    joint = MLPMemory.from_pretrained(base, memory, **settings)
+    try:
+        joint = MLPMemory.from_pretrained(base, memory, **settings)
+    except OSError as error:  # transformers' own, which may not say of what
+        raise ValueError(f"{base}: cannot be loaded ({error})") from None
     joint.save_pretrained(
         folder, include_base=include_base, base_reference=base, results=[row for each in rows for row in each]
     )

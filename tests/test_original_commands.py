@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import FAMILIES, GOLDEN, ROOT, calls, command, refused_here, shell, stub_python
+from harness import FAMILIES, GOLDEN, ROOT, calls, command, refused_here, run, shell, stub_python
 from tiny_models import make_base
+
+from benchmarks.commands import commands
 
 PREPROCESS = """python utils/preprocess_dataset.py \\
     --dataset_name /path/to/wikitext \\
@@ -392,3 +394,27 @@ def test_training_reads_the_files_of_the_original(llama_world, tmp_path):
         log = json.loads((tmp_path / name / "training.json").read_text())["log"]
         outputs.append([entry["loss"] for entry in log if "loss" in entry])
     assert outputs[0] == outputs[1]
+
+
+# Each command's help in one process, as `python -m` would call it: while Python looks for the module, "-m" stands first.
+HELP = """
+import contextlib, io, json, runpy, sys
+found = {}
+for name in sys.argv[1:]:
+    sys.argv, told, status = ["-m", "--help"], io.StringIO(), 0
+    try:
+        with contextlib.redirect_stdout(told):
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        status = ended.code
+    heavy = [each for each in ("torch", "datasets", "faiss", "gradio") if each in sys.modules]
+    if status or heavy or not told.getvalue():
+        found[name] = (status, heavy)
+print(json.dumps(found))
+"""
+
+
+def test_the_help_of_every_command_imports_nothing_that_takes_seconds():
+    names = {*commands()} - {"demo.pair"}  # which scripts ask; it has no flags
+    assert {"models.export", "training.gate", "train_base", "knn_utils.build_index"} <= names
+    assert json.loads(run("-c", HELP, *sorted(names)).stdout) == {}

@@ -349,10 +349,11 @@ def test_the_command_tells_where_the_base_must_stay(sources, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "more", "expected"),
     [
-        ({"base": "nowhere/at/all"}, (), "nowhere/at/all"),
+        ({"base": "nowhere/at-all"}, (), "error: nowhere/at-all: cannot be loaded"),
         ({"memory": "nowhere/at/all"}, (), "nowhere/at/all: no such folder"),
         ({"memory": "gpt2/memory"}, (), "for the gpt2 family, the base is llama"),
         ({"folder": "llama"}, (), "its memory belongs to no joint model and would be overwritten"),
+        ({}, ("--lmb", "0.5"), "unrecognized arguments: --lmb"),
         ({}, ("--lmbda", "half"), "'half': expected a number from 0 to 1, or adaptive"),
         ({}, ("--lmbda", "1.5"), "lambda 1.5: expected a number from 0 to 1"),
         ({}, ("--knn_temp", "0"), "memory temperature 0: expected a number above 0"),
@@ -366,6 +367,6 @@ def test_bad_input_of_the_command_is_told_in_one_line(sources, monkeypatch, caps
     words = {"base": "llama/base", "memory": "llama/memory", "folder": "out"} | changes
     with pytest.raises(SystemExit) as ended:
         command("models.export", *words.values(), *more)
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert ended.value.code == 2 and "error: " in told and expected in told
+    (told,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and told.startswith("error: ") and expected in told
     assert sorted(sources.rglob("*")) == before
