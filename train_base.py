@@ -117,6 +117,10 @@ def check_arguments(arguments: StageArguments, training: Any) -> None:
     if not arguments.knn:
         names = ("knn_gpu", "val_file", "index_file", "lmbda", "k", "knn_temp", "choose_on", "probe", "refine_factor")
         note_unused(names, "without --knn")
+    if arguments.dstore_path and (training.do_train or arguments.save_knnlm_dstore):
+        raise InputError(
+            "--dstore_path: scores stored rows, no base is run; leave out --do_train and --save_knnlm_dstore"
+        )
     if not arguments.save_knnlm_dstore:
         note_unused(("dstore_dir", "save_logprob", "single_file", "extend"), "without --save_knnlm_dstore")
     if not training.do_train:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import flag
-from utils.errors import InputError, check_positive
+from utils.errors import InputError
 from utils.loading import BaseArguments
-from utils.results import Lambda, check_lambda
+from utils.results import ADAPTIVE, Lambda, check_mixture
 
 
 @dataclass
@@ -30,8 +30,7 @@ class ModelArguments(BaseArguments):
     def check(self) -> None:
         """Check the values by themselves, before anything is loaded. Raises InputError."""
         self.require_base()
-        check_lambda("--lmbda", self.lmbda)
-        check_positive("--knn_temp", self.knn_temp)
+        check_mixture(self.lmbda, self.knn_temp)
         if self.use_neural_knn and not self.knn_generator_path:
             raise InputError("--use_neural_knn: needs the memory; name its folder with --knn_generator_path")
 
@@ -46,10 +45,12 @@ class ModelArguments(BaseArguments):
         return super().dtype(**short)
 
     def stated(self) -> dict[str, Any]:
-        """What a results.json says of the model."""
-        joint = ("knn_generator_path", "lmbda", "knn_temp")
-        memory, lmbda, knn_temp = (getattr(self, name) if self.use_neural_knn else None for name in joint)
-        return {"model": self.model_name_or_path, "memory": memory, "lmbda": lmbda, "knn_temp": knn_temp}
+        """What a results.json says of the model; no temperature where it is the gate's."""
+        found: dict[str, Any] = {"model": self.model_name_or_path, "memory": None, "lmbda": None, "knn_temp": None}
+        if self.use_neural_knn:
+            found |= {"memory": self.knn_generator_path, "lmbda": self.lmbda}
+            found["knn_temp"] = None if self.lmbda == ADAPTIVE else self.knn_temp
+        return found
 
     def settings(self) -> dict[str, Any]:
         """What a result depends on."""

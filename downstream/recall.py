@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import command, flag, parse, required
-from utils.errors import InputError, check_at_least, check_positive
+from utils.errors import InputError, check_at_least
 from utils.files import read_json
 from utils.loading import WINDOWS_RECORD, BaseArguments
-from utils.results import ADAPTIVE, Lambda, check_lambda, chosen
+from utils.results import ADAPTIVE, Lambda, check_mixture, chosen
 
 RULE = (
     "an article's title and its first sentence up to 'is a', 'was an', 'are the' and the like, answered by the next "
@@ -69,8 +69,7 @@ class RecallArguments(BaseArguments):
                 self.lmbda, self.knn_temp = lmbda, knn_temp
             elif lmbda != ADAPTIVE:
                 self.one_lambda = lmbda, knn_temp
-        check_lambda("--lmbda", self.lmbda)
-        check_positive("--knn_temp", self.knn_temp)
+        check_mixture(self.lmbda, self.knn_temp)
         check_at_least(1, self, "max_cases", "answer_words", "batch_size", "new_tokens")
         check_at_least(0, self, "examples")
 
@@ -137,6 +136,7 @@ def main() -> None:
     tokenizer = arguments.open_tokenizer(required=True)
     base = arguments.open_base(tokenizer)
     joint = open_joint(arguments, arguments.knn_generator_path, base, arguments.lmbda, arguments.knn_temp)
+    results["knn_temp"] = joint.knn_temp  # a gate brings its own
     evaluator = Evaluator(joint, tokenizer, arguments.batch_size, windows_have_bos(arguments.articles))
     mixtures = {"base": (0.0, 1.0), "memory": (arguments.lmbda, arguments.knn_temp)}
     if arguments.one_lambda:
@@ -179,10 +179,8 @@ def recall(
         encoded.append(Encoded(whole, begin))
     right, first = {}, {}
     for name, (lmbda, knn_temp) in mixtures.items():
-        evaluator.model.knn_temp, evaluator.model.lmbda = (
-            knn_temp,
-            lmbda,
-        )  # in this order: a gate brings its temperature
+        # In this order: a gate brings its temperature.
+        evaluator.model.knn_temp, evaluator.model.lmbda = knn_temp, lmbda
         found = evaluator.likelihoods(encoded)
         right[name], first[f"first_{name}"] = [each.greedy for each in found], [each.first for each in found]
     return right | first

@@ -11,6 +11,7 @@ from typing import Any
 
 from utils.cli import command, flag, parse
 from utils.errors import InputError
+from utils.results import lambda_text
 
 
 @dataclass
@@ -92,7 +93,7 @@ def table(arguments: ReproductionArguments) -> tuple[str, dict[str, Any]]:
     last = rows[-1]
     lines += [
         "",
-        f"Subword perplexity, token-weighted, over {last['tokens']} test tokens; memory at lambda {last['lmbda']:g}, "
+        f"Subword perplexity, token-weighted, over {last['tokens']} test tokens; memory at lambda {lambda_text(last['lmbda'])}, "
         f"temperature {last['knn_temp']:g}, {'trained here' if arguments.train else 'as published'}.",
     ]
     return "\n".join(lines), {"rows": rows, "standins": bool(arguments.standins), "trained_here": bool(arguments.train)}

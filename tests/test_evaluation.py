@@ -179,6 +179,11 @@ class TestRefused:
     def test_more_neighbours_than_rows(self, llama_world, tmp_path):
         assert "--k 100000" in refused_here("train_base", *knn_flags(llama_world, tmp_path, "--k", 100000))
 
+    def test_stored_scores_beside_what_needs_the_base(self, llama_world, tmp_path):
+        stored = ("--dataset_name", llama_world.windows, "--dstore_path", llama_world.dstore("test"))
+        for more in ("--do_train", "--save_knnlm_dstore"):
+            assert "--dstore_path: " in refused_here("train_base", *stored, more, "--output_dir", tmp_path)
+
     def test_a_folder_that_is_no_model(self, llama_world, tmp_path):
         flags = ("--dataset_name", llama_world.windows, "--do_eval", "--output_dir", tmp_path)
         line = refused("-m", "train_base", "--model_name_or_path", tmp_path, *flags)

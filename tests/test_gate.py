@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from models import MLPMemory
 from models.gate import FIGURES, LambdaGate
-from training.gate import fit
+from training.gate import begin_elsewhere, fit
 from utils.gating import GateRows
 
 pytestmark = pytest.mark.unit
@@ -223,6 +223,34 @@ def test_caution_leaves_stranger_states_to_the_base_and_the_others_to_the_memory
         lambdas[caution] = [gate.logit(each).sigmoid().item() for each in (torch.zeros(FIGURES), stranger)]
     assert min(lambdas[0]) > 0.9
     assert lambdas[1][0] > 0.8 and lambdas[1][1] < 0.2
+
+
+def test_known_text_begins_elsewhere_behind_the_bos_token_of_its_window():
+    import datasets
+
+    ids = np.arange(40).reshape(2, 20)
+    ids[:, 0] = 77
+    labels = ids.copy()
+    labels[:, :2] = -100
+    windows = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}).with_format("numpy")
+    moved = begin_elsewhere(windows, 1, bos=77)
+    for old, new, label in zip(ids, moved["input_ids"], moved["labels"], strict=True):
+        begin = new[1] - old[1]
+        assert begin > 0 and new[: 20 - begin].tolist() == [77, *old[1 + begin :]]
+        assert label.tolist() == [-100, -100, *old[2 + begin :], *[-100] * begin]
+
+
+def test_results_name_the_temperature_of_the_gate_and_not_that_of_the_flag(pair, tmp_path, capsys):
+    from downstream.model import ModelArguments
+
+    command("training.gate", *flags(pair, "--steps", 2, "--knn_temp", 1.5))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "saru\n\nsaru nelo is a cimosa soke"}) + "\n")
+    more = ("--articles", tmp_path / "a.jsonl", "--lmbda", "adaptive", "--knn_temp", 3, "--output_dir", tmp_path)
+    command("downstream.recall", *flags(pair, *more)[:4], *more, "--examples", 0, "--new_tokens", 1)
+    assert json.loads((tmp_path / "results.json").read_text())["knn_temp"] == 1.5
+    assert "--knn_temp: has no use with --lmbda adaptive" in capsys.readouterr().out
+    stated = ModelArguments("base", use_neural_knn=True, knn_generator_path="memory", lmbda="adaptive").stated()
+    assert stated == {"model": "base", "memory": "memory", "lmbda": "adaptive", "knn_temp": None}
 
 
 def test_bad_input_ends_in_one_line(pair, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -14,6 +15,8 @@ import pytest
 from harness import ROOT, calls, command, flags, ran, shell, stub_cards, stub_python
 from tiny_models import make_base, tiny_memory
 from transformers import AutoModelForCausalLM
+
+from utils import cli
 
 SCRIPTS = sorted(path for room in ("scripts", "scripts/ablations", "downstream") for path in (ROOT / room).glob("*.sh"))
 VENV_PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -83,7 +86,7 @@ RUNNABLE = [path for path in SCRIPTS if path.name not in ("common.sh", "quicksta
 
 
 @pytest.mark.parametrize("script", RUNNABLE, ids=lambda path: path.name)
-def test_scripts_run_from_their_own_folder_and_from_any_other_and_print_what_they_run(script, tmp_path):
+def test_scripts_run_from_any_folder_print_what_they_run_and_give_flags_that_there_are(script, tmp_path, monkeypatch):
     for side in ("teacher", "student", ".", *(f"block{number}" for number in (-1, -6, -12, -20))):
         (tmp_path / "out" / "work" / side / "dstore_gpt2_train_8.arrow").mkdir(parents=True)
     settings = {"OUTPUT": tmp_path / "out", "DSTORE_DIR": tmp_path / "out" / "work"}
@@ -100,6 +103,31 @@ def test_scripts_run_from_their_own_folder_and_from_any_other_and_print_what_the
         assert len(printed(text)) >= len(called) > 0
     assert [len(call) for call in found[0]] == [len(call) for call in found[1]]
     assert flags(found[0][0]) == flags(found[1][0])
+    for call in found[0]:
+        check_flags(call, monkeypatch)
+
+
+def check_flags(call: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse a call whose flags the real command does not take."""
+    words = call[max(number for number, word in enumerate(call) if word == "-m") + 1 :] if "-m" in call else call
+    module = words[0].removesuffix(".py").replace("/", ".")
+    if module in ("models.export", "transformers.cli.transformers"):  # have parsers of their own
+        return
+
+    class ParsedError(Exception):
+        pass
+
+    def only_parse(*dataclass_types, description, **options):
+        parse(*dataclass_types, description=description, **options)
+        raise ParsedError
+
+    parse, main = cli.parse, importlib.import_module(module)
+    with monkeypatch.context() as patch:
+        for place in (cli, main):
+            patch.setattr(place, "parse", only_parse)
+        patch.setattr(sys, "argv", [module, *words[1:]])
+        with pytest.raises(ParsedError):
+            main.main()
 
 
 def test_several_processes_are_launched_where_a_configuration_is_named(tmp_path):

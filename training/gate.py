@@ -4,8 +4,9 @@
 
 The gate (`models/gate.py`) is fitted to raise the likelihood of the mixture on two kinds of text at once: validation
 text, which the memory has never seen, and text that it was trained on, each window of which begins anew somewhere in its
-first half, since text comes back in other surroundings than it was learnt in. Stranger states are left to the base. Base and memory stay as they are; their
-figures of each position are computed once. The gate is written into the memory's folder.
+first half, since text comes back in other surroundings than it was learnt in. Stranger states are left to the base. Base
+and memory stay as they are; their figures of each position are computed once. The gate is written into the memory's
+folder.
 """
 
 from __future__ import annotations
@@ -62,8 +63,11 @@ class GateArguments(BaseArguments):
         check_seed("--seed", self.seed)
 
 
-def begin_elsewhere(windows: Any, seed: int) -> Any:
-    """The same windows, each from a random token of its first half on: (windows, time) input_ids and labels."""
+def begin_elsewhere(windows: Any, seed: int, bos: int | None = None) -> Any:
+    """The same windows, each from a random token of its first half on: (windows, time) input_ids and labels.
+
+    A token `bos` without a label that a window begins with (--window_bos) stays there, and predicts nothing.
+    """
     import datasets
     import numpy as np
 
@@ -71,11 +75,14 @@ def begin_elsewhere(windows: Any, seed: int) -> Any:
     used = (labels != -100).sum(1)
     begins = np.random.default_rng(seed).integers(0, used // 2 + 1)
     column = np.arange(ids.shape[1]) + begins[:, None]  # (windows, time): where each token comes from
+    has_bos = (ids[:, 0] == bos) & (labels[:, 0] == -100)
+    column[has_bos, 0] = 0
     inside, column = column < ids.shape[1], np.minimum(column, ids.shape[1] - 1)
     moved = {
         "input_ids": np.take_along_axis(ids, column, 1),
         "labels": np.where(inside, np.take_along_axis(labels, column, 1), -100),
     }
+    moved["labels"][has_bos, 1] = -100
     return datasets.Dataset.from_dict(moved).with_format("numpy")
 
 
@@ -135,9 +142,9 @@ def train(arguments: GateArguments) -> LambdaGate:
     told = f"--validation_split_name {arguments.validation_split_name}"
     check_held_out(unseen, corpus[corpus >= 0], told, "trained")
     places = np.unique(np.linspace(0, len(trained) - 1, min(arguments.known_windows, len(trained))).astype(int))
-    known = begin_elsewhere(trained.select(places), arguments.seed)
 
     tokenizer = arguments.open_tokenizer()
+    known = begin_elsewhere(trained.select(places), arguments.seed, getattr(tokenizer, "bos_token_id", None))
     base = arguments.open_base(tokenizer)
     check_windows(arguments.dataset_name, unseen, base.config, tokenizer)
     joint = open_joint(arguments, arguments.knn_generator_path, base)

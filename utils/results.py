@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import flag, say
+from utils.cli import flag, note_unused, say
 from utils.errors import InputError, check_at_least, check_fraction, check_positive
 from utils.files import ensure_folder, read_json, write_json
 from utils.loading import BaseArguments
@@ -65,6 +65,14 @@ class ScoreArguments(BaseArguments):
 def check_lambda(flag: str, value: float | str) -> float | str:
     """Return `value` if it is in [0, 1] or `ADAPTIVE`; raises InputError naming `flag` otherwise."""
     return value if value == ADAPTIVE else check_fraction(flag, float(value))
+
+
+def check_mixture(lmbda: float | str, knn_temp: float) -> None:
+    """Check one `--lmbda` and one `--knn_temp`. Raises InputError; says where the temperature has no use."""
+    check_lambda("--lmbda", lmbda)
+    check_positive("--knn_temp", knn_temp)
+    if lmbda == ADAPTIVE:
+        note_unused(("knn_temp",), f"with --lmbda {ADAPTIVE}: the gate brings its own")
 
 
 def lambda_text(value: float | str) -> str:
