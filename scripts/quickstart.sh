@@ -17,7 +17,7 @@
 #   MIN_CHARACTERS  leave out shorter articles of the default text     (default: 500)
 #   BLOCK_SIZE      tokens of a window                        (default: 512)
 #   SEED            split of the articles, start and order of training (default: 42)
-#   FINETUNE=1      fine-tune the base first, as the paper does; everything after it in OUTPUT/finetuned, beside a run without
+#   FINETUNE=1      fine-tune the base first, as the paper does: on 480 documents, with twice the epochs, in OUTPUT/finetuned
 #   FINETUNE_EPOCHS FINETUNE_LEARNING_RATE                    (default: 1, 1e-4)
 #   PYTHON          makes .venv, unless an environment is active       (default: python3)
 # shellcheck source=scripts/common.sh
@@ -26,28 +26,34 @@ install ""
 
 WORK="${OUTPUT:=results/quickstart}/work"
 DONE="$WORK/done"
+embedded="$WORK/embedded"
 : "${BLOCK_SIZE:=512}" "${MAX_CHARACTERS:=1200}" "${SEED:=42}" "${K:=256}" "${PROBE:=8}"
 # With little data a start near the base lowers the perplexity of unseen text. Six epochs at a small alpha make the
 # memory learn its corpus; a gate then keeps it silent where it does not know (docs/remember.md has what was tried). The
-# paper trains from random weights at 5e-4 and alpha 0.5, with one lambda.
-: "${LAYERS:=4}" "${EPOCHS:=6}" "${LEARNING_RATE:=6e-4}" "${ALPHA:=0.2}" "${WINDOWS_PER_STEP:=3}"
+# paper trains from random weights at 5e-4 and alpha 0.5, with one lambda. A base that has learnt the kind of text by
+# itself leaves less to gain: what is left takes more text and more epochs.
+documents=320
+if [ "${FINETUNE:=0}" = 1 ]; then
+    documents=480
+    : "${EPOCHS:=12}" "${KNOWN_WEIGHT:=0.02}"
+fi
+: "${LAYERS:=4}" "${EPOCHS:=6}" "${KNOWN_WEIGHT:=0.05}" "${LEARNING_RATE:=6e-4}" "${ALPHA:=0.2}" "${WINDOWS_PER_STEP:=3}"
 LAMBDAS="0.02 0.05 0.1 0.15 0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 0.85 0.9"
 mkdir -p "$DONE"
 
 # 1. A model and a text.
 if [ -z "${MODEL:-}" ] || [ -z "${TEXT:-}" ]; then
-    once "get model and text" python -m utils.embedded_default --output_dir "$WORK/embedded"
+    once "get model and text" python -m utils.embedded_default --output_dir "$embedded"
 fi
-documents=1000000
 cut=--group_rows
 text_options=()
+if [ -n "${TEXT:-}" ] || [ "${SIZE:-}" = full ]; then documents=1000000; fi
 if [ -z "${TEXT:-}" ]; then
-    documents=320 cut=--by_document
-    [ "${SIZE:-}" != full ] || documents=1000000
+    cut=--by_document
     text_options=(--document_separator '\n?</doc>\n*|<doc [^>]*>\n' --min_document_characters "${MIN_CHARACTERS:-500}")
 fi
-MODEL="${MODEL:-$WORK/embedded/model}"
-TEXT="${TEXT:-$WORK/embedded/wiki.txt}"
+MODEL="${MODEL:-$embedded/model}"
+TEXT="${TEXT:-$embedded/wiki.txt}"
 
 # The precision is chosen once, so that an interrupted run continues in the same one.
 if [ ! -f "$WORK/dtype" ]; then
@@ -58,6 +64,12 @@ dtype=$(cat "$WORK/dtype")
 case "$dtype" in bfloat16) mixed=bf16 ;; *) mixed=no ;; esac
 echo "precision: $dtype"
 
+# With FINETUNE=1 all that follows is made for the fine-tuned base, in a folder of its own.
+if [ "$FINETUNE" = 1 ]; then
+    OUTPUT="$OUTPUT/finetuned" WORK="$WORK/finetuned" DONE="$DONE/finetuned"
+    mkdir -p "$WORK" "$DONE"
+fi
+
 # 2. Text to token windows, split by article; no token is left out. With documents each one begins a window of its own:
 #    it is learnt as a prompt will find it.
 [ "${BY_DOCUMENT:-0}" = 0 ] || cut=--by_document
@@ -67,12 +79,9 @@ once "windows" python utils/preprocess_dataset.py \
     --max_document_characters "$MAX_CHARACTERS" \
     --validation_fraction 0.1 --test_fraction 0.1 --seed "$SEED" "${text_options[@]}"
 
-# With FINETUNE=1 the base learns the text itself first, and what follows is made with the result: only then is it seen
-# what a memory adds to a model of this text. The base before that is scored for the table.
-if [ "${FINETUNE:-0}" = 1 ]; then
-    OUTPUT="$OUTPUT/finetuned" WORK="$WORK/finetuned" DONE="$DONE/finetuned"
-    mkdir -p "$WORK"
-    ln -sfn ../windows "$WORK/windows"
+# With FINETUNE=1 the base learns the text itself first: only then is it seen what a memory adds to a model of this text.
+# The base before that is scored for the table.
+if [ "$FINETUNE" = 1 ]; then
     once "base" python -m train_base --do_eval --model_name_or_path "$MODEL" --dataset_name "$WORK/windows" \
         --eval_subset test --per_device_eval_batch_size 8 --torch_dtype "$dtype" --output_dir "$WORK/untuned" --report_to none
     half=()
@@ -141,7 +150,7 @@ joint() {
 # shellcheck disable=SC2086
 joint validation --dstore_path "$validation_dstore" --lmbda $LAMBDAS --knn_temp 0.7 0.85 1 1.2 1.5 2
 once "gate" python -m training.gate --model_name_or_path "$MODEL" --knn_generator_path "$memory" \
-    --dataset_name "$WORK/windows" --known_weight "${KNOWN_WEIGHT:-0.05}" --torch_dtype "$dtype" --seed "$SEED"
+    --dataset_name "$WORK/windows" --known_weight "$KNOWN_WEIGHT" --torch_dtype "$dtype" --seed "$SEED"
 joint test --lmbda adaptive --choose_on "$WORK/joint_validation/results.json" --torch_dtype "$dtype"
 knnlm test "$test_dstore" --choose_on "$WORK/knnlm_validation/results.json"
 

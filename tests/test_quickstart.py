@@ -78,19 +78,20 @@ def test_with_a_fine_tuned_base_the_whole_chain_is_made_with_it_in_a_folder_of_i
     quickstart(tmp_path)
     text, found = quickstart(tmp_path, FINETUNE=1)
     found = found[len(BEFORE + CHAIN) :]
-    assert text.count("done before") == 2  # model and text, windows
-    assert names(found) == ["train_base", "train_base", *CHAIN]
-    untuned, tuned = flags(found[0]), flags(found[1])
+    assert text.count("done before") == 1  # model and text
+    assert names(found) == [*BEFORE[-1:], "train_base", "train_base", *CHAIN]
+    windows, untuned, tuned = map(flags, found[:3])
     work = tmp_path / "out" / "work"
     assert untuned["--model_name_or_path"] == tuned["--model_name_or_path"] == str(work / "embedded" / "model")
     assert untuned["--eval_subset"] == "test" and "--do_train" in tuned
     wanted = {"--num_train_epochs": "1", "--learning_rate": "1e-4", "--per_device_train_batch_size": "2"}
     assert wanted.items() <= tuned.items()
-    using = {flags(call)["--model_name_or_path"] for call in found[2:] if "--model_name_or_path" in flags(call)}
+    using = {flags(call)["--model_name_or_path"] for call in found[3:] if "--model_name_or_path" in flags(call)}
     assert using == {tuned["--output_dir"]} == {str(work / "finetuned" / "model")}
     written = {flags(call)[name] for call in found for name in ("--output_dir", "--dstore_dir") if name in flags(call)}
     assert all(str(tmp_path / "out" / "finetuned") == path or f"{work}/finetuned" in path for path in written)
-    assert (work / "finetuned" / "windows").resolve() == work / "windows"
+    read = {flags(call)["--dataset_name"] for call in found[1:] if "--dataset_name" in flags(call)}
+    assert read == {windows["--output_dir"]} and windows["--max_documents"] == "480"
     _, again = quickstart(tmp_path, FINETUNE=1)
     assert names(again)[len(BEFORE + CHAIN) + len(found) :] == ["downstream.report"]
     _, again = quickstart(tmp_path, FINETUNE=1, FINETUNE_EPOCHS=2)
