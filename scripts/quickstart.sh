@@ -3,7 +3,7 @@
 #
 # Run it again and it continues where it stopped. Every setting is an environment variable:
 #   MODEL           base model: folder or hub name            (default: SmolLM2-135M-Instruct, from PyPI)
-#   TEXT            text: .txt, .jsonl, .parquet, folder or hub name  (default: Wikipedia articles, from PyPI)
+#   TEXT            text: .txt, .jsonl, .csv, .parquet, folder or hub  (default: Wikipedia articles, from PyPI)
 #   OUTPUT          folder of everything                      (default: results/quickstart)
 #   MAX_DOCUMENTS   size: so many articles at most            (default: 320 of the default text's, all of another's)
 #   MAX_CHARACTERS  size: paragraphs that begin within so many characters of an article  (default: 1200)

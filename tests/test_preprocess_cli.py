@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import re
 import signal
 import subprocess
@@ -155,6 +158,30 @@ def test_text_from_windows_gives_the_documents_of_its_plain_form(tmp_path):
     assert found[0] == found[1] == ["= a =\nso\rzi\n", '= b =\n{"text": "ka"}\nend\n']
 
 
+TEXTS = ["so zi, ka\n", '"ko"\n\nro\n', "NA", "1999", "di " * 70_000]
+CONTENTS = {".txt": "".join(TEXTS), ".jsonl": "".join(json.dumps({"n": 1, "text": text}) + "\n" for text in TEXTS)}
+CONTENTS[".csv"] = "n,text\n" + "".join('1,"{}"\n'.format(text.replace('"', '""')) for text in TEXTS)
+PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("name", ["test.txt.gz", "test.jsonl.bz2", "test.csv", "test.CSV.xz"])
+def test_compressed_and_csv_files_give_the_documents_of_their_plain_form(tmp_path, name, kind):
+    from utils.text_files import iterate_documents, open_source
+
+    suffix = f".{name.lower().split('.')[1]}"
+    plain = tmp_path / f"plain{suffix.replace('.csv', '.jsonl')}"
+    plain.write_text(CONTENTS[plain.suffix])
+    (tmp_path / "folder").mkdir()
+    given = tmp_path / "folder" / name
+    given.write_bytes(PACK.get(given.suffix, bytes)(CONTENTS[suffix].encode()))
+    found = open_source(str(given if kind == "file" else given.parent), work=tmp_path)
+    assert list(found) == ["train" if kind == "file" else "test"]
+    expected = open_source(str(plain), work=given.parent)["train"]
+    assert [*map(list, map(iterate_documents, found.values()))] == [list(iterate_documents(expected))]
+
+
 def test_a_folder_of_articles_is_divided_by_article_and_its_text_kept(tmp_path):
     source = tmp_path / "articles"
     source.mkdir()
@@ -255,6 +282,14 @@ BAD_FILES = {
     "column.jsonl": (b'{"body": "so", "id": 1}\n', "--text_column text: "),
     "not.parquet": (b"PAR1 no", "cannot be loaded"),
     "words.docx": (b"so", "expected a file that ends in .txt"),
+    "packed.parquet.gz": (b"so", "expected a file that ends in .txt"),
+    "plain.txt.gz": (b"so", "cannot be unpacked"),
+    "plain.csv.bz2": (b"so", "cannot be unpacked"),
+    "plain.txt.xz": (b"so", "cannot be unpacked"),
+    "cut.txt.gz": (gzip.compress(b"so zi ka" * 99)[:-9], "cannot be unpacked"),
+    "column.csv": (b"body,id\nso,1\n", "--text_column text: "),
+    "short.csv": (b"id,text\n1,so\n2\n", "line 3 has no 'text'"),
+    "quote.csv": (b'id,text\n1,"so"zi\n', "line 2 is no CSV"),
 }
 
 

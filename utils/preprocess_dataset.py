@@ -57,7 +57,8 @@ class Arguments:
 
     dataset_name: str = required(
         "a dataset on the hub; a folder that datasets saved or can load; a folder of files named by their split "
-        "(train.txt, validation.jsonl, test.parquet); a folder of .txt files; or one .txt, .jsonl or .parquet file"
+        "(train.txt, validation.jsonl.gz, test.parquet); a folder of .txt files; or one .txt, .jsonl, .csv or .parquet file "
+        "(compressed, too: .gz, .bz2, .xz)"
     )
     tokenizer_path: str = required("folder or hub name of the tokenizer (a model's folder will do)")
     output_dir: str = required("folder of windows to write")

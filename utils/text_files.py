@@ -10,12 +10,18 @@ a newline may end one and a separator may span several; so are JSON lines, whose
 
 from __future__ import annotations
 
+import bz2
+import csv
 import errno
+import gzip
 import hashlib
 import io
 import itertools
 import json
+import lzma
 import re
+import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +32,8 @@ import pyarrow as pa
 from utils.cli import say
 from utils.errors import InputError, one_line
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # any of the others but parquet
 SPLIT_NAMES = {
     **{"train": "train", "test": "test"},
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -36,20 +43,34 @@ LONGEST_SEPARATOR = 1 << 20  # characters that one match of a separator, with wh
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file, each with its newline; Windows' \\r\\n is one too, nothing else ends a line.
+    """The lines of a UTF-8 text file, compressed or not, each with its newline; Windows' \\r\\n is one too, nothing else
+    ends a line.
 
     Raises InputError.
     """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{path}: line {number} is not UTF-8 text ({error.reason}); convert the file"
-                ) from None
-            text = text.removeprefix("\ufeff") if number == 1 else text
-            yield text[:-2] + "\n" if text.endswith("\r\n") else text
+    for number, line in enumerate(_byte_lines(path), start=1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: line {number} is not UTF-8 text ({error.reason}); convert the file") from None
+        text = text.removeprefix("\ufeff") if number == 1 else text
+        yield text[:-2] + "\n" if text.endswith("\r\n") else text
+
+
+def _byte_lines(path: Path) -> Iterator[bytes]:
+    try:
+        with PACKED.get(path.suffix.lower(), open)(path, "rb") as file:
+            yield from file
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        if getattr(error, "errno", None) is not None:  # the file's, not its content's
+            raise
+        raise InputError(f"{path}: cannot be unpacked ({one_line(error)}); fetch it again") from None
+
+
+def _unpacked(path: Path) -> Path:
+    """The path of a file as its name would be without compression, its suffix in lower case."""
+    path = path.with_suffix("") if path.suffix.lower() in PACKED else path
+    return path.with_suffix(path.suffix.lower())
 
 
 def read_documents(path: Path, separator: re.Pattern[str]) -> Iterator[str]:
@@ -117,6 +138,20 @@ def _jsonl_rows(path: Path, column: str) -> Iterator[tuple[str, int]]:
         yield value[column].encode("utf-8", "replace").decode(), row
 
 
+def _csv_rows(path: Path, column: str) -> Iterator[tuple[str, int]]:
+    csv.field_size_limit(sys.maxsize)  # a document may be longer than the 131,072 characters that it is else
+    rows = csv.DictReader(read_lines(path), strict=True)
+    try:
+        if column not in (names := rows.fieldnames or ()):
+            raise _no_column(str(path), column, names)
+        for number, row in enumerate(rows, start=1):
+            if row[column] is None:
+                raise InputError(f"{path}: line {rows.line_num} has no {column!r}")
+            yield row[column], number
+    except csv.Error as error:
+        raise InputError(f"{path}: line {rows.line_num + 1} is no CSV ({error})") from None
+
+
 def _no_column(where: str, column: str, names: Iterable[str]) -> InputError:
     return InputError(f"--text_column {column}: {where} has no such column; it has {', '.join(names) or 'none'}")
 
@@ -144,8 +179,8 @@ def open_source(
     """Open `--dataset_name` as splits of text rows.
 
     Args:
-        name: a file (.txt, .jsonl, .parquet: the split `train`); a folder of files named by their split
-            (train.txt, validation.jsonl, test.parquet); a folder of .txt files with other names (`train`, one
+        name: a file (.txt, .jsonl, .csv, these compressed with .gz, .bz2 or .xz, .parquet: the split `train`); a folder
+            of files named by their split (train.txt, validation.jsonl.gz, test.parquet); a folder of .txt files with other names (`train`, one
             document each); a folder that `datasets` saved or loads; or the name of a dataset on the hub.
         config_name: the dataset's configuration, or the subfolder of that name.
         text_column: the column that holds the text.
@@ -166,7 +201,7 @@ def open_source(
     if config_name and (path / config_name).is_dir():
         path, config_name = path / config_name, None
     files = {} if config_name else local_files(path)
-    if separator is not None and not any(paths[0].suffix.lower() == ".txt" for paths in files.values()):
+    if separator is not None and not any(_unpacked(paths[0]).suffix == ".txt" for paths in files.values()):
         raise InputError(f"--document_separator: separates documents in .txt files; {name} holds none")
     if files:
         name_unused(path, [file for paths in files.values() for file in paths])
@@ -178,22 +213,27 @@ def open_source(
 def local_files(path: Path) -> dict[str, list[Path]]:
     """{split: files} of a file, or of a folder of files that are named by their split or are all .txt; else nothing."""
     if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise InputError(f"--dataset_name {path}: expected a file that ends in {', '.join(SUFFIXES)}")
+        if not _is_text(path):
+            ends = f"{', '.join(SUFFIXES)}; all but the last may be compressed ({', '.join(PACKED)})"
+            raise InputError(f"--dataset_name {path}: expected a file that ends in {ends}")
         return {"train": [path]}
     if not path.is_dir() or (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return {}
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = sorted(file for file in path.iterdir() if _is_text(file) and file.is_file())
     splits: dict[str, list[Path]] = {}
     for file in files:
-        if split := SPLIT_NAMES.get(file.stem.lower()):
+        if split := SPLIT_NAMES.get(_unpacked(file).stem.lower()):
             if split in splits:
                 names = f"{splits[split][0].name} and {file.name}"
                 raise InputError(f"--dataset_name {path}: {names} are both split {split}")
             splits[split] = [file]
-    if not splits and files and all(file.suffix.lower() == ".txt" for file in files):
+    if not splits and files and all(_unpacked(file).suffix == ".txt" for file in files):
         return {"train": files}
     return {split: splits[split] for split in ("train", "validation", "test") if split in splits}
+
+
+def _is_text(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet" or _unpacked(path).suffix in SUFFIXES[:-1]
 
 
 def name_unused(folder: Path, used: Iterable[str | Path]) -> None:
@@ -206,12 +246,13 @@ def name_unused(folder: Path, used: Iterable[str | Path]) -> None:
 
 
 def _open_files(paths: list[Path], split: str, column: str, separator: re.Pattern[str] | None, work: Path) -> Any:
-    suffix, where = paths[0].suffix.lower(), str(paths[0] if len(paths) == 1 else paths[0].parent)
+    suffix, where = _unpacked(paths[0]).suffix, str(paths[0] if len(paths) == 1 else paths[0].parent)
     if suffix == ".parquet":
         loaded = _open_with_datasets(where, None, work, builder="parquet", data_files=where, batch_size=1000)
         dataset = _text_only(loaded["train"], where, column)
     else:
-        rows = _txt_rows(paths, separator) if suffix == ".txt" else _jsonl_rows(paths[0], column)
+        of_fields = _csv_rows if suffix == ".csv" else _jsonl_rows
+        rows = _txt_rows(paths, separator) if suffix == ".txt" else of_fields(paths[0], column)
         dataset = write_rows(rows, work / f"source-{split}.arrow")
     if not any(text.strip() for text in texts_of(dataset)):
         raise InputError(f"{where}: is empty, expected text")
