@@ -598,3 +598,17 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(tmp_path):
 def test_bad_input_of_the_page_is_told_in_a_line(saved, wrong, told):
     pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[demo]'")
     assert told in refused_here("demo.app", "--model_name_or_path", saved[0], "--knn_generator_path", saved[1], *wrong)
+
+
+def test_the_page_starts_with_the_passages_of_its_flags(llama_world, opened, tmp_path, monkeypatch):
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[demo]'")
+    opened[0].knn_generator.save_pretrained(tmp_path)
+    served = []
+    monkeypatch.setattr("demo.layout.build", lambda viewer, pair: viewer)
+    monkeypatch.setattr("demo.app.serve", lambda viewer, listener: served.append(viewer))
+    pair = ("--model_name_or_path", llama_world.base, "--knn_generator_path", tmp_path, "--torch_dtype", "float32")
+    places = ("--dstore_path", llama_world.dstore("train"), "--index_path", llama_world.index)
+    asked = ("--dataset_name", llama_world.windows, "--passages", 2, "--port", 0)
+    command("demo.app", *pair, *places, *asked)
+    inspector = Tags(last_view(served[0], "the river", sampling=Sampling(3))[1].inspector)
+    assert len(inspector.of("mlpm-passages")) == len(inspector.of("mlpm-detail")) > 0
