@@ -1,7 +1,10 @@
 """The joint model in place of any transformers model: what its users call beside `forward` and plain generation."""
 
+import re
+
 import pytest
 import torch
+from harness import ROOT
 from tiny_models import CONTEXT, VOCABULARY, letter_tokenizer, some_ids, tiny_base, tiny_joint, tiny_memory
 from transformers import ContinuousBatchingConfig, Trainer, TrainingArguments
 
@@ -136,7 +139,7 @@ def test_weights_given_are_saved_in_place_of_the_models_own(joint, tmp_path):
     assert all(torch.equal(value, (before | memory)[name]) for name, value in opened.items())
 
 
-def trained(folder, rows_at_once, steps_together, **settings):
+def trained(folder, rows_at_once, steps_together, trainer_class=Trainer, resumed=None, **settings):
     """A joint model after the Trainer's step over rows of 3, 4, 5 and 6 labels, and the Trainer."""
     base = tiny_base("llama")
     joint = MLPMemory(base, tiny_memory(base), lmbda=0.5)
@@ -150,16 +153,13 @@ def trained(folder, rows_at_once, steps_together, **settings):
         str(folder),
         per_device_train_batch_size=rows_at_once,
         gradient_accumulation_steps=steps_together,
-        max_steps=1,
-        save_steps=1,
-        optim="sgd",
+        **{"max_steps": 1, "save_steps": 1, "optim": "sgd"} | settings,
         use_cpu=True,
         disable_tqdm=True,
         report_to=[],
-        **settings,
     )
-    trainer = Trainer(joint, arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
-    trainer.train()
+    trainer = trainer_class(joint, arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=resumed)
     return joint, trainer
 
 
@@ -169,6 +169,22 @@ def test_the_trainer_trains_it_and_its_checkpoint_opens(tmp_path):
     assert all(torch.equal(value, opened.state_dict()[name]) for name, value in joint.state_dict().items())
     assert (tmp_path / "checkpoint-1" / "tokenizer.json").is_file()
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_a_trainer_of_the_readme_goes_on_from_a_checkpoint_and_finds_the_best(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(class JointTrainer.*?)```", readme, re.DOTALL)
+    exec(code, names := {"Trainer": Trainer, "MLPMemory": MLPMemory, "torch": torch})
+    more = {"trainer_class": names["JointTrainer"], "max_steps": 3, "optim": "adamw_torch", "learning_rate": 0.01}
+    whole = trained(tmp_path / "whole", 2, 1, **more)[0].state_dict()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    resumed = trained(tmp_path / "resumed", 2, 1, resumed=str(checkpoint), **more)[0].state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    more |= {"greater_is_better": True, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    joint, trainer = trained(tmp_path / "best", 2, 1, **more)
+    best = MLPMemory.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
+    assert all(torch.equal(value, best[name]) for name, value in joint.state_dict().items())
+    assert trainer.state.best_model_checkpoint.endswith("-1")  # where the loss is greatest
 
 
 def test_batches_that_make_one_step_together_weigh_every_label_alike(tmp_path):
