@@ -45,7 +45,6 @@ class StageArguments(ScoreArguments):
     index_file: str | None = flag(None, "FAISS index")
     k: int = flag(1024, "neighbours")
     probe: int = flag(32, "inverted lists searched")
-    refine_factor: int = flag(0, "re-rank k times this many candidates by exact distance (needs --val_file datastore)")
 
 
 def main() -> None:
@@ -115,7 +114,7 @@ def check_arguments(arguments: StageArguments, training: Any) -> None:
         check_faiss()
     note_unused(("block_size", "stride"), "here: the windows of --dataset_name have those they were made with")
     if not arguments.knn:
-        names = ("knn_gpu", "val_file", "index_file", "lmbda", "k", "knn_temp", "choose_on", "probe", "refine_factor")
+        names = ("knn_gpu", "val_file", "index_file", "lmbda", "k", "knn_temp", "choose_on", "probe")
         note_unused(names, "without --knn")
     if arguments.dstore_path and (training.do_train or arguments.save_knnlm_dstore):
         raise InputError(
@@ -199,7 +198,6 @@ def evaluate(base: Any, windows: Any, arguments: StageArguments, training: Any) 
             k=arguments.k,
             probe=arguments.probe,
             knn_gpu=arguments.knn_gpu,
-            refine_factor=arguments.refine_factor,
             layer_position=arguments.layer_position,
         )
         check_indexed(neighbours.searcher, base, arguments)

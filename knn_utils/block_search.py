@@ -54,27 +54,24 @@ def search_blocks(
         if searcher.share is None:
 
             def whole(block: Block) -> Result:
-                queries = keys(block)
-                return use(block, *searcher.ranked(queries, searcher.candidates(queries, k), k))
+                return use(block, *searcher.candidates(keys(block), k))
 
             yield from in_order(whole, blocks_of(ranges, block_rows), pool, threads + 2)
             return
         process, processes = searcher.share
-        width = searcher.width(k)
 
-        def own_part(blocks: tuple[Block | None, ...]) -> tuple[Any, ...]:
-            """Of a round's blocks, one of each process: (own block, its queries, rows of each block, hits of all)."""
+        def own_part(blocks: tuple[Block | None, ...]) -> tuple[Block | None, list[int], Hits]:
+            """Of a round's blocks, one of each process: (own block, rows of each block, hits of all)."""
             queries = [keys(block) if block else np.empty((0, searcher.dim), np.float32) for block in blocks]
-            found = searcher.candidates(np.concatenate(queries), k)
-            return blocks[process], queries[process], list(map(len, queries)), found
+            return blocks[process], list(map(len, queries)), searcher.candidates(np.concatenate(queries), k)
 
-        def exchanged(part: tuple[Any, ...]) -> tuple[Block | None, np.ndarray, list[Ragged]]:
-            block, queries, rows, found = part
-            return block, queries, exchange(found, rows, process, width, searcher.rows)
+        def exchanged(part: tuple[Block | None, list[int], Hits]) -> tuple[Block | None, list[Ragged]]:
+            block, rows, found = part
+            return block, exchange(found, rows, process, k, searcher.rows)
 
-        def finished(part: tuple[Block | None, np.ndarray, list[Ragged]]) -> tuple[Result, ...]:
-            block, queries, lists = part
-            return (use(block, *searcher.ranked(queries, merge_ragged(lists, width), k)),) if block else ()
+        def finished(part: tuple[Block | None, list[Ragged]]) -> tuple[Result, ...]:
+            block, lists = part
+            return (use(block, *merge_ragged(lists, k)),) if block else ()
 
         rounds = zip_longest(*(blocks_of(theirs, block_rows) for theirs in everyones(ranges, process, processes)))
         # The exchange, in this thread and in the same order everywhere, goes on while threads search and merge.

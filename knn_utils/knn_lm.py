@@ -20,7 +20,7 @@ from knn_utils.datastore import Datastore
 from knn_utils.distribution import dense_probability, hit_tokens, label_probability
 from knn_utils.faiss_files import load_values
 from knn_utils.search import KNNSearcher
-from utils.errors import InputError, check_fraction, check_positive
+from utils.errors import check_fraction, check_positive
 from utils.files import check_made
 
 
@@ -32,7 +32,6 @@ class Neighbours:
         val_file: values of the indexed rows (a datastore, .npy, or the original's .pkl name).
         k: neighbours; at most the number of indexed rows.
         probe: inverted lists searched.
-        refine_factor: re-rank k times this many candidates by exact distance; `val_file` must be the datastore.
         layer_position: the block whose MLP input is searched; must be the datastore's.
     """
 
@@ -44,18 +43,13 @@ class Neighbours:
         k: int,
         probe: int,
         knn_gpu: bool = False,
-        refine_factor: int = 0,
         layer_position: int | None = None,
     ) -> None:
         self.values = load_values(val_file)
         datastore = None if Path(val_file).suffix in (".npy", ".pkl") else Datastore.open(val_file)
         if datastore is not None:
             check_made(val_file, datastore.settings, layer_position=layer_position)
-        elif refine_factor:
-            raise InputError(f"--refine_factor: needs the datastore's keys, but {val_file} holds values only")
-        self.searcher = KNNSearcher(
-            index_file, probe=probe, gpu=knn_gpu, refine_factor=refine_factor, datastore=datastore
-        )
+        self.searcher = KNNSearcher(index_file, probe=probe, gpu=knn_gpu, datastore=datastore)
         if datastore is None:
             check_values(self.searcher, self.values, val_file)
         self.searcher.check_k(k)

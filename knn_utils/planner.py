@@ -1,17 +1,13 @@
 """What a corpus of a given size takes: rows, bytes, memory and hours of each stage, from the windows to the memory.
 
-Bytes follow from the file formats. Times divide counted work by `Rates`, assumed ones or what `measure_rates` finds.
+Bytes follow from the file formats. Times divide counted work by assumed `Rates`.
 """
 
 from __future__ import annotations
 
 import re
-import timeit
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from utils.cli import flag
 from utils.units import size_text, time_text
@@ -20,14 +16,11 @@ BLOCK_SIZE, STRIDE = 1024, 512
 TRAINING_KEYS, KMEANS_ROUNDS = 1_000_000, 10
 # Bytes of a weight while it is trained: itself, its gradient, and Adam's two averages, float32 each.
 TRAINED_WEIGHT_BYTES = 16
-# What is measured: small enough for seconds, large enough that scanning counts.
-WINDOWS, WINDOW_TOKENS = 4, 256
-KEYS, LISTS, QUERIES = 40_000, 64, 256
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one process does in a second, and where the numbers come from.
+    """What one process does in a second.
 
     flops: floating-point operations in matrix products, of base and memory alike.
     lookups: table look-ups of product quantisation while lists are scanned (codes · code_size).
@@ -38,7 +31,6 @@ class Rates:
     lookups: float
     hits: float
     disk: float
-    origin: str = "assumed"
 
 
 @dataclass
@@ -203,68 +195,3 @@ def plan_text(stages: list[Stage]) -> str:
         lines.append(f"| {stage.name} | {stage.rows:,} | {size_text(stage.bytes)} | {memory} | {took} | {stage.what} |")
     everything = total(stages)
     return "\n".join([*lines, f"| all | | {size_text(everything['bytes'])} | | {time_text(everything['seconds'])} | |"])
-
-
-def fastest(work: Callable[[], Any]) -> float:
-    """Seconds of the fastest of three rounds, after one that is not counted."""
-    work()
-    return min(timeit.repeat(work, number=1, repeat=3))
-
-
-def measure_rates(model: str, sizes: Sizes, disk: float, trust_remote_code: bool = False) -> Rates:
-    """Rates of this process, from random tokens through `model` and searches among its hidden states in an index of
-    the kind of `sizes`, but smaller. `disk` is taken as given.
-
-    Raises InputError when the model cannot be loaded, or there is no FAISS.
-    """
-    import torch
-
-    from knn_utils.faiss_files import check_faiss
-    from models.capture import hidden_states
-    from utils.loading import BaseArguments
-
-    check_faiss()
-    opening = BaseArguments(model_name_or_path=model, trust_remote_code=trust_remote_code)
-    base = opening.open_base(opening.open_tokenizer())
-    embeddings = base.get_input_embeddings().weight
-    limit = getattr(base.config, "max_position_embeddings", None) or WINDOW_TOKENS
-    ids = torch.randint(0, len(embeddings), (WINDOWS, min(WINDOW_TOKENS, limit))).to(embeddings.device)
-
-    def embed() -> Any:
-        with torch.inference_mode():
-            return hidden_states(base, ids).cpu()
-
-    parameters = sum(weight.numel() for weight in base.parameters())
-    flops = 2.0 * parameters * ids.numel() / fastest(embed)
-    lookups, hits = measure_search(embed().reshape(-1, base.config.hidden_size).float().numpy(), sizes)
-    on_gpu = embeddings.device.type == "cuda"
-    where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
-    return Rates(flops, lookups, hits, disk, f"measured here with {model} on {where} (but for the disk's)")
-
-
-def measure_search(keys: np.ndarray, sizes: Sizes) -> tuple[float, float]:
-    """PQ look-ups per second of scanning, and hits per second of making distributions; `keys` (n, dim) float32."""
-    import faiss
-
-    from knn_utils.distribution import aggregate
-
-    random, dim = np.random.default_rng(0), keys.shape[1]
-    code = next(size for size in range(min(sizes.code_size, dim), 0, -1) if dim % size == 0)
-    spread = keys[random.integers(0, len(keys), KEYS)] + random.normal(0, keys.std() * 0.1, (KEYS, dim))
-    spread = np.ascontiguousarray(spread, dtype=np.float32)
-    index = faiss.index_factory(dim, f"IVF{LISTS},PQ{code}")
-    index.cp.max_points_per_centroid = 64
-    index.pq.cp.max_points_per_centroid = 16
-    index.train(spread)
-    index.add(spread)
-    queries, k = spread[:QUERIES], min(sizes.k, KEYS // 8)
-    seconds = {}
-    for probe in (LISTS // 4, LISTS):
-        index.nprobe = probe
-        seconds[probe] = fastest(lambda: index.search(queries, k))
-    # Two probes, so that what does not grow with the codes scanned (tables, the heap's start) is left out.
-    scanned = KEYS * QUERIES * (1 - 0.25) * code
-    lookups = scanned / max(seconds[LISTS] - seconds[LISTS // 4], 1e-9)
-    distances, ids = index.search(queries, k)
-    tokens = random.zipf(1.3, KEYS).clip(max=sizes.vocab - 1).astype(np.int32)[ids]
-    return lookups, QUERIES * k / fastest(lambda: aggregate(distances, tokens, knn_temp=16.0, threshold=1e-8))

@@ -4,15 +4,13 @@
     python -m knn_utils.preflight --dataset_name WINDOWS --dstore_path DATASTORE --index_path INDEX \\
         --knn_save_path TARGETS --knn_generator_path MEMORY --model_name_or_path BASE
 
-Whatever files are named are checked against each other; sizes that the flags leave open come from them. Times are
-measured on this machine with --measure, or follow from --device_tflops and its like; the plan says which. Nothing is
-written.
+Whatever files are named are checked against each other; sizes that the flags leave open come from them. Times follow from
+--device_tflops and its like. Nothing is written.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from knn_utils import planner
-from knn_utils.planner import Rates, Sizes, Stage, make_plan, measure_rates, plan_text, total
+from knn_utils.planner import Rates, Sizes, Stage, make_plan, plan_text, total
 from utils.cli import command, flag, parse
 from utils.errors import InputError, one_line
 from utils.files import check_made, sha256_file
@@ -65,8 +63,7 @@ class PreflightArguments(Sizes):
         "also compare the checksums of datastore, index and kNN targets, which reads all of them, and the model's weights",
     )
     output_dir: str | None = flag(None, "folder that the stages will write to: its disk has to suffice")
-    device_memory_gb: float | None = flag(None, "memory of each device, to be compared; default: this machine's")
-    measure: str | None = flag(None, "model to measure rates with on this machine: a few windows and searches")
+    device_memory_gb: float | None = flag(None, "memory of each device, to be compared; default: this machine's GPU's")
     device_tflops: float | None = flag(
         None, "assumed rate of a device in matrix products, TFLOP/s as reached in practice, not the data sheet's"
     )
@@ -118,7 +115,7 @@ def main() -> None:
     plan, text, stages = None, "", []
     if arguments.tokens is not None or (chain.windows is not None and chain.config is not None):
         sizes = sizes_of(arguments, chain)
-        rates = rates_of(arguments, sizes)
+        rates = rates_of(arguments)
         stages = make_plan(sizes, rates)
         plan = {"sizes": asdict(sizes), "rates": rates and asdict(rates), "stages": list(map(asdict, stages))}
         plan |= total(stages) | {"memory_parameters": planner.memory_parameters(sizes)}
@@ -140,8 +137,6 @@ def check_arguments(arguments: PreflightArguments) -> None:
             and not 0 < value < TOO_LARGE
         ):
             raise InputError(f"--{name} {value}: expected a number above 0 and below {TOO_LARGE:g}")
-    if arguments.measure and arguments.device_tflops:
-        raise InputError("--measure and --device_tflops: expected one of them, measured or assumed")
     if arguments.tokens is None and not any(getattr(arguments, name) for name in FILES):
         raise InputError("nothing to do: give --tokens for a plan, or files to check (--dstore_path, …)")
 
@@ -291,6 +286,7 @@ def sizes_of(arguments: PreflightArguments, chain: Chain) -> Sizes:
 
 def check_factory(sizes: Sizes) -> None:
     """Refuse an --index_factory whose bytes are not known here, or that FAISS cannot build. Raises InputError."""
+    from knn_utils.faiss_files import check_faiss
     from knn_utils.index_training import make_index
 
     factory = sizes.index_factory
@@ -299,16 +295,15 @@ def check_factory(sizes: Sizes) -> None:
             f"--index_factory {factory}: a plan knows the sizes of Flat, IVF4096,Flat and IVF4096,PQ64 only"
         )
     if factory:
+        check_faiss()
         make_index(factory, sizes.dim, seed=1)
 
 
-def rates_of(arguments: PreflightArguments, sizes: Sizes) -> Rates | None:
-    """Measured or assumed rates, as the flags say; None for a plan without times."""
-    disk = arguments.disk_gb_per_second * 1e9
-    if arguments.measure:
-        return measure_rates(arguments.measure, sizes, disk, arguments.trust_remote_code)
+def rates_of(arguments: PreflightArguments) -> Rates | None:
+    """The rates of the flags; None for a plan without times."""
     if not arguments.device_tflops:
         return None
+    disk = arguments.disk_gb_per_second * 1e9
     return Rates(arguments.device_tflops * 1e12, arguments.lookups_per_second, arguments.hits_per_second, disk)
 
 
@@ -326,9 +321,9 @@ def origin_of(rates: Rates | None, sizes: Sizes) -> str:
     """Where the plan's numbers come from."""
     origin = "Rows and bytes follow from the file formats."
     if rates is None:
-        return f"{origin} No times: give --measure MODEL or --device_tflops."
+        return f"{origin} No times: give --device_tflops."
     return (
-        f"{origin} Times are estimates from rates {rates.origin}: {rates.flops / 1e12:.3g} TFLOP/s in base and memory, "
+        f"{origin} Times are estimates from assumed rates: {rates.flops / 1e12:.3g} TFLOP/s in base and memory, "
         f"search {rates.lookups:.3g} look-ups/s and {rates.hits:.3g} hits/s of each of {sizes.processes} processes; "
         f"disk {size_text(rates.disk)}/s for all of them."
     )
@@ -363,15 +358,13 @@ def check_machine(arguments: PreflightArguments, stages: list[Stage]) -> list[st
 
 
 def device_memory(arguments: PreflightArguments) -> tuple[int | None, str]:
-    """Bytes of memory of one device, and whose. None where the devices are not this machine's."""
+    """Bytes of memory of one device, and whose. None where this machine has no GPU."""
     if arguments.device_memory_gb is not None:
         return int(arguments.device_memory_gb * 1e9), "--device_memory_gb"
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name(0)
-    if arguments.measure:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // arguments.processes, "this machine's share"
     return None, ""
 
 

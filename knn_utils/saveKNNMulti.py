@@ -60,11 +60,9 @@ class TargetArguments:
         False, "leave out the query itself (in another datastore than its own: the first hit), so that k-1 remain"
     )
     knn_gpu: bool = flag(False, "search on the GPU where FAISS has one")
-    refine_factor: int = flag(0, "rank k times so many candidates by exact distance from the datastore's keys; 0: off")
     layer_position: int | None = flag(None, "refuse a datastore that was captured at another block")
     part_rows: int | None = flag(None, "rows of a part of the output; default by the number of rows")
     single_file: bool = flag(False, "write one Arrow stream, as the original does, in place of a folder of parts")
-    refresh: bool = flag(False, "make all targets anew when datastore or index have changed, not only the new rows'")
     overwrite: bool = flag(False, "replace targets that are there")
 
 
@@ -139,16 +137,10 @@ class Job:
             self.is_own = same_values(values, dstore) if indexed is None else rows_fingerprint(indexed) == fingerprint
         if self.is_own and not holds_keys:
             indexed = dstore
-        if arguments.refine_factor and indexed is None:
-            raise InputError(
-                f"--refine_factor: needs the indexed keys, but --val_path {val_path} holds values only; "
-                "name the indexed datastore"
-            )
         self.searcher = KNNSearcher(
             arguments.index_path,
             probe=arguments.probe,
             gpu=arguments.knn_gpu,
-            refine_factor=arguments.refine_factor,
             datastore=indexed,
             share=share,
         )
@@ -165,7 +157,7 @@ class Job:
             "threshold": arguments.threshold,
             "ignore_first": arguments.ignore_first,
             "probe": arguments.probe,
-            "refine_factor": arguments.refine_factor,
+            "refine_factor": 0,  # as earlier versions recorded it, whose targets are continued
             "own_datastore": self.is_own,
             "index": index,
             "dstore": {"fingerprint": fingerprint, "rows": dstore.rows},
@@ -253,9 +245,6 @@ def planned(arguments: TargetArguments, job: Job) -> dict[str, Any]:
     there, held = manifest["settings"], plan_of(manifest)
     if sum(held) == rows and not is_comparable(there["dstore"]["fingerprint"]):
         settings = settings | {"dstore": there["dstore"]}
-    # Targets that grew hold rows of several states of the index, which their settings do not show.
-    if arguments.refresh and (manifest["history"] or there != settings):
-        return anew | {"overwrite": True}
     if sum(held) == rows:
         return {"part_rows": held, "settings": settings}
     if sum(held) < rows and same_rows(there["dstore"]["fingerprint"], job.dstore, sum(held)):

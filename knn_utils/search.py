@@ -1,8 +1,8 @@
 """Nearest-neighbour search: float16 queries in, squared distances and datastore row numbers out.
 
-`KNNSearcher` opens one index file or a folder of shards, on CPU or GPU, with optional exact re-ranking. Hits come in one
-order whatever the index is made of: by distance, then by row number, also across the k-th place; so several shards, in
-one process or in many, give what one whole index gives.
+`KNNSearcher` opens one index file or a folder of shards, on CPU or GPU. Hits come in one order whatever the index is made
+of: by distance, then by row number, also across the k-th place; so several shards, in one process or in many, give what
+one whole index gives.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,6 @@ from utils.errors import InputError, one_line
 
 # Queries that go through FAISS at once on a CPU: their hits stay in the cache until they are aggregated.
 BLOCK_ROWS = 256
-# Bytes of keys held at once while re-ranking.
-REFINE_BYTES = 64 << 20
 # Distances of each list that tell, before lists are merged, how far the k nearest of all of them can reach.
 SAMPLES = 64
 GPU_MAX_K = 2048
@@ -136,9 +133,7 @@ class KNNSearcher:
         index_path: a FAISS file or an index folder of `build_index`.
         probe: inverted lists searched per query; without meaning for an index that has none.
         gpu: search on this process's GPU; without one, says so and searches on the CPU.
-        refine_factor: 0 for the index's own distances; r: the r·k candidates nearest by the index are ranked by
-            exact squared distance from the datastore's keys, and the k nearest of them returned.
-        datastore: the indexed `Datastore`, which is checked to be that. Needed for `refine_factor`.
+        datastore: the indexed `Datastore`, which is checked to be that; None where only its values are at hand.
         share: (process, processes) of a run whose processes all open the index: where it is in shards and not each
             of them has room for all, each opens some, and `candidates` of all together make the hits (`search_blocks`).
 
@@ -156,18 +151,14 @@ class KNNSearcher:
         *,
         probe: int,
         gpu: bool = False,
-        refine_factor: int = 0,
         datastore: Any = None,
         share: tuple[int, int] | None = None,
     ) -> None:
         check_faiss()
         if probe < 1:
             raise InputError(f"--probe {probe}: expected 1 or more")
-        if refine_factor < 0 or (refine_factor and datastore is None):
-            raise InputError(f"--refine_factor {refine_factor}: expected 0 or more, and the indexed datastore's keys")
         files = find_index(index_path)
         self.path, self.record, self.fingerprint = files.path, files.record, files.fingerprint
-        self._refine_factor, self._datastore = refine_factor, datastore
         self.on_gpu = gpu and has_gpu()
         # A single file cannot be shared out; every process maps it.
         divisible = share is not None and share[1] > 1 and len(files.shards) > 1
@@ -207,23 +198,18 @@ class KNNSearcher:
             raise InputError(f"--k {k}: expected 1 or more")
         if k > self.rows:
             raise InputError(f"--k {k}: the index {self.path} holds only {self.rows} rows; give a smaller --k")
-        if self.on_gpu and self.width(k) > GPU_MAX_K:
+        if self.on_gpu and k > GPU_MAX_K:
             raise InputError(
-                f"--k {k}: a GPU returns at most {GPU_MAX_K} hits (k times --refine_factor), "
-                "give a smaller --k or leave --knn_gpu out"
+                f"--k {k}: a GPU returns at most {GPU_MAX_K} hits; give a smaller --k or leave --knn_gpu out"
             )
 
-    def width(self, k: int) -> int:
-        """Candidates that the index is asked for where k hits are wanted."""
-        return min(k * max(self._refine_factor, 1), self.rows)
-
-    def search(self, queries: np.ndarray, k: int, *, first_row: int = 0, source: str | Path = "queries") -> Hits:
+    def search(self, queries: np.ndarray, k: int, source: str | Path = "queries") -> Hits:
         """The k nearest rows of each query.
 
         Args:
             queries: (n, dim) float16 or float32, n above 0.
             k: hits per query, at most `rows`.
-            first_row, source: number and origin of the first query, for messages.
+            source: where the queries come from, for messages.
 
         Returns:
             distances (n, k) float32, squared L2, rising; infinity where there is no hit.
@@ -236,8 +222,8 @@ class KNNSearcher:
         block_rows = len(queries) if self.on_gpu else 4 * BLOCK_ROWS
         blocks = []
         for start in range(0, len(queries), block_rows):
-            block = self.checked(queries[start : start + block_rows], first_row + start, source)
-            blocks.append(self.ranked(block, self.candidates(block, k), k))
+            block = self.checked(queries[start : start + block_rows], start, source)
+            blocks.append(self.candidates(block, k))
         distances, ids = zip(*blocks, strict=True)
         return np.concatenate(distances), np.concatenate(ids)
 
@@ -249,16 +235,10 @@ class KNNSearcher:
         return block
 
     def candidates(self, queries: np.ndarray, k: int) -> Hits:
-        """What this process's shards hold among the `width(k)` nearest: distances and ids, (n, width(k)) each."""
-        width = self.width(k)
+        """The k nearest that this process's shards hold: distances and ids, (n, k) each."""
         if not self._shards:
-            shape = (len(queries), width)
-            return np.full(shape, np.inf, np.float32), np.full(shape, -1, np.int64)
-        return merge([shard.nearest(queries, width) for shard in self._shards], width)
-
-    def ranked(self, queries: np.ndarray, hits: Hits, k: int) -> Hits:
-        """The k nearest of a whole index's `width(k)` hits, by exact distance if that was asked for."""
-        return rank_exactly(queries, hits[1], self._datastore.gather_keys, k) if self._refine_factor else hits
+            return np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+        return merge([shard.nearest(queries, k) for shard in self._shards], k)
 
 
 def check_finite(queries: np.ndarray, first_row: int, source: object) -> None:
@@ -334,43 +314,6 @@ def merge_ragged(found: list[Ragged], k: int) -> Hits:
     for start, (count, far, rows) in zip(starts, found, strict=True):
         place = np.arange(len(far)) + np.repeat(start - (np.cumsum(count) - count), count)
         distances[place], ids[place] = far, rows
-    return nearest_first(distances.reshape(-1, width), ids.reshape(-1, width), k)
-
-
-def nearest_first(distances: np.ndarray, ids: np.ndarray, k: int) -> Hits:
-    """The k nearest of (n, any) hits; equal distances stay in the order that they have."""
+    distances, ids = distances.reshape(-1, width), ids.reshape(-1, width)
     order = np.argsort(distances, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(distances, order, axis=1), np.take_along_axis(ids, order, axis=1)
-
-
-def rank_exactly(
-    queries: np.ndarray, candidates: np.ndarray, gather_keys: Callable[[np.ndarray], np.ndarray], k: int
-) -> Hits:
-    """The k candidates nearest by exact squared L2 distance, ties by row number.
-
-    Args:
-        queries: (n, dim) float32.
-        candidates: (n, c) int64 row numbers, -1 for none; sorted in place.
-        gather_keys: row numbers (m,) → keys (m, dim) float16.
-
-    Returns:
-        distances (n, k) float32 and ids (n, k) int64, as `KNNSearcher.search`.
-    """
-    import faiss
-
-    (count, dim), width = queries.shape, candidates.shape[1]
-    candidates.sort(axis=1)
-    exact = np.empty((count, width), dtype=np.float32)
-    at_once = max(REFINE_BYTES // (width * dim * 4), 1)
-    for start in range(0, count, at_once):
-        asked = candidates[start : start + at_once]  # (b, c)
-        unique, inverse = np.unique(np.maximum(asked, 0), return_inverse=True)
-        keys = float32_from_float16(gather_keys(unique))  # (unique, dim)
-        local = np.ascontiguousarray(inverse.reshape(asked.shape), dtype=np.int64)
-        block, found = np.ascontiguousarray(queries[start : start + at_once]), exact[start : start + at_once]
-        pointers = map(faiss.swig_ptr, (found, block, keys, local))
-        faiss.fvec_L2sqr_by_idx(*pointers, dim, len(asked), width)
-    exact[candidates < 0] = np.inf
-    distances, ids = nearest_first(exact, candidates, k)
-    missing = ((0, 0), (0, max(k - width, 0)))
-    return np.pad(distances, missing, constant_values=np.inf), np.pad(ids, missing, constant_values=-1)

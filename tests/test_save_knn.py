@@ -201,7 +201,7 @@ def test_processes_that_share_an_index_make_the_targets_of_one_whole_index(files
     factory = ("--index_factory", "IVF8,PQ4x4")
     index = tmp_path / "whole.index"
     command("knn_utils.build_index", "--dstore_path", files.train, *factory, "--index_path", index)
-    more = ("--ignore_first", "True", "--part_rows", 150, "--refine_factor", 2, "--probe", 4)
+    more = ("--ignore_first", "True", "--part_rows", 150, "--probe", 4)
     more += ("--knn_temp", 4, "--k", 150)
     whole = save(files.train, index, tmp_path / "whole", *more)
     shared = tmp_path / "shared.index"
@@ -266,7 +266,7 @@ def test_changed_settings_are_refused_by_name_and_overwrite_replaces(files: File
     assert save(files.train, files.index, tmp_path / "t", "--knn_temp", 8, "--overwrite").settings["knn_temp"] == 8
 
 
-def test_a_grown_datastore_gets_targets_for_its_new_rows_only_unless_refreshed(tmp_path: Path, capsys) -> None:
+def test_a_grown_datastore_gets_targets_for_its_new_rows_only_unless_all_are_made_anew(tmp_path: Path, capsys) -> None:
     keys, values = random_rows(ROWS)
     dstore, output = tmp_path / "dstore", tmp_path / "t"
     write_datastore(dstore, keys[:400], values[:400])
@@ -287,10 +287,10 @@ def test_a_grown_datastore_gets_targets_for_its_new_rows_only_unless_refreshed(t
     tokens[ids == np.arange(ROWS)[:, None]] = -1
     expected = plain_distribution(distances, tokens, 4.0, 1e-8)
     assert_same_distributions(as_dicts(grown.read(400, ROWS)), expected[400:])
-    fresh = save(dstore, index, output, "--ignore_first", "True", "--refresh")
+    fresh = save(dstore, index, output, "--ignore_first", "True", "--overwrite")
     assert_same_distributions(as_dicts(all_rows(fresh)), expected)
     capsys.readouterr()
-    save(dstore, index, output, "--ignore_first", "True", "--refresh")
+    save(dstore, index, output, "--ignore_first", "True")
     assert "nothing to do" in capsys.readouterr().out
 
 
@@ -324,7 +324,6 @@ def test_what_does_not_fit_is_refused_in_one_line_and_nothing_is_written(files: 
     other = write_datastore(tmp_path / "other", *random_rows(ROWS, seed=9))
     layer = write_datastore(tmp_path / "layer", files.keys, files.values, layer_position=0)
     np.save(tmp_path / "short.npy", files.values[:-1])
-    values_only = {"dstore_path": files.validation, "val_path": files.folder / "train_vals.npy"}
     for changes, expected in (
         ({"k": ROWS + 1}, f"--k {ROWS + 1}"),
         ({"k": 0}, "--k 0"),
@@ -343,7 +342,6 @@ def test_what_does_not_fit_is_refused_in_one_line_and_nothing_is_written(files: 
         ({"threshold": -0.1}, "--threshold"),
         ({"threshold": "nan"}, "--threshold"),
         ({"probe": 0}, "--probe 0"),
-        (values_only | {"refine_factor": 2}, "--refine_factor"),
     ):
         assert expected in refusal(files, tmp_path, **changes)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Search: order of hits, shards, re-ranking, and files that are no index."""
+"""Search: order of hits, shards, and files that are no index."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from knn_files import DIM, exact_neighbours, random_rows, write_datastore
 from knn_utils import block_search, faiss_files, search
 from knn_utils.block_search import in_order, searching_threads
 from knn_utils.datastore import Datastore
-from knn_utils.search import KNNSearcher, rank_exactly
+from knn_utils.search import KNNSearcher
 from utils.errors import InputError
 
 pytestmark = pytest.mark.unit
@@ -85,30 +85,6 @@ def test_probe_reaches_the_lists_wherever_they_are_in_the_index(tmp_path: Path, 
     assert np.isinf(few[0][missing]).all() and np.isfinite(few[0][~missing]).all()
 
 
-@pytest.mark.parametrize("fits", [True, False])
-def test_re_ranking_all_candidates_is_exact_search(tmp_path: Path, monkeypatch, fits: bool) -> None:
-    if not fits:
-        monkeypatch.setattr(search, "REFINE_BYTES", 300 * DIM * 4 - 1)
-    keys, values = random_rows(300)
-    datastore = Datastore.open(write_datastore(tmp_path / "dstore", keys, values))
-    path = write_index(tmp_path / "pq.index", keys, "IVF4,PQ4x4")
-    coarse = KNNSearcher(path, probe=4).search(keys, 10)
-    refined = KNNSearcher(path, probe=4, refine_factor=30, datastore=datastore).search(keys, 10)
-    expected_distances, expected_ids = exact_neighbours(keys, keys, 10)
-    np.testing.assert_array_equal(refined[1], expected_ids)
-    np.testing.assert_allclose(refined[0], expected_distances, rtol=1e-5, atol=1e-5)
-    assert (coarse[1] != expected_ids).any()
-
-
-def test_re_ranking_orders_equal_distances_by_row_number_and_keeps_missing_hits_last() -> None:
-    keys = np.zeros((6, 2), np.float16)
-    keys[4] = 1
-    candidates = np.array([[5, 4, 2, -1, 0]])
-    distances, ids = rank_exactly(np.zeros((1, 2), np.float32), candidates, lambda rows: keys[rows], 5)
-    assert ids.tolist() == [[0, 2, 5, 4, -1]]
-    assert distances.tolist() == [[0, 0, 0, 2, np.inf]]
-
-
 def refuses(call) -> str:
     with pytest.raises(InputError) as caught:
         call()
@@ -136,7 +112,7 @@ def test_a_query_that_is_not_finite_is_named(tmp_path: Path, bad: float) -> None
     keys, _ = random_rows(2000)
     searcher = KNNSearcher(write_index(tmp_path / "flat.index", keys), probe=1)
     keys[1500, 3] = bad
-    assert "dstore.arrow: row 8500 " in refuses(lambda: searcher.search(keys, 3, first_row=7000, source="dstore.arrow"))
+    assert "dstore.arrow: row 1500 " in refuses(lambda: searcher.search(keys, 3, source="dstore.arrow"))
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF8,PQ4x4"])
@@ -237,7 +213,10 @@ def test_a_gpu_asked_for_without_one_is_said_in_one_line(tmp_path: Path, capsys:
             "train_base",
             ("--model_name_or_path", "x", "--dataset_name", "x", "--knn", "--index_file", "x", "--val_file", "x"),
         ),
-        ("knn_utils.preflight", ("--tokens", 1000, "--dim", 8, "--vocab", 9, "--base_parameters", 9, "--measure", "x")),
+        (
+            "knn_utils.preflight",
+            ("--tokens", 9, "--dim", 8, "--vocab", 9, "--base_parameters", 9, "--index_factory", "Flat"),
+        ),
     ],
 )
 def test_without_faiss_a_command_says_what_to_install_before_it_reads_anything(monkeypatch, module, flags) -> None:

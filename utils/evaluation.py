@@ -164,6 +164,24 @@ def predicted_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     return mask, shifted[counted]
 
 
+def own_batches(windows: Any, batch_size: int, description: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This process's `window_batches` that predict anything, behind a progress bar.
+
+    Yields token ids (batch, time), and positions (batch, time) and labels (rows,) as `predicted_positions` has them.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    share = {"process_index": state.process_index, "num_processes": state.num_processes}
+    total = len(range(state.process_index * batch_size, len(windows), state.num_processes * batch_size))
+    silent = None if state.is_main_process else True
+    batches = window_batches(windows, batch_size, **share)
+    for _, batch in tqdm(batches, total=total, desc=description, unit="batch", disable=silent):
+        positions, labels = predicted_positions(batch["labels"])
+        if labels.numel():
+            yield batch["input_ids"], positions, labels
+
+
 def count_rows(windows: Any) -> np.ndarray:
     """(windows,) int64: datastore rows of each window, from its `dstore_range`. Raises InputError where one jumps."""
     ranges = np.asarray(windows["dstore_range"][:], dtype=np.int64).reshape(-1, 2)
@@ -218,14 +236,5 @@ class Scorer:
         self, windows: Any, batch_size: int, *, description: str = "evaluate"
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This process's (captured hidden states (rows, hidden), base log-probabilities (rows,), labels (rows,))."""
-        from accelerate import PartialState
-
-        state = PartialState()
-        share = {"process_index": state.process_index, "num_processes": state.num_processes}
-        total = len(range(state.process_index * batch_size, len(windows), state.num_processes * batch_size))
-        batches = window_batches(windows, batch_size, **share)
-        silent = None if state.is_main_process else True
-        for _, batch in tqdm(batches, total=total, desc=description, unit="batch", disable=silent):
-            mask, labels = predicted_positions(batch["labels"])
-            if labels.numel():
-                yield *self.score(batch["input_ids"], mask, labels), labels
+        for ids, positions, labels in own_batches(windows, batch_size, description):
+            yield *self.score(ids, positions, labels), labels

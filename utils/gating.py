@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from utils.evaluation import GPU_PRODUCT_BYTES, PRODUCT_BYTES, predicted_positions, window_batches
+from utils.evaluation import GPU_PRODUCT_BYTES, PRODUCT_BYTES, own_batches
 
 
 class GateRows(NamedTuple):
@@ -40,24 +40,13 @@ def gate_rows(
 
     Never more than a block of logits is held.
     """
-    from accelerate import PartialState
-    from tqdm import tqdm
-
     from models.capture import base_logits, hidden_and_head_input
 
-    state = PartialState()
-    share = {"process_index": state.process_index, "num_processes": state.num_processes}
-    total = len(range(state.process_index * batch_size, len(windows), state.num_processes * batch_size))
-    batches, silent = window_batches(windows, batch_size, **share), None if state.is_main_process else True
     device = joint.get_input_embeddings().weight.device
     bytes_at_once = PRODUCT_BYTES if device.type == "cpu" else GPU_PRODUCT_BYTES
     block = max(1, bytes_at_once // (16 * joint.config.vocab_size))  # four float32 copies at a time
-    for _, batch in tqdm(batches, total=total, desc=description, unit="batch", disable=silent):
-        positions, labels = predicted_positions(batch["labels"])
-        if not labels.numel():
-            continue
-        ids = batch["input_ids"].to(device)
-        hidden, final = hidden_and_head_input(joint.base_lm, ids, positions.to(device), joint.layer_position)
+    for ids, positions, labels in own_batches(windows, batch_size, description):
+        hidden, final = hidden_and_head_input(joint.base_lm, ids.to(device), positions.to(device), joint.layer_position)
         pieces = []
         for start in range(0, len(labels), block):
             rows = slice(start, start + block)
