@@ -110,7 +110,7 @@ def check_flags(call: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Refuse a call whose flags the real command does not take."""
     words = call[max(number for number, word in enumerate(call) if word == "-m") + 1 :] if "-m" in call else call
     module = words[0].removesuffix(".py").replace("/", ".")
-    if module in ("models.export", "transformers.cli.transformers"):  # have parsers of their own
+    if module in ("models.export", "transformers.cli.transformers", "lm_eval"):  # have parsers of their own
         return
 
     class ParsedError(Exception):
