@@ -54,7 +54,6 @@ from utils.errors import InputError, check_at_least, check_seed
 from utils.files import (
     FolderLock,
     atomic_file,
-    check_made,
     ensure_folder,
     read_json,
     require_same,
@@ -82,7 +81,6 @@ class BuildArguments:
     num_keys_to_add_at_a_time: int = flag(500_000, "keys added at a time, at most")
     seed: int = flag(1, "seed of the training sample and of the clustering")
     num_shards: int | None = flag(None, "index files that share the rows; default one for each process")
-    layer_position: int | None = flag(None, "refuse a datastore that was captured at another block")
     knn_gpu: bool = flag(False, "train and add on the GPU where FAISS has one")
     extend: bool = flag(False, "add the rows that the datastore has grown by to the index, without training again")
     overwrite: bool = flag(False, "replace an index that is there")
@@ -97,9 +95,7 @@ def main() -> None:
     check_faiss()
     from knn_utils.datastore import Datastore
 
-    datastore = Datastore.open(arguments.dstore_path)
-    check_made(arguments.dstore_path, datastore.settings, layer_position=arguments.layer_position)
-    IndexBuild(arguments, datastore).run()
+    IndexBuild(arguments, Datastore.open(arguments.dstore_path)).run()
 
 
 def default_names(dstore_path: Path, index_path: str | None) -> tuple[Path, Path]:

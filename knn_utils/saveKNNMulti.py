@@ -25,7 +25,6 @@ from typing import Any
 
 from utils.cli import command, flag, note_unused, parse, required
 from utils.errors import InputError, check_positive
-from utils.files import check_made
 
 # Rows of a part: small datastores get several parts, large ones at most so many.
 LEAST_PART_ROWS, FEW_PARTS, SMALL_PART_ROWS, MOST_PARTS = 256, 8, 4096, 4096
@@ -60,7 +59,6 @@ class TargetArguments:
         False, "leave out the query itself (in another datastore than its own: the first hit), so that k-1 remain"
     )
     knn_gpu: bool = flag(False, "search on the GPU where FAISS has one")
-    layer_position: int | None = flag(None, "refuse a datastore that was captured at another block")
     part_rows: int | None = flag(None, "rows of a part of the output; default by the number of rows")
     single_file: bool = flag(False, "write one Arrow stream, as the original does, in place of a folder of parts")
     overwrite: bool = flag(False, "replace targets that are there")
@@ -124,7 +122,6 @@ class Job:
         self.arguments = arguments
         self.knn_temp = chosen(arguments.choose_on, knn=True)[1][0] if arguments.choose_on else arguments.knn_temp
         dstore, val_path = Datastore.open(arguments.dstore_path), arguments.val_path
-        check_made(arguments.dstore_path, dstore.settings, layer_position=arguments.layer_position)
         holds_keys = val_path is None or Path(val_path).suffix not in (".npy", ".pkl")
         values = Datastore.open(val_path or arguments.dstore_path) if holds_keys else load_values(val_path)
         indexed = values if holds_keys else None

@@ -280,7 +280,6 @@ def test_what_faiss_cannot_build_is_one_line(dstore: Path) -> None:
         assert f"{flag} 0" in refused_here(MODULE, "--dstore_path", dstore, flag, 0)
     for seed in (-1, 1 << 31):
         assert f"--seed {seed}" in refused_here(MODULE, "--dstore_path", dstore, "--seed", seed)
-    assert "--layer_position" in refused_here(MODULE, "--dstore_path", dstore, "--layer_position", 0)
     assert "1, 2, 4, 8, 16" in refused_here(MODULE, "--dstore_path", dstore, "--code_size", 5)
 
 

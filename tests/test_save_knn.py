@@ -332,7 +332,6 @@ def test_what_does_not_fit_is_refused_in_one_line_and_nothing_is_written(files: 
         ({"dstore_path": other}, "other rows"),
         ({"dstore_path": files.validation, "val_path": other}, "other rows"),
         ({"dstore_path": layer}, "hidden states of block -1"),
-        ({"layer_position": 3}, "--layer_position"),
         ({"val_path": tmp_path / "short.npy"}, f"{ROWS - 1} values"),
         ({"dstore_path": files.validation}, "--val_path"),
         ({"dstore_path": tmp_path / "none"}, "no such file"),

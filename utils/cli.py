@@ -29,17 +29,15 @@ LESS_AT_ONCE = (
 LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Socket Timeout")
 
 
-def flag(default: Any, text: str, **metadata: Any) -> Any:
+def flag(default: Any, text: str) -> Any:
     """A dataclass field that becomes a command-line flag with `text` as its help. Lists get their own copy."""
-    described = {"help": text, **metadata}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=described)
-    return field(default=default, metadata=described)
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**given, metadata={"help": text})
 
 
-def required(text: str, **metadata: Any) -> Any:
+def required(text: str) -> Any:
     """A dataclass field that becomes a flag which must be given."""
-    return field(metadata={"help": text, **metadata})
+    return field(metadata={"help": text})
 
 
 def make_parser(dataclass_types: Sequence[type], description: str) -> Any:

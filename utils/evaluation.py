@@ -232,9 +232,7 @@ class Scorer:
         return captured, base_label_log_probabilities(self.base, final, labels)
 
     @torch.inference_mode()
-    def batches(
-        self, windows: Any, batch_size: int, *, description: str = "evaluate"
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def batches(self, windows: Any, batch_size: int, description: str = "evaluate") -> Iterator[tuple[Tensor, ...]]:
         """This process's (captured hidden states (rows, hidden), base log-probabilities (rows,), labels (rows,))."""
         for ids, positions, labels in own_batches(windows, batch_size, description):
             yield *self.score(ids, positions, labels), labels
