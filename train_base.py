@@ -71,7 +71,9 @@ def main() -> None:
     if arguments.dstore_path:
         evaluate(None, windows, arguments, training)
         return
-    dtype = torch.float32 if training.do_train else arguments.dtype(bf16=training.bf16, fp16=training.fp16)
+    dtype = arguments.dtype(bf16=training.bf16, fp16=training.fp16)
+    if training.do_train:
+        dtype = torch.float32
     tokenizer = arguments.open_tokenizer()
     set_seed(training.seed)  # of the random weights of --from_scratch
     base = arguments.open_base(
@@ -124,7 +126,11 @@ def check_arguments(arguments: StageArguments, training: Any) -> None:
         note_unused(("dstore_dir", "save_logprob", "single_file", "extend"), "without --save_knnlm_dstore")
     if not training.do_train:
         note_unused(("patience", "max_train_samples"), "without --do_train")
-    elif arguments.load_in_4bit or arguments.load_in_8bit:
+    else:
+        note_unused(
+            ("torch_dtype",), "with --do_train: its weights are float32, --bf16 and --fp16 compute in half of it"
+        )
+    if training.do_train and (arguments.load_in_4bit or arguments.load_in_8bit):
         raise InputError("--load_in_4bit/--load_in_8bit: hold a frozen base; fine-tuning needs its full weights")
 
 
@@ -132,7 +138,7 @@ def check_numbers(arguments: StageArguments, training: Any) -> None:
     """Refuse numbers that no stage takes, and that transformers does not refuse itself. Raises InputError."""
     check_at_least(1, arguments, "max_train_samples", "patience", "k", "probe", "block_size", "stride")
     batch_sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    check_at_least(1, training, *batch_sizes)
+    check_at_least(1, training, *batch_sizes, *(("max_steps",) if training.max_steps != -1 else ()))
     check_at_least(0, training, "weight_decay", "max_grad_norm", "adam_epsilon", "adam_beta1", "adam_beta2")
     check_at_least(0, training, "dataloader_num_workers", "neftune_noise_alpha")
     for name in ("learning_rate", "num_train_epochs"):

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from utils.cli import command, flag, parse, say
+from utils.cli import command, flag, parse, required, say
 from utils.errors import InputError, check_at_least, check_fraction, check_positive, check_seed
 from utils.files import ensure_folder
 from utils.loading import BaseArguments
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TogetherArguments(BaseArguments):
     """What is trained, on what, and how far."""
 
-    knn_generator_path: str | None = flag(None, "the memory: a folder or a hub name")
-    dataset_name: str | None = flag(None, "windows folder made by utils/preprocess_dataset.py")
+    knn_generator_path: str = required("the memory: a folder or a hub name")
+    dataset_name: str = required("windows folder made by utils/preprocess_dataset.py")
     dataset_split_name: str = flag("train", "split to train on")
     output_dir: str = flag("output/together", "folder of the joint model")
     lmbda: float = flag(0.25, "weight of the memory in the mixture, 0 to 1")
@@ -39,10 +39,7 @@ def main() -> None:
     check_fraction("--lmbda", arguments.lmbda)
     check_positive("--learning_rate", arguments.learning_rate)
     check_seed("--seed", arguments.seed)
-    for name in ("knn_generator_path", "dataset_name"):
-        if getattr(arguments, name) is None:
-            raise InputError(f"--{name}: is required")
-    ensure_folder(arguments.output_dir)
+    output = ensure_folder(arguments.output_dir)
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -50,9 +47,12 @@ def main() -> None:
     import torch
 
     from models import MLPMemory
+    from models.joint_files import taken
     from utils.loading import load_windows, quiet_libraries
     from utils.memories import open_memory_of
 
+    if told := taken(output):
+        raise InputError(f"--output_dir {told}")
     quiet_libraries()
     torch.manual_seed(arguments.seed)
     windows = load_windows(arguments.dataset_name, arguments.dataset_split_name).with_format("torch")
@@ -72,7 +72,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         say(f"step {step}: loss {loss.item():.4f}")
-    joint.eval().save_pretrained(arguments.output_dir)
+    joint.eval().save_pretrained(output)
 
 
 if __name__ == "__main__":

@@ -315,7 +315,7 @@ def load_values(path: str | os.PathLike) -> np.ndarray:
     the .npy beside it, or for the values in the datastore beside it. Raises InputError for anything else.
     """
     path = Path(path)
-    npy = path.with_suffix(".npy")
+    npy = path.parent / f"{path.stem}.npy"
     if path.suffix == ".npy" or (path.suffix == ".pkl" and npy.is_file()):
         return _load_npy(npy)
     if path.suffix == ".pkl":  # beside dstore_{model_type}_{subset}_{dim}.arrow

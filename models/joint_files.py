@@ -76,7 +76,8 @@ def save_joint(
 ) -> None:
     """Write a joint model's folder; `MLPMemory.save_pretrained` documents the arguments."""
     folder = Path(folder)
-    _check_target(folder)
+    if told := taken(folder):
+        raise ValueError(told)
     named = joint.config.base_model_name_or_path
     if base_reference is None and not include_base and (why := not_found_again(joint, named, state_dict)):
         if include_base is False:
@@ -146,14 +147,12 @@ def has_local_base(folder: str | os.PathLike) -> bool:
     return bool(named) and os.path.isabs(named)
 
 
-def _check_target(folder: Path) -> None:
-    """Raises ValueError when a joint model saved in `folder` would overwrite something else."""
-    if read_joint_config(folder) is None:
-        for name in ("config.json", MEMORY, INSIDE):
-            if (folder / name).exists():
-                raise ValueError(
-                    f"{folder}: its {name} belongs to no joint model and would be overwritten; save to another folder"
-                )
+def taken(folder: Path) -> str | None:
+    """Why no joint model can be saved in `folder`: something else lies there and would be overwritten; else None."""
+    there = [name for name in ("config.json", MEMORY, INSIDE) if (folder / name).exists()]
+    if not there or read_joint_config(folder) is not None:
+        return None
+    return f"{folder}: its {there[0]} belongs to no joint model and would be overwritten; save to another folder"
 
 
 def _opened_from(joint: PreTrainedModel) -> str | None:

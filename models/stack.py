@@ -169,11 +169,12 @@ class MLPStack:
 
 
 def shifted_nll(log_probs: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None = None) -> torch.Tensor:
-    """Mean (or sum / `items`) of -log_probs[…, :-1, :] (…, time, vocabulary) at labels[…, 1:]; a label of -100 is ignored."""
+    """Mean (or sum / `items`) of -log_probs[…, :-1, :] (…, time, vocabulary) at labels[…, 1:], but where they are -100; 0
+    where all are."""
     targets = labels[..., 1:].to(log_probs.device)  # (…, time - 1)
     counted = targets != -100
     chosen = log_probs[..., :-1, :].gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return -(chosen * counted).sum() / (counted.sum() if items is None else items)
+    return -chosen.where(counted, 0.0).sum() / (counted.sum().clamp(min=1) if items is None else items)
 
 
 def layer_count_name(config_class: type[PretrainedConfig]) -> str:

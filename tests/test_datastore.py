@@ -450,8 +450,9 @@ def test_values_are_read_from_a_datastore_and_from_the_one_beside_a_pickle(tmp_p
     assert np.array_equal(load_values(folder), VALS)
     assert np.array_equal(load_values(tmp_path / "train_vals.pkl"), VALS)
     assert np.array_equal(load_values(tmp_path / "validation_vals.pkl"), VALS[3:9])
-    with pytest.raises(InputError, match=r"test_vals.pkl: pickles are not read"):
-        load_values(tmp_path / "test_vals.pkl")
+    for name, expected in ((tmp_path / "test_vals.pkl", "test_vals.pkl: pickles are not read"), (".", "no Arrow file")):
+        with pytest.raises(InputError, match=expected):
+            load_values(name)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -11,6 +12,7 @@ import torch
 from harness import FAMILIES, GOLDEN, command, refused, refused_here
 from safetensors.torch import load_file
 
+from utils.errors import InputError
 from utils.evaluation import MixtureScore, label_log_probabilities, predicted_positions
 
 
@@ -252,6 +254,25 @@ def test_a_padded_vocabulary_is_cut_to_the_tokenizer_and_that_is_said(llama_worl
         *("--eval_subset", "test", "--output_dir", tmp_path / "out"),
     )
     assert "300 cut to the tokenizer's 276" in capsys.readouterr().out
+
+
+@pytest.mark.unit
+def test_a_tokenizer_that_is_named_or_there_is_read_or_refused(tmp_path):
+    from tiny_models import make_base
+
+    from utils.loading import BaseArguments
+
+    folder = make_base("llama", tmp_path / "base")
+    arguments = BaseArguments(model_name_or_path=str(folder))
+    for name in ("no/such/tokenizer", tmp_path):
+        with pytest.raises(InputError, match=f"{name}: .*no tokenizer"):
+            dataclasses.replace(arguments, tokenizer_name=str(name)).open_tokenizer()
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="base: no tokenizer could be loaded"):
+        arguments.open_tokenizer()
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert arguments.open_tokenizer() is None
 
 
 @pytest.mark.unit

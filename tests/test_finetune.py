@@ -162,6 +162,7 @@ def test_a_last_window_of_one_token_is_skipped(ground, tmp_path):
         *(("per_device_train_batch_size", 0), ("per_device_eval_batch_size", -1), ("gradient_accumulation_steps", 0)),
         *(("weight_decay", -1), ("max_grad_norm", -1), ("adam_beta1", 1), ("adam_beta2", -1), ("adam_epsilon", -1)),
         *(("max_eval_samples", 0), ("patience", 0), ("k", 0), ("dataloader_num_workers", -1)),
+        *(("max_steps", 0), ("max_steps", -2), ("torch_dtype", "int8")),
         *(("optim_args", "nope"), ("report_to", "nope"), ("lr_scheduler_type", "warmup_stable_decay")),
     ],
 )

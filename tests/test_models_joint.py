@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from models import MLPMemory, load_memory
 from models.capture import hidden_states
+from models.stack import shifted_nll
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,16 @@ def test_the_gradient_reaches_base_and_memory_and_the_numbers_are_those_without_
     torch.testing.assert_close(output.logits, log_probs(joint, ids))
     assert torch.equal(joint.base_lm(ids).logits, before)
     assert all(parameter.grad.abs().sum() > 0 for parameter in joint.parameters())
+
+
+def test_rows_that_hold_no_label_weigh_nothing():
+    """Such as a text's last window of one token, alone in its batch."""
+    joint = tiny_joint(lmbda=0.4)
+    loss = joint(some_ids(), labels=torch.full((2, 12), -100)).loss
+    loss.backward()
+    assert loss == 0 and all((parameter.grad == 0).all() for parameter in joint.parameters())
+    impossible = torch.tensor([[[-torch.inf, 0.0]] * 3])
+    assert shifted_nll(impossible, torch.tensor([[-100, 1, -100]])) == 0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])

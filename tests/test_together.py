@@ -98,3 +98,5 @@ def test_the_example_lowers_the_mixtures_loss_and_leaves_a_folder_that_opens(fil
 def test_the_example_names_what_is_missing(files, tmp_path):
     line = refused_here("demo.train_together", *flags(files, tmp_path / "joint"), "--lmbda", 2)
     assert "--lmbda 2: expected a number from 0 to 1" in line
+    line = refused_here("demo.train_together", *flags(files, files / "base"))
+    assert f"--output_dir {files / 'base'}: its config.json belongs to no joint model" in line

@@ -58,8 +58,8 @@ class BaseArguments:
         return resolve_dtype(self.torch_dtype, **short)
 
     def open_tokenizer(self, *, required: bool = False) -> Any:
-        """The base's tokenizer; None where it has none and it is not `required`."""
-        path = self.tokenizer_name or self.require_base()
+        """The base's tokenizer, or the one that is named; None where the base has none and it is not `required`."""
+        path, required = self.tokenizer_name or self.require_base(), required or bool(self.tokenizer_name)
         return load_tokenizer(path, required=required, trust_remote_code=self.trust_remote_code)
 
     def open_base(
@@ -170,6 +170,7 @@ def load_tokenizer(path: str | os.PathLike, *, required: bool = False, trust_rem
             return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         except Exception as error:
             problem = f"no tokenizer could be loaded ({one_line(error, 200)})"
+            required = required or folder.is_dir()  # files that cannot be read are not taken for none
     if required:
         raise InputError(f"{path}: {problem}")
     return None
