@@ -169,8 +169,7 @@ class MLPStack:
 
 
 def shifted_nll(log_probs: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None = None) -> torch.Tensor:
-    """Mean (or sum / `items`) of -log_probs[…, :-1, :] (…, time, vocabulary) at labels[…, 1:], but where they are -100; 0
-    where all are."""
+    """Mean (or sum / `items`) of -log_probs[…, :-1, :] (…, time, vocabulary) at labels[…, 1:]; one of -100 adds nothing."""
     targets = labels[..., 1:].to(log_probs.device)  # (…, time - 1)
     counted = targets != -100
     chosen = log_probs[..., :-1, :].gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
