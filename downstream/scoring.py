@@ -168,7 +168,9 @@ class Evaluator:
             scores = logits[row, first : first + len(answer)].float()  # (answer, V)
             chosen = scores.gather(-1, answer[:, None])[:, 0] - scores.logsumexp(-1)
             right = (scores.argmax(-1) == answer).tolist()
-            found.append(Likelihood(chosen.double().sum().item(), len(answer), all(right), right[0]))
+            # A tokenizer may give an answer no token: it is not right.
+            greedy, first = any(right) and all(right), any(right[:1])
+            found.append(Likelihood(chosen.double().sum().item(), len(answer), greedy, first))
         return found
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@ import pytest
 from harness import ROOT, command, refused, refused_here, run
 from tiny_models import byte_tokenizer, plain_greedy, plain_log_probs, qa_base, save_models, tiny_base, tiny_memory
 
-from downstream.scoring import Evaluator, cut
+from downstream.scoring import Encoded, Evaluator, cut
 from downstream.tasks import TASKS, Prompt
 from models import MLPMemory
 from utils.files import FolderLock
@@ -157,6 +157,15 @@ def test_answer_scores_equal_those_of_single_texts_whatever_the_batch_size(famil
             assert [each.tokens for each in found] == [len(each) for each in expected]
             totals = [each.total for each in found]
             assert np.allclose(totals, [each.sum() for each in expected], atol=2e-4)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("others", [(), (3,)])
+def test_an_answer_without_tokens_is_not_right(tokenizer, others):
+    evaluator = Evaluator(qa_base("llama", tokenizer), tokenizer, 4)
+    ids = evaluator.encode("who wrote it")
+    empty, *_ = evaluator.likelihoods([Encoded(ids, begin) for begin in (len(ids), *others)])
+    assert (empty.total, empty.tokens, empty.greedy, empty.first) == (0, 0, False, False)
 
 
 @pytest.mark.parametrize("kind", ["base", "joint"])
