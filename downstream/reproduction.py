@@ -21,13 +21,18 @@ class ReproductionArguments:
     vanilla: str = flag("openai-community/gpt2-large", "GPT-2 large")
     large: str = flag("Rubin-Wei/gpt2-large-finetuned-wikitext103", "fine-tuned GPT-2 large")
     xl: str = flag("Clover-Hill/gpt2-xl-finetuned-wikitext103", "fine-tuned GPT-2 XL, the teacher")
+    small_vanilla: str = flag("", "a smaller GPT-2, for a further row of the table")
+    small: str = flag("", "the same, fine-tuned")
     memory: str = flag("Rubin-Wei/MLPMemory-gpt2-large", "the memory")
     train: int = flag(0, "1: the memory was trained here")
+    standins: int = flag(0, "1: the models are stand-ins, which the table says")
     output_dir: str = flag("results/wikitext103", "folder of work/, results.json and table.md")
 
 
 # The flag that names a row's model, its stage, its name, and the paper's figure.
 ROWS = (
+    ("small_vanilla", "small_vanilla", "GPT2-small-vanilla", None),
+    ("small", "small_finetuned", "GPT2-small-finetuned", None),
     ("vanilla", "large_vanilla", "GPT2-large-vanilla", 15.80),
     ("large", "large_finetuned", "GPT2-large-finetuned", 10.42),
     ("xl", "xl_finetuned", "GPT2-xl-finetuned", 10.16),
@@ -67,7 +72,10 @@ def table(arguments: ReproductionArguments) -> tuple[str, dict[str, Any]]:
     work = Path(arguments.output_dir) / "work"
     rows = []
     for flag_name, stage, name, published in ROWS:
-        model, result = getattr(arguments, flag_name), read_json(work / stage / "results.json")
+        model = getattr(arguments, flag_name)
+        if not model:
+            continue
+        result = read_json(work / stage / "results.json")
         sizes = f"{base_parameters(arguments.large if flag_name == 'memory' else model) / 1e6:.4g}M"
         if flag_name == "memory":
             sizes += f" + {memory_parameters(model) / 1e6:.4g}M"
@@ -77,17 +85,18 @@ def table(arguments: ReproductionArguments) -> tuple[str, dict[str, Any]]:
     counts = {row["tokens"] for row in rows}
     if len(counts) > 1:
         raise InputError(f"{work}: the stages scored {sorted(counts)} tokens, expected one number; remove {work}/done")
-    lines = ["| Model | #Params | PPL published | PPL measured |", "| --- | --- | --- | --- |"]
-    lines += [
-        f"| {row['model']} | {row['parameters']} | {row['published']:.2f} | {row['measured']:.2f} |" for row in rows
-    ]
+    title = ["Stand-ins: tiny models, trained here, in the places of the paper's.", ""] if arguments.standins else []
+    lines = [*title, "| Model | #Params | PPL published | PPL measured |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        published = "–" if row["published"] is None else f"{row['published']:.2f}"
+        lines.append(f"| {row['model']} | {row['parameters']} | {published} | {row['measured']:.2f} |")
     last = rows[-1]
     lines += [
         "",
         f"Subword perplexity, token-weighted, over {last['tokens']} test tokens; memory at lambda {lambda_text(last['lmbda'])}, "
         f"temperature {last['knn_temp']:g}, {'trained here' if arguments.train else 'as published'}.",
     ]
-    return "\n".join(lines), {"rows": rows, "trained_here": bool(arguments.train)}
+    return "\n".join(lines), {"rows": rows, "standins": bool(arguments.standins), "trained_here": bool(arguments.train)}
 
 
 def main() -> None:

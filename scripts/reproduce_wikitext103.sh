@@ -3,8 +3,10 @@
 #
 # With TRAIN=1 the memory is trained here, from the kNN targets of the XL model, in place of the published one.
 # That begins with an estimate of disk, GPU memory and time. It continues where it stopped when it is run again.
-# Settings (environment variables; relative paths are from the repository's root):
+# scripts/standins.sh runs the same chain with tiny models. Settings (environment variables; relative paths are from
+# the repository's root):
 #   LARGE_VANILLA LARGE XL   models: hub names or folders         (default: GPT-2 large, and the fine-tuned ones)
+#   SMALL_VANILLA SMALL      a smaller GPT-2 and it fine-tuned, for two further rows of the table (default: none)
 #   MEMORY                   the memory: hub name or folder       (default: the published one; not read with TRAIN=1)
 #   DATASET DATASET_CONFIG TOKENIZER   text and tokenizer         (default: WikiText-103, LARGE_VANILLA's)
 #   WINDOWS                  a windows folder that is there already
@@ -14,7 +16,7 @@
 #   TORCH_DTYPE              of the models                        (default: bfloat16 on cards that have it)
 #   BATCH_SIZE_EVAL NUM_PROC PLAN_ONLY=1
 # and with TRAIN=1 those of scripts/save_pipeline.sh and scripts/train_mlpmem_offline.sh: K PROBE NCENTROIDS CODE_SIZE
-# INDEX_FACTORY EPOCHS BASE_MODEL_NAME MEMORY_LAYERS and the others.
+# INDEX_FACTORY EPOCHS BASE_MODEL_NAME MEMORY_LAYERS and the others. STANDINS=1 is said in the table.
 # shellcheck source=scripts/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 find_python
@@ -66,6 +68,8 @@ base() {
         --do_eval --eval_subset test --per_device_eval_batch_size "${BATCH_SIZE_EVAL:-8}" \
         --output_dir "$WORK/$1" --report_to none ${precision[@]+"${precision[@]}"}
 }
+[ -z "${SMALL_VANILLA:-}" ] || base small_vanilla "$SMALL_VANILLA"
+[ -z "${SMALL:-}" ] || base small_finetuned "$SMALL"
 base large_vanilla "$LARGE_VANILLA"
 base large_finetuned "$LARGE"
 base xl_finetuned "$XL"
@@ -103,5 +107,6 @@ once "evaluate large_memory" "$PYTHON" -m evaluate_joint --do_test --model_name_
     --output_dir "$WORK/large_memory" --knn_temp "${KNN_TEMP_MEMORY:-1}" --lmbda "${LAMBDA:-0.25}" \
     --knn_generator_path "$MEMORY" --report_to none ${precision[@]+"${precision[@]}"}
 run "table" "$PYTHON" -m downstream.reproduction --vanilla "$LARGE_VANILLA" --large "$LARGE" --xl "$XL" \
-    --memory "$MEMORY" --train "$TRAIN" --output_dir "$OUTPUT"
+    --small_vanilla "${SMALL_VANILLA:-}" --small "${SMALL:-}" --memory "$MEMORY" --train "$TRAIN" \
+    --standins "${STANDINS:-0}" --output_dir "$OUTPUT"
 echo "The stages took $(seconds_of_stages) s."

@@ -90,6 +90,7 @@ def test_scripts_run_from_any_folder_print_what_they_run_and_give_flags_that_the
     for side in ("teacher", "student", ".", *(f"block{number}" for number in (-1, -6, -12, -20))):
         (tmp_path / "out" / "work" / side / "dstore_gpt2_train_8.arrow").mkdir(parents=True)
     settings = {"OUTPUT": tmp_path / "out", "DSTORE_DIR": tmp_path / "out" / "work"}
+    settings |= {"WEB_TEXT": "web.txt", "WIKI_TEXT": "wiki.txt"}
     if script.name == "serve.sh":  # by itself it asks the quickstart's folder, with a real Python
         settings |= {"MODEL": "a/base", "KNN_PATH": "a/memory"}
     found = []
@@ -326,9 +327,7 @@ def test_the_table_stands_measured_beside_published(tmp_path):
         for stage, value in measured.items():
             (output / "work" / stage).mkdir(parents=True)
             result = {"perplexity": value, "tokens": 100, "model": str(base), "memory": None}
-            (output / "work" / stage / "results.json").write_text(
-                json.dumps(result | {"lmbda": "adaptive", "knn_temp": 1})
-            )
+            (output / "work" / stage / "results.json").write_text(json.dumps(result | {"lmbda": 0.25, "knn_temp": 1}))
 
     measured = {"large_vanilla": 30.0, "large_finetuned": 20.0, "xl_finetuned": 19.0, "large_memory": 17.5}
     write(measured)
@@ -341,7 +340,25 @@ def test_the_table_stands_measured_beside_published(tmp_path):
     assert [row["measured"] for row in rows] == list(measured.values())
     text = (output / "table.md").read_text()
     assert "| 9.58 | 17.50 |" in text and text.count("\n| GPT2") == 4
-    assert "memory at lambda adaptive, temperature 1" in text
+    write({"small_vanilla": 90.0, "small_finetuned": 40.0})
+    command("downstream.reproduction", *facts, "--small_vanilla", base, "--small", base)
+    lines = (output / "table.md").read_text().splitlines()
+    assert [line.split("|")[3:5] for line in lines[2:4]] == [[" – ", " 90.00 "], [" – ", " 40.00 "]]
+
+
+def test_the_stand_ins_train_from_scratch_then_continue_then_make_the_table(tmp_path):
+    for side in ("teacher", "student"):
+        (tmp_path / "out" / "work" / side / "dstore_gpt2_train_8.arrow").mkdir(parents=True)
+    texts = {"WEB_TEXT": "web.txt", "WIKI_TEXT": "wiki.txt"}
+    _, found = ran(tmp_path / "stub", "scripts/standins.sh", OUTPUT=tmp_path / "out", **texts)
+    trained = [flags(call) for call in found if "--do_train" in call]
+    sizes = ("small", "large", "xl")
+    assert ["--from_scratch" in call for call in trained] == [True, False] * 3
+    starts = [Path(call["--model_name_or_path"]).name for call in trained]
+    assert starts == [name for size in sizes for name in (size, f"{size}-vanilla")]
+    assert modules(found)[-1] == "downstream.reproduction"
+    table = flags(found[-1])
+    assert table["--standins"] == "1" and table["--small"].endswith("small-finetuned")
 
 
 @pytest.mark.unit
