@@ -42,6 +42,4 @@ def load_memory(
     tensors in it.
     """
     folder = find_memory(path)
-    memory = memory_class(read_memory_config(folder)).from_pretrained(folder, dtype=dtype, device=device)
-    memory.name_or_path = memory.config.name_or_path = str(path)
-    return memory
+    return memory_class(read_memory_config(folder)).from_pretrained(folder, dtype=dtype, device=device)

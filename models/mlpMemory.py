@@ -204,7 +204,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         resize_to_memory(base, memory, reference)
         joint = cls(base, memory, **settings)
         if opened is not None:
-            joint.name_or_path = joint.config.name_or_path = str(opened)
+            joint.name_or_path = joint.config.name_or_path = absolute(opened)
             joint.config.base_model_name_or_path = config.base_model_name_or_path or reference
             joint.config.results = config.results
         return joint.eval()

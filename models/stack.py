@@ -164,7 +164,9 @@ class MLPStack:
             ) from None
         if dtype is not None:
             memory.config.dtype = dtype
-        memory.name_or_path = memory.config.name_or_path = str(path)
+        memory.name_or_path = memory.config.name_or_path = os.path.abspath(
+            folder
+        )  # what lies beside it is looked up there
         return memory.eval()
 
 

@@ -108,13 +108,15 @@ def test_half_precision_moves_the_gate_along(gated):
     assert rough.dtype == torch.float32 and (rough.exp() - exact.exp()).abs().max() < 0.2
 
 
-def test_the_gate_lies_in_the_memory_s_folder_and_goes_where_the_model_goes(gated, tmp_path):
+def test_the_gate_lies_in_the_memory_s_folder_and_goes_where_the_model_goes(gated, tmp_path, monkeypatch):
     base, memory = make_base("llama", tmp_path / "base"), tmp_path / "memory"
     joint = MLPMemory.from_pretrained(str(base), tiny_memory(AutoModelForCausalLM.from_pretrained(base)))
     joint.knn_generator.save_pretrained(memory)
     random_gate(joint.base_lm, joint.knn_generator, knn_temp=2.0).save(memory)
     opened = MLPMemory.from_pretrained(str(base), str(memory), "adaptive")
     assert opened.knn_temp == 2.0
+    monkeypatch.setattr("models.stack.download", lambda name: memory)
+    assert MLPMemory.from_pretrained(str(base), "someone/a-memory", "adaptive").knn_temp == 2.0
     ids = some_ids()
     opened.save_pretrained(tmp_path / "joint")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "joint")

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from tiny_models import letter_tokenizer, some_ids, tiny_base, tiny_memory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models import MLPMemory
+from models import MLPMemory, load_memory
 from models.capture import decoder_blocks
 from models.gate import LambdaGate
 
@@ -196,7 +196,8 @@ def exported(joint, tmp_path):
     return tmp_path / "exported"
 
 
-def test_what_lies_beside_the_memory_travels_with_it(sources, tmp_path, monkeypatch):
+@pytest.mark.parametrize("by_name", [True, False])
+def test_what_lies_beside_the_memory_travels_with_it(sources, tmp_path, monkeypatch, by_name):
     """A further network and its settings; a checkpoint's training state does not."""
     shutil.copytree(sources / "llama", tmp_path / "mine")
     memory = tmp_path / "mine" / "memory"
@@ -206,7 +207,8 @@ def test_what_lies_beside_the_memory_travels_with_it(sources, tmp_path, monkeypa
     (memory / "state").mkdir()
     (memory / "state" / "model.safetensors").write_text("of the trainer")
     monkeypatch.chdir(tmp_path / "mine")
-    joint = MLPMemory.from_pretrained("base", "memory")
+    pair = ("base", "memory") if by_name else (AutoModelForCausalLM.from_pretrained("base"), load_memory("memory"))
+    joint = MLPMemory.from_pretrained(*pair)
     monkeypatch.chdir(tmp_path)
     joint.save_pretrained("one")
     MLPMemory.from_pretrained("one").save_pretrained("one")
@@ -215,6 +217,17 @@ def test_what_lies_beside_the_memory_travels_with_it(sources, tmp_path, monkeypa
         *("config.json", "gate.json", "gate.safetensors", "model.safetensors"),
         *("other/config.json", "other/model.safetensors"),
     ]
+
+
+def test_a_joint_folder_opened_by_a_relative_path_keeps_its_own_tokenizer(exported, monkeypatch, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    tokenizer.chat_template = "of this folder alone"
+    tokenizer.save_pretrained(exported)
+    monkeypatch.chdir(exported.parent)
+    joint = MLPMemory.from_pretrained(exported.name)
+    monkeypatch.chdir(exported)
+    joint.save_pretrained(tmp_path / "again")
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").chat_template == "of this folder alone"
 
 
 @pytest.mark.parametrize("inside", [True, False])
