@@ -23,8 +23,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .stack import find_memory
-
 FIGURES = 9
 LARGEST = 60.0  # of a figure: a log-probability may be minus infinity
 WEIGHTS, SETTINGS = "gate.safetensors", "gate.json"
@@ -124,7 +122,7 @@ class LambdaGate(nn.Module):
     def beside(cls, memory: nn.Module) -> LambdaGate | None:
         """The gate in the folder that a memory was opened from, or None. Raises ValueError as `load`."""
         place = getattr(memory, "name_or_path", None)
-        return cls.load(find_memory(place)) if place and os.path.isdir(place) else None
+        return cls.load(place) if place else None
 
     def check_made_for(self, base: nn.Module, memory: nn.Module) -> None:
         """Raises ValueError where the gate was trained for another base or memory."""

@@ -23,7 +23,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from .joint_base import ANOTHER_BASE, INSIDE, absolute, fingerprint, not_found_again, tokenizer_of
 from .joint_card import measured_rows, model_card
 from .joint_config import MLPMemoryConfig, read_joint_config
-from .stack import BASE_PREFIX, MEMORY_PREFIX, WEIGHT_FILES, download, find_memory
+from .stack import BASE_PREFIX, MEMORY_PREFIX, WEIGHT_FILES, download
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def _beside(memory: PreTrainedModel) -> list[Path]:
     """What lies beside the memory's own files where it was loaded and goes with it: other networks and their settings."""
     if not os.path.isdir(memory.name_or_path):
         return []
-    there = list(find_memory(memory.name_or_path).iterdir())
+    there = list(Path(memory.name_or_path).iterdir())
     others = [path.stem for path in there if path.suffix == ".safetensors" and not path.name.startswith("model")]
     files = [path for path in there if path.is_file() and path.name.split(".")[0].startswith(tuple(others))]
     return files + [path for path in there if (path / "config.json").is_file() and (path / WEIGHT_FILES[0]).is_file()]
