@@ -174,10 +174,6 @@ class _Rows:
     def __len__(self) -> int:
         return self.rows
 
-    def __reduce__(self) -> tuple:
-        # Worker processes map the files themselves.
-        return type(self).open, (self.path,)
-
     def _own_schema(self, found: pa.Schema) -> pa.Schema:
         """The columns that are `found`, as this project writes them: those of other writers are cast to them."""
         raise NotImplementedError

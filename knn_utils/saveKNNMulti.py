@@ -113,6 +113,8 @@ class Job:
     """
 
     def __init__(self, arguments: TargetArguments, share: tuple[int, int]) -> None:
+        import numpy as np
+
         from knn_utils.belonging import check_queries, check_values
         from knn_utils.datastore import Datastore
         from knn_utils.faiss_files import find_index, is_comparable, load_values, rows_fingerprint
@@ -124,21 +126,20 @@ class Job:
         dstore, val_path = Datastore.open(arguments.dstore_path), arguments.val_path
         holds_keys = val_path is None or Path(val_path).suffix not in (".npy", ".pkl")
         values = Datastore.open(val_path or arguments.dstore_path) if holds_keys else load_values(val_path)
-        indexed = values if holds_keys else None
         fingerprint = rows_fingerprint(dstore)
         record = find_index(arguments.index_path).record or {"datastore": {}}
         recorded = record["datastore"].get("fingerprint")
         if is_comparable(recorded):
             self.is_own = recorded == fingerprint
+        elif holds_keys:
+            self.is_own = rows_fingerprint(values) == fingerprint
         else:
-            self.is_own = same_values(values, dstore) if indexed is None else rows_fingerprint(indexed) == fingerprint
-        if self.is_own and not holds_keys:
-            indexed = dstore
+            self.is_own = len(values) == dstore.rows and np.array_equal(values, dstore.vals())
         self.searcher = KNNSearcher(
             arguments.index_path,
             probe=arguments.probe,
             gpu=arguments.knn_gpu,
-            datastore=indexed,
+            datastore=values if holds_keys else dstore if self.is_own else None,
             share=share,
         )
         if not holds_keys:
@@ -209,13 +210,6 @@ def joined(blocks: Iterator[tuple[Any, ...]], count: int, bar: Any) -> Iterator[
         rows = TargetRows(*(np.concatenate(column) for column in zip(*group, strict=True)))
         yield targets_batch(rows)
         bar.update(len(rows.id_cnt))
-
-
-def same_values(values: Any, dstore: Any) -> bool:
-    """Whether `values` (rows,) are those of the datastore."""
-    import numpy as np
-
-    return len(values) == dstore.rows and np.array_equal(values, dstore.vals())
 
 
 def parts_of(rows: int, part_rows: int | None, existing: list[int] | None = None) -> list[int]:

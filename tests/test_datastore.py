@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,11 +191,6 @@ def test_opening_does_not_read_the_rows(tmp_path: Path) -> None:
             resident += int(fields[1])
     assert len(datastore) == 20 << 14
     assert 0 < resident < path.stat().st_size / 1024 / 4
-
-
-def test_an_opened_file_goes_to_worker_processes(tmp_path: Path) -> None:
-    datastore = pickle.loads(pickle.dumps(Datastore.open(write_parts(tmp_path / "d", "datastore", [10, 13]))))
-    assert np.array_equal(datastore.keys(8, 12), KEYS[8:12])
 
 
 def test_more_parts_than_are_kept_open_are_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,14 +38,6 @@ def label_log_probabilities(
     return _by_blocks(lambda rows: hidden[rows] @ weight.t(), weight.shape[0], labels, temperatures)
 
 
-def base_label_log_probabilities(base: Any, final: Tensor, labels: Tensor) -> Tensor:
-    """The base's log-probabilities (rows,) of `labels` from the input of its head (rows, hidden)."""
-    from models.capture import base_logits
-
-    labels = labels.to(final.device)
-    return _by_blocks(lambda rows: base_logits(base, final[rows]), base.config.vocab_size, labels, (1.0,))[:, 0]
-
-
 def _by_blocks(
     logits_of: Callable[[slice], Tensor], vocabulary: int, labels: Tensor, temperatures: Sequence[float]
 ) -> Tensor:
@@ -224,12 +216,13 @@ class Scorer:
 
     def score(self, input_ids: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Captured hidden states (rows, hidden) and base log-probabilities (rows,) of `labels` (rows,)."""
-        from models.capture import hidden_and_head_input
+        from models.capture import base_logits, hidden_and_head_input
 
-        captured, final = hidden_and_head_input(
-            self.base, input_ids.to(self.device), positions.to(self.device), self.layer_position
-        )
-        return captured, base_label_log_probabilities(self.base, final, labels)
+        base, ids, positions = self.base, input_ids.to(self.device), positions.to(self.device)
+        captured, final = hidden_and_head_input(base, ids, positions, self.layer_position)  # (rows, hidden) each
+        labels = labels.to(final.device)
+        scored = _by_blocks(lambda rows: base_logits(base, final[rows]), base.config.vocab_size, labels, (1.0,))
+        return captured, scored[:, 0]
 
     @torch.inference_mode()
     def batches(self, windows: Any, batch_size: int, description: str = "evaluate") -> Iterator[tuple[Tensor, ...]]:

@@ -111,21 +111,10 @@ def tokenize_and_group_text(
     padding_index: int = -100,
     num_process: int = 1,
 ) -> Any:
-    """Windows of every split, as the original makes them; see `utils.windows.windows_of_split`.
+    """Windows of every split, in memory, as the original makes them (`utils.windows.windows_of_split`): a DatasetDict.
 
-    Args:
-        raw_datasets: {split: Dataset}; the text is in the column `text`, or in the first column without one.
-        tokenizer: any transformers tokenizer.
-        block_size: tokens of a window.
-        stride: tokens from one window to the next.
-        padding_index: label of positions that predict nothing.
-        num_process: processes to work with; the windows are the same for any number.
-
-    Returns:
-        DatasetDict, in memory, with the columns input_ids, labels, attention_mask, dstore_range.
-
-    Raises:
-        InputError: sizes that make no windows; no token to pad with.
+    The text of {split: Dataset} is in the column `text`, or in the first column without one; the sizes are the flags'.
+    Raises InputError for sizes that make no windows, and where there is no token to pad with.
     """
     import datasets
 
