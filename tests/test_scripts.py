@@ -327,7 +327,9 @@ def test_the_table_stands_measured_beside_published(tmp_path):
         for stage, value in measured.items():
             (output / "work" / stage).mkdir(parents=True)
             result = {"perplexity": value, "tokens": 100, "model": str(base), "memory": None}
-            (output / "work" / stage / "results.json").write_text(json.dumps(result | {"lmbda": 0.25, "knn_temp": 1}))
+            (output / "work" / stage / "results.json").write_text(
+                json.dumps(result | {"lmbda": "adaptive", "knn_temp": 1})
+            )
 
     measured = {"large_vanilla": 30.0, "large_finetuned": 20.0, "xl_finetuned": 19.0, "large_memory": 17.5}
     write(measured)
@@ -340,6 +342,7 @@ def test_the_table_stands_measured_beside_published(tmp_path):
     assert [row["measured"] for row in rows] == list(measured.values())
     text = (output / "table.md").read_text()
     assert "| 9.58 | 17.50 |" in text and text.count("\n| GPT2") == 4
+    assert "memory at lambda adaptive, temperature 1" in text
     write({"small_vanilla": 90.0, "small_finetuned": 40.0})
     command("downstream.reproduction", *facts, "--small_vanilla", base, "--small", base)
     lines = (output / "table.md").read_text().splitlines()
