@@ -12,7 +12,7 @@
 #   INCLUDE_PATH     folder of task files                         (default: downstream/general_tasks)
 #   LIMIT            rows of each task at most                    (default: all)
 #   BATCH_SIZE_EVAL  sequences in one forward pass                (default: 8)
-#   TORCH_DTYPE      of the base                                  (default: the checkpoint's)
+#   TORCH_DTYPE DEVICE_MAP                                        (default: the checkpoint's; one device)
 #   OUTPUT_DIR       folder of the results, and of the exported model  (default: results/general, results/general-base)
 # Further flags go to lm_eval.
 # shellcheck source=scripts/common.sh
@@ -29,6 +29,7 @@ fi
 options=()
 add_given --limit LIMIT
 run "evaluate general tasks" "$PYTHON" -m lm_eval --model hf \
-    --model_args "pretrained=$MODEL${TORCH_DTYPE:+,dtype=$TORCH_DTYPE}" --tasks "${TASKS:-mlpmem_general}" \
+    --model_args "pretrained=$MODEL${TORCH_DTYPE:+,dtype=$TORCH_DTYPE}${DEVICE_MAP:+,device_map=$DEVICE_MAP}" \
+    --tasks "${TASKS:-mlpmem_general}" \
     --include_path "${INCLUDE_PATH:-downstream/general_tasks}" --batch_size "${BATCH_SIZE_EVAL:-8}" \
     --output_path "${OUTPUT_DIR:-results/general-base}" ${options[@]+"${options[@]}"} "$@"
