@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import command, flag, parse, required
+from utils.errors import InputError
 
 
 @dataclass
@@ -40,11 +41,13 @@ def main() -> None:
 
 
 def row(run: Path, value: str) -> dict[str, Any]:
-    """What one value came to, from its run's files. Raises InputError where one is missing."""
+    """What one value came to, from its run's files. Raises InputError where one, or the validation in it, is missing."""
     from utils.files import read_json
 
     test, training = read_json(run / "test" / "results.json"), read_json(run / "memory" / "training.json")
     last = {name: entry for entry in training["log"] for name in ("loss", "validation") if name in entry}
+    if "validation" not in last:
+        raise InputError(f"{run / 'memory' / 'training.json'}: was not validated; train with --validation_dstore_path")
     return {
         "value": value,
         "perplexity": test["perplexity"],

@@ -121,3 +121,5 @@ def test_the_page_has_a_row_for_each_value(tmp_path):
     assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert [row["value"] for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]] == ["0", "0.5"]
     assert str(tmp_path / "1") in refused_here("downstream.ablation", *given, "1")
+    (tmp_path / "0" / "memory" / "training.json").write_text(json.dumps({"log": log[:2], "training_seconds": 1}))
+    assert "was not validated" in refused_here("downstream.ablation", *given)
