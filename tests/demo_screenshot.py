@@ -25,7 +25,7 @@ def main() -> None:
     arguments, flags = parser.parse_known_args()
     with served(*flags) as url, Browser(width=WIDTH, height=1400, scale=arguments.scale) as browser:
         browser.open(url)
-        browser.wait(lambda: browser.find("#go"), "the page")
+        browser.wait(lambda: browser.find("#sampling button"), "the page")
         browser.click("#sampling button")
         browser.wait(lambda: browser.find("#new_tokens input[type=number]"), "the sampling settings")
         browser.type("#new_tokens input[type=number]", f"{arguments.new_tokens}\t")
