@@ -8,6 +8,7 @@ python -m train_base --do_train ...                     fine-tuning with the Hug
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -140,7 +141,10 @@ def check_numbers(arguments: StageArguments, training: Any) -> None:
     batch_sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
     check_at_least(1, training, *batch_sizes, *(("max_steps",) if training.max_steps != -1 else ()))
     check_at_least(0, training, "weight_decay", "max_grad_norm", "adam_epsilon", "adam_beta1", "adam_beta2")
-    check_at_least(0, training, "dataloader_num_workers", "neftune_noise_alpha")
+    check_at_least(0, training, "dataloader_num_workers", "neftune_noise_alpha", "label_smoothing_factor")
+    for name, value in vars(training).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{name} {value}: expected a finite number")
     for name in ("learning_rate", "num_train_epochs"):
         check_positive(f"--{name}", getattr(training, name))
     for name in ("adam_beta1", "adam_beta2"):

@@ -117,6 +117,17 @@ def test_patience_stops_when_the_held_out_loss_no_longer_falls_and_keeps_the_bes
 
 
 def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_batch_size(ground, tmp_path):
+    import datasets
+
+    windows = datasets.load_from_disk(str(ground[1]))
+    rows, past = [], 0
+    for number, row in enumerate(windows["validation"].select(range(8))):  # every other window has two labels
+        labels = row["labels"] if number % 2 else [-100] * 62 + row["labels"][62:]
+        count = sum(label != -100 for label in labels[1:])
+        rows.append(row | {"labels": labels, "dstore_range": [past, past := past + count]})
+    windows["validation"] = datasets.Dataset.from_list(rows, features=windows["validation"].features)
+    windows.save_to_disk(str(tmp_path / "windows"))
+    ground = (ground[0], tmp_path / "windows")
     for size in (3, 64):
         more = ("--max_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1, "--per_device_eval_batch_size", size)
         command("train_base", *flags(ground, tmp_path / str(size), "--do_eval", *more))
@@ -162,12 +173,20 @@ def test_a_last_window_of_one_token_is_skipped(ground, tmp_path):
         *(("per_device_train_batch_size", 0), ("per_device_eval_batch_size", -1), ("gradient_accumulation_steps", 0)),
         *(("weight_decay", -1), ("max_grad_norm", -1), ("adam_beta1", 1), ("adam_beta2", -1), ("adam_epsilon", -1)),
         *(("max_eval_samples", 0), ("patience", 0), ("k", 0), ("dataloader_num_workers", -1)),
+        *(("warmup_steps", "nan"), ("label_smoothing_factor", "inf"), ("label_smoothing_factor", -1)),
         *(("max_steps", 0), ("max_steps", -2), ("torch_dtype", "int8")),
         *(("optim_args", "nope"), ("report_to", "nope"), ("lr_scheduler_type", "warmup_stable_decay")),
     ],
 )
 def test_values_that_cannot_be_are_refused(ground, tmp_path, flag, value):
     assert f"--{flag} {value}" in refused_here("train_base", *flags(ground, tmp_path, f"--{flag}", value))
+
+
+def test_a_value_that_transformers_refuses_is_told_in_one_line(ground, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command("train_base", *flags(ground, tmp_path, "--logging_steps", "inf"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "infinity" in line
 
 
 def test_a_layer_that_the_base_lacks_is_refused(ground, tmp_path):

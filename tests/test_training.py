@@ -284,7 +284,13 @@ class TestRefused:
             *(("alpha", 1.5), ("learning_rate", -1), ("num_train_epochs", 0), ("checkpointing_steps", "sometimes")),
             *(("checkpointing_steps", "²"), ("seed", -1), ("seed", 1 << 32), ("lr_scheduler_type", "nope")),
             *(("weight_decay", -1), ("weight_decay", "nan"), ("num_warmup_steps", -1), ("max_eval_samples", 0)),
-            ("per_device_eval_batch_size", 0),
+            *(
+                ("per_device_eval_batch_size", 0),
+                ("per_device_train_batch_size", 0),
+                ("gradient_accumulation_steps", 0),
+            ),
+            *(("max_train_steps", 0), ("memory_layers", 0), ("logging_steps", 0), ("micro_batch_rows", 0)),
+            *(("max_grad_norm", 0), ("alpha", "nan"), ("learning_rate", "inf")),
         ],
     )
     def test_values_out_of_range(self, llama_world, tmp_path, flag, value):

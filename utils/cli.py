@@ -62,7 +62,7 @@ def parse(*dataclass_types: type, description: str, arguments: Sequence[str] | N
         *instances, unknown = parser.parse_args_into_dataclasses(
             args=arguments, return_remaining_strings=True, look_for_args_file=False
         )
-    except (ValueError, ImportError) as error:  # transformers' own dataclass checks its values when it is made
+    except (ValueError, OverflowError, ImportError) as error:  # of transformers' dataclass, which checks its values
         parser.error(str(error))
     if unknown:
         parser.error(f"unknown argument {unknown[0]}")
