@@ -42,18 +42,21 @@ def joint_log_probs(
     knn_temp above 0.
     """
     if lmbda == 0.0:
-        return torch.log_softmax(base_logits, dim=-1, dtype=torch.float32)
+        return _log_softmax(base_logits)
     memory = _log_softmax(memory_logits.to(base_logits.device), knn_temp)
     if lmbda == 1.0:
         return memory
-    return mix(torch.log_softmax(base_logits, dim=-1, dtype=torch.float32), memory, math.log1p(-lmbda), math.log(lmbda))
+    return mix(_log_softmax(base_logits), memory, math.log1p(-lmbda), math.log(lmbda))
 
 
-def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def _log_softmax(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """log softmax(logits / temperature) in float32."""
-    if temperature != 1.0:
-        logits = logits.float() / temperature
-    return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    return torch.log_softmax(_tempered(logits, temperature), dim=-1, dtype=torch.float32)
+
+
+def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """logits / temperature, float32 unless the temperature is 1."""
+    return logits if temperature == 1.0 else logits.float() / temperature
 
 
 class MLPMemory(PreTrainedModel, GenerationMixin):
@@ -318,18 +321,19 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
             # A draft that exits early may not reach the captured block: it is the base's alone.
             hidden = None if self._exits_early() else capture.take()  # (batch, time, hidden)
         rest = {name: base.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
-        logits = torch.log_softmax(base.logits, dim=-1, dtype=torch.float32)  # (batch, kept, vocabulary)
+        lmbda = self.lmbda if hidden is not None else 0.0
+        logits = base.logits.float() if lmbda == ADAPTIVE else _log_softmax(base.logits)  # (batch, kept, vocabulary)
         del base  # its logits go before the memory's come
-        if self.lmbda != 0.0 and hidden is not None:
+        if lmbda != 0.0:
             hidden = _kept(hidden, logits_to_keep)
-            memory = _log_softmax(self.memory_logits(hidden).to(logits.device), self.knn_temp)
-            # each (batch, kept, vocabulary)
-            if self.lmbda == ADAPTIVE:
-                logits = self.gate.mix(logits, memory, hidden)
-            elif self.lmbda == 1.0:
-                logits = memory
+            memory = self.memory_logits(hidden).to(logits.device)  # (batch, kept, vocabulary)
+            if lmbda == ADAPTIVE:
+                logits = self.gate.mix(logits, _tempered(memory, self.knn_temp).float(), hidden)
+            elif lmbda == 1.0:
+                logits = _log_softmax(memory, self.knn_temp)
             else:
-                logits = mix(logits, memory, math.log1p(-self.lmbda), math.log(self.lmbda))
+                memory = _log_softmax(memory, self.knn_temp)
+                logits = mix(logits, memory, math.log1p(-lmbda), math.log(lmbda))
         loss = None if labels is None else shifted_nll(logits, labels, items)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
         return output.to_tuple() if return_dict is False else output

@@ -51,13 +51,36 @@ def test_the_figures_are_what_their_names_say():
         m[np.arange(4), b.argmax(-1)],
         np.log(np.einsum("ni,ij,nj->n", centred, inverse, centred) / 6),
     ]
-    assert gate.figures(base, memory, hidden).numpy() == pytest.approx(np.stack(each, -1), rel=1e-4, abs=1e-4)
+    assert gate.figures(base, memory, hidden)[0].numpy() == pytest.approx(np.stack(each, -1), rel=1e-4, abs=1e-4)
 
 
 def test_a_token_that_is_impossible_to_one_gives_finite_figures():
     base, memory = torch.randn(2, 3, 9).log_softmax(-1)
     base[0, 2] = memory[1, 4] = -math.inf
-    assert torch.isfinite(LambdaGate(4).figures(base, memory, torch.zeros(3, 4))).all()
+    assert torch.isfinite(LambdaGate(4).figures(base, memory, torch.zeros(3, 4))[0]).all()
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_mixture_of_logits_is_that_of_the_formula_in_double_precision(dtype, gradient):
+    torch.manual_seed(0)
+    gate, base = LambdaGate(6, 16).requires_grad_(gradient), (torch.randn(2, 5, 40) * 4 - 100).to(dtype).float()
+    memory, hidden = (torch.randn(2, 5, 40) * 8 + 30).to(dtype).float(), torch.randn(2, 5, 6)
+    base[0, 1, 3] = memory[0, 2, 4] = base[1, 0, 7] = memory[1, 0, 7] = -math.inf
+    b, m = (each.double().log_softmax(-1) for each in (base, memory))
+    favourite, other = (each.argmax(-1, keepdim=True) for each in (b, m))
+    each = (
+        *(-(b.exp() * b).sum(-1, keepdim=True), b.amax(-1, keepdim=True)),
+        *(-(m.exp() * m).sum(-1, keepdim=True), m.amax(-1, keepdim=True)),
+        *((m.exp() * (m - b)).sum(-1, keepdim=True), favourite == other),
+        *(b.gather(-1, other), m.gather(-1, favourite), hidden.square().mean(-1, keepdim=True).log()),
+    )
+    logit = gate.logit(torch.cat(each, -1).nan_to_num(60.0).clamp(-60, 60).float()).double()
+    expected = torch.logaddexp(b - torch.nn.functional.softplus(logit), m - torch.nn.functional.softplus(-logit))
+    mixed = gate.mix(base, memory, hidden)
+    assert mixed.requires_grad == gradient
+    assert torch.allclose(mixed, expected.float(), rtol=1e-5, atol=1e-4)
+    assert mixed[1, 0, 7] == -math.inf and torch.isfinite(mixed).sum() == mixed.numel() - 1
 
 
 def test_the_model_mixes_each_position_with_its_own_lambda(gated):

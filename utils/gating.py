@@ -50,12 +50,12 @@ def gate_rows(
         pieces = []
         for start in range(0, len(labels), block):
             rows = slice(start, start + block)
-            base = torch.log_softmax(base_logits(joint.base_lm, final[rows]), -1, dtype=torch.float32)
+            base = base_logits(joint.base_lm, final[rows]).float()
             memory = joint.memory_logits(hidden[rows]).to(base.device).float() / gate.knn_temp
-            memory = torch.log_softmax(memory, -1)  # (block, vocabulary), as base
+            figures, *totals = gate.figures(base, memory, hidden[rows])  # of (block, vocabulary) each
             chosen = labels[rows, None].to(base.device)
-            figures = gate.figures(base, memory, hidden[rows].to(base.device))
-            found = (figures, *(each.gather(-1, chosen)[:, 0] for each in (base, memory)))
+            scores = zip((base, memory), totals, strict=True)
+            found = (figures, *((each.gather(-1, chosen) - total)[:, 0] for each, total in scores))
             pieces.append(GateRows(*(each.cpu() for each in found)))
         yield hidden, labels, GateRows.together(pieces)
 
