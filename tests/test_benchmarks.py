@@ -7,7 +7,7 @@ import json
 
 import pytest
 from conftest import make_text
-from harness import refused, run
+from harness import command, refused, refused_here, run
 from tiny_models import make_base
 
 from benchmarks.run import STAGES
@@ -22,6 +22,11 @@ SMALL = {
     **{"rows": 511, "block_size": 64, "stride": 32, "memory_layers": 2, "k": 16, "repeats": 1},
     **{"ncentroids": 4, "probe": 2, "code_size": 8},
 }
+
+
+@pytest.fixture(autouse=True)
+def errors_are_raised(monkeypatch):
+    monkeypatch.setenv("MLPMEM_TRACEBACK", "1")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,10 @@ def test_windows_hold_exactly_the_asked_number_of_rows(setting):
 
 def test_one_command_prints_a_table_and_writes_results_chart_and_page_though_a_stage_fails(inputs, tmp_path):
     # 7 does not divide the width of the keys, so no index can be built.
-    line = refused("-m", "benchmarks.run", "first_token", "knn_targets", *flags(inputs, tmp_path, code_size=7))
+    line = refused(
+        *("-m", "benchmarks.run", "first_token", "knn_targets", *flags(inputs, tmp_path, code_size=7)),
+        MLPMEM_TRACEBACK="",
+    )
     assert "knn_targets" in line
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row["stage"] for row in results["rows"]] == ["first_token"]
@@ -66,17 +74,17 @@ def test_one_command_prints_a_table_and_writes_results_chart_and_page_though_a_s
     assert (tmp_path / "targets.png").stat().st_size > 0
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table: begin -->\nold\n<!-- table: end -->\nafter\n")
-    run("-m", "benchmarks.run", "--page", page, "--output_dir", tmp_path)
+    command("benchmarks.run", "--page", page, "--output_dir", tmp_path)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert results["rows"][0]["name"] in text and "| knn_targets | did not run: " in text
     earlier = tmp_path / "earlier.json"
     rows = [row | {"reached": 1234.0} for row in results["rows"]]
     earlier.write_text(json.dumps(results | {"rows": rows}))
-    run("-m", "benchmarks.run", "--page", page, "--output_dir", tmp_path, "--before", earlier)
+    command("benchmarks.run", "--page", page, "--output_dir", tmp_path, "--before", earlier)
     assert "| before | now |" in page.read_text() and "| 1,234 |" in page.read_text()
     page.write_text("no marks\n")
-    assert str(page) in refused("-m", "benchmarks.run", "--page", page, "--output_dir", tmp_path)
+    assert str(page) in refused_here("benchmarks.run", "--page", page, "--output_dir", tmp_path)
     assert page.read_text() == "no marks\n"
 
 
@@ -91,12 +99,12 @@ def test_the_stages_that_start_many_processes_give_their_rows(inputs, tmp_path):
 
 
 def test_unknown_stages_numbers_pages_and_missing_results_are_refused(inputs, tmp_path):
-    assert "speed" in refused("-m", "benchmarks.run", "speed")
-    assert "--k 0" in refused("-m", "benchmarks.run", *flags(inputs, tmp_path, k=0))
+    assert "speed" in refused_here("benchmarks.run", "speed")
+    assert "--k 0" in refused_here("benchmarks.run", *flags(inputs, tmp_path, k=0))
     page, nothing = tmp_path / "page.md", tmp_path / "nothing"
-    assert str(page) in refused("-m", "benchmarks.run", "--page", page, "--output_dir", nothing)
+    assert str(page) in refused_here("benchmarks.run", "--page", page, "--output_dir", nothing)
     page.write_text("<!-- table: begin -->\n<!-- table: end -->\n")
-    told = refused("-m", "benchmarks.run", "--page", page, "--output_dir", nothing)
+    told = refused_here("benchmarks.run", "--page", page, "--output_dir", nothing)
     assert str(nothing / "results.json") in told
 
 
@@ -111,4 +119,4 @@ def test_scaling_measures_each_size_once_and_draws_it(inputs, tmp_path):
     assert (tmp_path / "scaling.png").stat().st_size > 0
     again = run(*words).stdout
     assert again.splitlines()[0] == first.splitlines()[0]  # the stages' seconds are those of the first run
-    assert "--sizes" in refused("-m", "benchmarks.scaling", "--sizes", 0, *flags(inputs, tmp_path))
+    assert "--sizes" in refused_here("benchmarks.scaling", "--sizes", 0, *flags(inputs, tmp_path))
