@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils.cli import command, flag, make_parser, note_unused, parse
+from utils.cli import command, flag, make_parser, note_unused, parse, started_together
 from utils.errors import InputError, check_at_least, check_positive, check_seed
 from utils.results import ADAPTIVE, ScoreArguments
 
@@ -104,6 +104,10 @@ def check_arguments(arguments: StageArguments, training: Any) -> None:
     """Refuse what cannot work before anything is loaded. Raises InputError."""
     if not (training.do_train or wants_evaluation(arguments, training)):
         raise InputError("nothing to do: give --do_eval, --do_train, --knn or --save_knnlm_dstore")
+    if training.do_train and arguments.device_map and started_together():
+        raise InputError(
+            f"--device_map {arguments.device_map}: is not for fine-tuning by several processes; leave it out"
+        )
     if arguments.from_scratch:
         arguments.model_name_or_path = arguments.model_name_or_path or arguments.config_name
     arguments.check_scored(knn=True)
@@ -115,6 +119,7 @@ def check_arguments(arguments: StageArguments, training: Any) -> None:
         from knn_utils.faiss_files import check_faiss
 
         check_faiss()
+    note_unused(("ddp_timeout",), "here: MLPMEM_TIMEOUT_MINUTES says how long processes wait for each other")
     note_unused(("block_size", "stride"), "here: the windows of --dataset_name have those they were made with")
     if not arguments.knn:
         names = ("knn_gpu", "val_file", "index_file", "lmbda", "k", "knn_temp", "choose_on", "probe")
@@ -267,4 +272,4 @@ def scored_rows(
 
 
 if __name__ == "__main__":
-    command(main)()
+    command(main, training="--do_train" in sys.argv)()

@@ -18,6 +18,7 @@ import pytest
 from harness import ROOT, Command, kill_before, note_steps, pause_before, together
 
 from knn_utils.datastore import Datastore
+from knn_utils.faiss_files import SAMPLED_ROWS
 from knn_utils.parts import datastore_batch, write_single_file
 from utils.files import FolderLock
 
@@ -169,6 +170,15 @@ def test_one_of_two_processes_killed_ends_the_other_and_nothing_is_lost(llama_wo
     assert found == expected
 
 
+def with_nan(store: Datastore, row: int, path: Path) -> Path:
+    """A copy of a datastore, as one file, in which a number of `row`'s hidden state is none."""
+    keys = np.array(store.keys())
+    keys[row, 0] = np.nan
+    batch = datastore_batch(keys, np.array(store.vals()))
+    write_single_file(path, batch.schema, [batch])
+    return path
+
+
 class TestFailureOfOneProcess:
     def test_what_only_the_main_process_finds_ends_all(self, llama_world, tmp_path):
         """Another run holds the folder."""
@@ -180,7 +190,24 @@ class TestFailureOfOneProcess:
             assert "another run is writing here" in main.refused()
             assert other.wait() == 1 and "Traceback" not in other.text() and "error:" not in other.text()
 
-    def test_what_one_process_reads_ends_all_with_its_line(self, llama_world, tmp_path):
+    def test_what_only_one_other_process_finds_ends_all_with_its_line(self, llama_world, tmp_path):
+        """NaN in a row whose target process 1 writes."""
+        stage, part = STAGES["targets"], 512
+        store = Datastore.open(llama_world.dstore("train"))
+        sampled = np.linspace(0, store.rows - 1, SAMPLED_ROWS).astype(np.int64)  # what opening looks at
+        row = next(row for row in range(part, 2 * part) if row not in sampled)
+        flags = [*stage.arguments(llama_world, tmp_path)]
+        flags[flags.index("--dstore_path") + 1] = with_nan(store, row, tmp_path / "nan.arrow")
+        main, other = together(tmp_path / "log", 2, stage.module, *flags)
+        assert f"nan.arrow: row {row} holds NaN" in other.refused()
+        assert main.wait() == 1 and "Traceback" not in main.text() and "error:" not in main.text()
+
+    def test_what_all_find_at_once_the_main_process_tells(self, llama_world, tmp_path):
+        main, other = together(tmp_path / "log", 2, "train_base", "--nonsense", 1)
+        assert "--nonsense" in main.refused()
+        assert other.wait() == 2 and "error:" not in other.text()
+
+    def test_what_one_process_reads_ends_all_with_one_line(self, llama_world, tmp_path):
         """NaN in rows that process 1 reads first: the step's loss tells every process, and each finds the window."""
         from training.rows import epoch_order
 
@@ -188,15 +215,12 @@ class TestFailureOfOneProcess:
         llama_world.processes = 2
         store = Datastore.open(llama_world.dstore("train"))
         second = int(epoch_order(store.manifest["info"]["windows"], 3, 0)[1])
-        keys = np.array(store.keys())
-        keys[32 * second + 3] = np.nan
-        batch = datastore_batch(keys, np.array(store.vals()))
-        write_single_file(tmp_path / "nan.arrow", batch.schema, [batch])
         arguments = [*stage.arguments(llama_world, tmp_path)]
-        arguments[arguments.index("--knn_dstore_path") + 1] = tmp_path / "nan.arrow"
+        damaged = with_nan(store, 32 * second + 3, tmp_path / "nan.arrow")
+        arguments[arguments.index("--knn_dstore_path") + 1] = damaged
         main, other = together(tmp_path / "log", 2, stage.module, *arguments)
-        assert "NaN" in other.refused() and f"windows {second} " in other.text() and "nan.arrow" in other.text()
-        assert main.refused() == other.refused()
+        assert "NaN" in main.refused() and f"windows {second} " in main.text() and "nan.arrow" in main.text()
+        assert other.wait() == 2 and "error:" not in other.text() and "Traceback" not in other.text()
 
     def test_under_a_launcher_there_is_one_line_and_a_status_above_0(self, llama_world, tmp_path):
         config = ROOT / "accelerate_config" / "cpu.yaml"

@@ -15,24 +15,26 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.mark.parametrize(
-    ("module", "expected"),
+    ("words", "expected"),
     [
-        ("train_mlpmem_offline", None),
-        ("train_mlpmem_online", None),
-        ("evaluate_joint", timedelta(days=7)),
+        (["train_mlpmem_offline"], None),
+        (["train_mlpmem_online"], None),
+        (["train_base", "--do_train"], None),
+        (["train_base", "--do_eval"], timedelta(days=7)),
+        (["evaluate_joint"], timedelta(days=7)),
     ],
 )
-def test_training_waits_as_torch_does_and_the_other_stages_for_days(module, expected, monkeypatch):
+def test_training_waits_as_torch_does_and_the_other_stages_for_days_unless_told_otherwise(words, expected, monkeypatch):
     waits = []
     monkeypatch.setattr("utils.cli.join", waits.append)
-    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.setattr(sys, "argv", [*words, "--help"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     for _ in range(2):
         with pytest.raises(SystemExit) as ended:
-            runpy.run_module(module, run_name="__main__")
+            runpy.run_module(words[0], run_name="__main__")
         assert ended.value.code == 0
         monkeypatch.setenv("MLPMEM_TIMEOUT_MINUTES", "90")
-    assert waits == [expected, expected and timedelta(minutes=90)]
+    assert waits == [expected, timedelta(minutes=90)]
 
 
 @pytest.mark.parametrize("minutes", ["", "0", "-5", "1.5", "soon", "9" * 30])

@@ -7,6 +7,7 @@ none. Torch is imported only then, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import gc
@@ -23,6 +24,7 @@ from utils.errors import InputError, one_line
 EXIT_BAD_INPUT = 2
 EXIT_LOST_PROCESS = 1
 EXIT_INTERRUPTED = 130
+TIMEOUT, LISTEN = "MLPMEM_TIMEOUT_MINUTES", timedelta(seconds=2)
 LESS_AT_ONCE = (
     "Less at a time needs less: --micro_batch_rows, --per_device_train_batch_size, --per_device_eval_batch_size"
 )
@@ -46,8 +48,7 @@ def make_parser(dataclass_types: Sequence[type], description: str) -> Any:
 
     class OneLineParser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
-            print(f"error: {one_line(message)}; see --help", file=sys.stderr)
-            raise SystemExit(EXIT_BAD_INPUT)
+            leave(EXIT_BAD_INPUT, f"error: {one_line(message)}; see --help")
 
     return OneLineParser(list(dataclass_types), description=description, allow_abbrev=False)
 
@@ -97,14 +98,14 @@ def command(main: Callable[[], None], *, training: bool = False) -> Callable[[],
 
     Handles `InputError`, operating-system errors on files, and Ctrl-C. Any other exception is a fault of ours and keeps
     its traceback; `MLPMEM_TRACEBACK=1` keeps that of all. Processes that a launcher started together are connected
-    first, and one that fails ends them all. `training`: they wait for each other for torch's own time (minutes).
+    first, and one that fails ends them all. `training`: they wait for each other for torch's own time (minutes), unless told otherwise.
     """
 
     @functools.wraps(main)
     def run() -> None:
         try:
             if started_together():
-                join(None if training else patience())
+                join(None if training and TIMEOUT not in os.environ else patience())
             else:
                 note_lone_process()
             main()
@@ -116,29 +117,53 @@ def command(main: Callable[[], None], *, training: bool = False) -> Callable[[],
         except (InputError, OSError) as error:
             if os.environ.get("MLPMEM_TRACEBACK") or isinstance(error, BrokenPipeError):
                 raise
-            let_others_speak()
             text = describe_os_error(error) if isinstance(error, OSError) and error.errno else error
             leave(EXIT_BAD_INPUT, f"error: {one_line(text)}")
         except RuntimeError as error:
             full = type(error).__name__ == "OutOfMemoryError"  # torch's, of a GPU
             if os.environ.get("MLPMEM_TRACEBACK") or not (full or (started_together() and is_lost_connection(error))):
                 raise
-            let_others_speak(lost=not full)
             if full:
                 leave(EXIT_BAD_INPUT, f"error: {one_line(error, 200)} {LESS_AT_ONCE}")
+            time.sleep(LISTEN.total_seconds())  # the other's line first
             line = "another process of this run has ended, its own line says why"
             leave(EXIT_LOST_PROCESS, f"process {process_number()} ends: {line}")
 
     return run
 
 
-def leave(status: int, line: str) -> None:
+def leave(status: int, line: str) -> NoReturn:
     """Exit with `status` after `line` on stderr; a process of a distributed run does not wait for the others."""
     sys.stdout.flush()
-    print(line, file=sys.stderr, flush=True)
     if started_together():
+        tell(line)
         os._exit(status)
+    print(line, file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def tell(line: str) -> None:
+    """Print `line` on stderr, which the main process does at once, and alone where another ends with the same line.
+
+    Another one waits for that line before it tells its own; the main process, whose end may end it, waits until it has.
+    """
+    from torch.distributed import distributed_c10d as connection
+
+    main, told, store = process_number() == 0, False, None
+    if connection.is_initialized():
+        store = connection._get_default_store()
+    elif not main:
+        time.sleep(LISTEN.total_seconds())
+    with contextlib.suppress(RuntimeError):  # no such line, or the main process has ended
+        if store and not main:
+            store.wait(["line 0"], LISTEN)
+            told = store.get("line 0").decode() == line
+    if not told:
+        print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(RuntimeError):
+        if store:
+            store.set(f"line {process_number()}", line)
+            store.wait([f"line {number}" for number in range(main and connection.get_world_size())], LISTEN)
 
 
 def started_together() -> bool:
@@ -162,8 +187,8 @@ def note_lone_process() -> None:
 
 def patience() -> timedelta:
     """How long a process waits for another, which may work for days on its parts. Raises InputError."""
-    if not (minutes := os.environ.get("MLPMEM_TIMEOUT_MINUTES", "10080")).isdecimal() or not 0 < int(minutes) < 10**9:
-        raise InputError(f"MLPMEM_TIMEOUT_MINUTES {minutes}: expected a number of minutes")
+    if not (minutes := os.environ.get(TIMEOUT, "10080")).isdecimal() or not 0 < int(minutes) < 10**9:
+        raise InputError(f"{TIMEOUT} {minutes}: expected a number of minutes")
     return timedelta(minutes=int(minutes))
 
 
@@ -189,15 +214,6 @@ def part() -> None:
 
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def let_others_speak(lost: bool = False) -> None:
-    """Before a process tells why it ends: time for the one that knows best to tell it, and for the launcher to end this.
-
-    What is wrong is mostly wrong for all, and the main process tells it at once. One that `lost` another always waits.
-    """
-    if lost or (started_together() and process_number() > 0):
-        time.sleep(2.0)
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
