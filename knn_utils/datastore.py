@@ -39,13 +39,8 @@ def datastore_schema(dim: int, logprob: bool = False) -> pa.Schema:
 
 def targets_schema(distance: bool = True) -> pa.Schema:
     """Columns of kNN targets, with or without the fifth one, the nearest hit's squared distance."""
-    fields = [
-        pa.field("id_cnt", pa.int32()),
-        pa.field("token_id", pa.list_(pa.int32())),
-        pa.field("prob", pa.list_(pa.float16())),
-        pa.field("label", pa.int32()),
-    ]
-    return pa.schema(fields + [pa.field("distance", pa.float32())] * distance)
+    columns = [("id_cnt", pa.int32()), ("token_id", pa.list_(pa.int32())), ("prob", pa.list_(pa.float16()))]
+    return pa.schema([*columns, ("label", pa.int32()), *[("distance", pa.float32())] * distance])
 
 
 @dataclass
@@ -368,9 +363,6 @@ def stored_rows(datastore: Datastore) -> Iterator[tuple[Any, Any, Any]]:
 
     state = PartialState()
     for start in range(0, datastore.rows, SCORED_ROWS)[state.process_index :: state.num_processes]:
-        stop = min(start + SCORED_ROWS, datastore.rows)
-        yield (
-            torch.from_numpy(np.array(datastore.keys(start, stop))),
-            torch.from_numpy(np.array(datastore.logprob(start, stop))),
-            torch.from_numpy(datastore.vals(start, stop).astype(np.int64)),
-        )
+        rows = start, min(start + SCORED_ROWS, datastore.rows)
+        columns = datastore.keys(*rows), datastore.logprob(*rows), datastore.vals(*rows).astype(np.int64)
+        yield tuple(torch.from_numpy(np.array(column)) for column in columns)

@@ -6,7 +6,7 @@ Bytes follow from the file formats. Times divide counted work by assumed `Rates`
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from utils.cli import flag
@@ -66,7 +66,7 @@ class Stage:
     """One stage of the plan: rows made, bytes kept, bytes read and written on the way, bytes of memory of a process.
 
     `seconds` (None without rates): of computing or of the disk, whichever takes longer, since they go on together.
-    `bound` says which.
+    `bound` says which. `least`: the memory of a process where there is too little, 0 where it is the same.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Stage:
     traffic: int = 0
     seconds: float | None = None
     bound: str = ""
+    least: int = 0
 
 
 def datastore_rows(sizes: Sizes) -> int:
@@ -121,14 +122,15 @@ def memory_parameters(sizes: Sizes) -> int:
 
 def training_memory(sizes: Sizes) -> int:
     """Bytes on a process while it trains: weights, gradients and Adam's averages (shared out where sharded), what
-    the exchange of gradients buffers, activations of a micro-batch in bf16, and a chunk of logits."""
+    the exchange of gradients buffers, what a micro-batch in bf16 keeps for its backward pass, and a chunk of logits."""
     weights = memory_parameters(sizes) * TRAINED_WEIGHT_BYTES
     if sizes.sharded:
         weights //= sizes.processes
     elif sizes.processes > 1:
         weights += memory_parameters(sizes) * 4
-    width = (3 if sizes.gated else 2) * sizes.intermediate + 3 * sizes.dim
-    activations = sizes.micro_batch_rows * sizes.layers * width * 2
+    # Llama's SwiGLU and RMSNorm; GPT-2's GELU, which is computed in steps, and LayerNorm.
+    kept = 8 * sizes.intermediate + 13 * sizes.dim if sizes.gated else 10 * sizes.intermediate + 9 * sizes.dim
+    activations = sizes.micro_batch_rows * sizes.layers * kept
     head = sizes.micro_batch_rows * sizes.dim * 8 + sizes.vocab * sizes.dim * 4 + (512 << 20)
     return weights + activations + head
 
@@ -156,6 +158,8 @@ def make_plan(sizes: Sizes, rates: Rates | None = None) -> list[Stage]:
     whole = f", {size_text(index)} where a process holds the whole index" if shares > 1 else ""
     train = f"{parameters / 1e6:,.0f}M weights, {epochs} epochs, {steps:,} steps"
     read_again = (keys + targets) * epochs
+    smaller = replace(sizes, micro_batch_rows=min(sizes.micro_batch_rows, 1024))  # as the trainers do by themselves
+    least = training_memory(smaller)
     stages = [
         Stage("windows", window_count(sizes), windows, "one process, minutes"),
         Stage(
@@ -163,7 +167,7 @@ def make_plan(sizes: Sizes, rates: Rates | None = None) -> list[Stage]:
         ),
         Stage("index", rows, index, factory + whole, share, keys + index),
         Stage("kNN targets", rows, targets, search + whole, share, keys + targets),
-        Stage("memory", rows * epochs, checkpoint_bytes(sizes), train, training_memory(sizes), read_again),
+        Stage("memory", rows * epochs, checkpoint_bytes(sizes), train, training_memory(sizes), read_again, least=least),
     ]
     if rates is not None:
         sample = min(rows, TRAINING_KEYS) * KMEANS_ROUNDS  # on one process

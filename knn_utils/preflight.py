@@ -348,13 +348,14 @@ def check_machine(arguments: PreflightArguments, stages: list[Stage]) -> list[st
     memory, source = device_memory(arguments)
     if memory is None:
         return facts
-    largest = max(stages, key=lambda stage: stage.memory)
-    if largest.memory > memory:
+    needed, largest = max((stage.least or stage.memory, stage.name) for stage in stages)
+    if needed > memory:
         raise InputError(
-            f"{largest.name}: needs about {size_text(largest.memory)} on each device, {source} has {size_text(memory)}; "
-            "use more processes, --sharded (FSDP), or fewer --micro_batch_rows"
+            f"{largest}: needs about {size_text(needed)} on each device, {source} has {size_text(memory)}; "
+            "use more processes, or --sharded (FSDP)"
         )
-    return [*facts, f"memory of a device: {size_text(memory)} ({source}), enough for every stage"]
+    fewer = ", training with fewer rows at once" if any(stage.memory > memory for stage in stages) else ""
+    return [*facts, f"memory of a device: {size_text(memory)} ({source}), enough for every stage{fewer}"]
 
 
 def device_memory(arguments: PreflightArguments) -> tuple[int | None, str]:

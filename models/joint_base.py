@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from .joint_config import MLPMemoryConfig, read_joint_config
 from .stack import BASE_PREFIX, WEIGHT_FILES, resize_vocabulary, vocabulary_size, weight_shards
@@ -66,6 +66,26 @@ def fingerprint(name: str) -> str | None:
                 opened.seek(size * part // SAMPLES)
                 digest.update(opened.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]
+
+
+def check_fit(base_config: PretrainedConfig, memory: nn.Module) -> None:
+    """Raises ValueError when a memory cannot belong to a base: family, hidden size or vocabulary differ."""
+    base = base_config.get_text_config()
+    vocabulary = memory.lm_head.weight.shape[0]
+    hint = "use the memory that was trained for this base"
+    if memory.config.model_type != base.model_type:
+        raise ValueError(
+            f"the memory is for the {memory.config.model_type} family, the base is {base.model_type}; {hint}"
+        )
+    if memory.input_dim != base.hidden_size:
+        raise ValueError(
+            f"the memory reads hidden states of size {memory.input_dim}, the base's hidden size is {base.hidden_size}; {hint}"
+        )
+    if vocabulary != base.vocab_size:
+        raise ValueError(
+            f"the memory's vocabulary has {vocabulary} tokens, the base's {base.vocab_size}; {hint}, with the base's "
+            "embeddings resized to its tokenizer"
+        )
 
 
 def resize_to_memory(base: PreTrainedModel, memory: nn.Module, reference: str | None) -> None:

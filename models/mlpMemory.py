@@ -22,10 +22,10 @@ from transformers.utils import logging
 from .capture import HiddenCapture, captured_module, hidden_states
 from .families import load_memory
 from .gate import LambdaGate, mix
-from .joint_base import absolute, open_base, resize_to_memory
+from .joint_base import absolute, check_fit, open_base, resize_to_memory
 from .joint_config import ADAPTIVE, MLPMemoryConfig, check_lambda, check_temperature, read_joint_config
 from .joint_files import has_local_base, joint_parts, save_joint
-from .stack import check_fit, shifted_nll
+from .stack import shifted_nll
 
 logger = logging.get_logger(__name__)
 

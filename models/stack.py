@@ -31,12 +31,7 @@ from transformers.modeling_outputs import CausalLMOutput
 MEMORY_PREFIX = "knn_generator."
 BASE_PREFIX = "base_lm."
 SUBFOLDERS = ("knn_generator", "memory")
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = [f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
 
 
 class MLPBlock(GradientCheckpointingLayer):
@@ -227,26 +222,6 @@ def resize_vocabulary(base: nn.Module, size: int) -> None:
             for weight in layer.parameters():
                 # In float64 the order of the sum, another on each machine, makes no difference.
                 weight[old:] = weight[:old].mean(0, dtype=torch.float64)
-
-
-def check_fit(base_config: PretrainedConfig, memory: nn.Module) -> None:
-    """Raises ValueError when a memory cannot belong to a base: family, hidden size or vocabulary differ."""
-    base = base_config.get_text_config()
-    vocabulary = memory.lm_head.weight.shape[0]
-    hint = "use the memory that was trained for this base"
-    if memory.config.model_type != base.model_type:
-        raise ValueError(
-            f"the memory is for the {memory.config.model_type} family, the base is {base.model_type}; {hint}"
-        )
-    if memory.input_dim != base.hidden_size:
-        raise ValueError(
-            f"the memory reads hidden states of size {memory.input_dim}, the base's hidden size is {base.hidden_size}; {hint}"
-        )
-    if vocabulary != base.vocab_size:
-        raise ValueError(
-            f"the memory's vocabulary has {vocabulary} tokens, the base's {base.vocab_size}; {hint}, with the base's "
-            "embeddings resized to its tokenizer"
-        )
 
 
 def find_memory(path: str | os.PathLike) -> Path:

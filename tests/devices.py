@@ -82,7 +82,7 @@ def note_wait(packet: Any, args: tuple, kwargs: dict) -> None:
         goes_to = first.device if packet is aten.copy_ else torch.device(kwargs.get("device") or first.device)
         way = source.device.type, goes_to.type
         quick = kwargs.get("non_blocking") and kwargs.get("dtype") in (None, source.dtype)
-        quick = quick and source.untyped_storage().data_ptr() in NOTED.pinned
+        quick = quick and way[0] == "cpu" and source.untyped_storage().data_ptr() in NOTED.pinned
         waits = way == ("cuda", "cpu") or (way == ("cpu", "cuda") and source.dim() > 0 and not quick)
     elif packet is aten.repeat_interleave:
         waits = isinstance(first, Claimed) and kwargs.get("output_size") is None

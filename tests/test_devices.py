@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib
 import json
 import threading
 from types import SimpleNamespace
@@ -13,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from devices import NOTED, claimed_devices, put, spread
-from tiny_models import HIDDEN, VOCABULARY, byte_tokenizer, make_base, some_ids, tiny_base, tiny_memory
+from harness import ROOT
+from tiny_models import HIDDEN, VOCABULARY, byte_tokenizer, kept_of_a_row, make_base, some_ids, tiny_base, tiny_memory
 from transformers import AutoModelForCausalLM
 
 import evaluate_joint
@@ -22,16 +25,20 @@ from demo.inspection import inspect_tokens
 from demo.pair import Sampling
 from demo.streams import side_by_side
 from downstream.scoring import Encoded, Evaluator
+from knn_utils.adaptive import Buckets
 from knn_utils.datastore import TargetRows
+from knn_utils.knn_lm import KNNLM
 from knn_utils.saveEmbedMulti import capture_rows
 from models import MLPMemory
 from models.capture import captured_module
 from models.gate import LambdaGate
 from training.arguments import TrainerArguments
 from training.online import OnlineRows
-from training.rows import OfflineRows
+from training.rows import HEAD_BYTES, OfflineRows, rows_at_once
 from training.trainer import MemoryTrainer
 from utils.cli import command
+from utils.errors import InputError
+from utils.evaluation import base_label_log_probabilities
 from utils.gating import gate_rows
 from utils.loading import BaseArguments
 
@@ -56,12 +63,16 @@ def embedded_and_scored(base, folder):
     return [array for rows in capture_rows(base, WINDOWS, 0, 3, 2, -1, True) for array in rows]
 
 
-def knn_lm(base, folder):
+def knn_lm_files(folder):
     keys = np.random.default_rng(0).standard_normal((50, HIDDEN)).astype(np.float32)
     index = faiss.IndexFlatL2(HIDDEN)
     index.add(keys)
     faiss.write_index(index, str(folder / "index"))
     np.save(folder / "values.npy", np.arange(50, dtype=np.int32))
+
+
+def knn_lm(base, folder):
+    knn_lm_files(folder)
     training = SimpleNamespace(per_device_eval_batch_size=2, output_dir=folder)
     files = {"index_file": str(folder / "index"), "val_file": str(folder / "values.npy"), "k": 8, "knn": True}
     train_base.evaluate(base, WINDOWS, train_base.StageArguments(knn_temp=[1.0, 9.0], **files), training)
@@ -172,9 +183,32 @@ def perplexities(folder):
     return [found["base_perplexity"], *(row["perplexity"] for row in found["grid"])]
 
 
+def knn_generated(base, folder):
+    """A kNN-LM's continuation, whose lambda follows the nearest neighbour's distance."""
+    knn_lm_files(folder)
+    lmbda = Buckets(np.array([30.0, 40.0]), np.array([0.9, 0.5, 0.1]), knn_temp=9.0)
+    wrapper = KNNLM(folder / "index", folder / "values.npy", k=8, probe=1, lmbda=lmbda, knn_temp=9.0)
+    ids = torch.from_numpy(IDS).to(base.get_input_embeddings().weight.device)
+    with wrapper.on(base):
+        return base.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).tolist()
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
-    "stage", [embedded, embedded_and_scored, knn_lm, joint, online_rows, recall, answers, generated, shown, gated]
+    "stage",
+    [
+        embedded,
+        embedded_and_scored,
+        knn_lm,
+        knn_generated,
+        joint,
+        online_rows,
+        recall,
+        answers,
+        generated,
+        shown,
+        gated,
+    ],
 )
 def test_a_stage_runs_where_its_base_is_and_gives_the_numbers_of_the_cpu(stage, place, tmp_path):
     expected = stage(tiny_base("llama"), tmp_path)
@@ -186,6 +220,23 @@ def test_a_stage_runs_where_its_base_is_and_gives_the_numbers_of_the_cpu(stage, 
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("limit", [5, 11])
+def test_blocks_of_logits_on_a_gpu_are_sized_by_bytes(limit, monkeypatch):
+    from models import capture
+
+    base, rows, made = tiny_base("llama"), torch.randn(40, HIDDEN), []
+    labels = torch.arange(40)
+    with torch.inference_mode():
+        expected = base_label_log_probabilities(base, rows, labels)
+    monkeypatch.setattr("utils.evaluation.GPU_PRODUCT_BYTES", limit * 4 * VOCABULARY)
+    logits = capture.base_logits
+    monkeypatch.setattr(capture, "base_logits", lambda base, some: made.append(len(some)) or logits(base, some))
+    with claimed_devices():
+        found = base_label_log_probabilities(put(base, "cuda:0"), rows.to("cuda:0"), labels).cpu()
+    assert max(made) == limit and sum(made) == 40
+    torch.testing.assert_close(found, expected)
+
+
 class Alone:
     """An `Accelerator` of one process, without gradients."""
 
@@ -194,6 +245,7 @@ class Alone:
     register_save_state_pre_hook = register_load_state_pre_hook = backward = staticmethod(lambda *_: None)
     prepare = staticmethod(lambda module, optimizer: (module, optimizer))
     reduce = staticmethod(lambda tensor, how: tensor)
+    gather = staticmethod(lambda tensor: tensor)
 
     def __init__(self, device):
         self.device = torch.device(device)
@@ -204,7 +256,7 @@ class Alone:
 
 def one_step(make_source, base, loss):
     """The figures of a step of two loads, each of several micro-batches."""
-    memory = memory_beside(base)
+    memory = put(tiny_memory(base), base.get_input_embeddings().weight.device)
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "micro_batch_rows": 5}
     arguments = TrainerArguments(seed=0, loss=loss, **settings)
     trainer = MemoryTrainer(memory, make_source(base), arguments, {}, Alone(memory.lm_head.weight.device))
@@ -213,14 +265,17 @@ def one_step(make_source, base, loss):
 
 
 @pytest.mark.parametrize("loss", ["fused", "plain"])
-@pytest.mark.parametrize(("source", "base_batches"), [(offline_source, 0), (online_source, 2)])
+@pytest.mark.parametrize(
+    ("source", "place", "base_batches"),
+    [(offline_source, "one", 0), (online_source, "one", 2), (online_source, "two", 2)],
+)
 def test_a_training_step_waits_once_for_the_gpu_and_its_copies_are_pinned_in_the_reading_thread(
-    source, base_batches, loss
+    source, place, base_batches, loss
 ):
     expected = one_step(source, tiny_base("llama"), loss)
     base = tiny_base("llama")
     with claimed_devices():
-        found = one_step(source, put(base, "cuda:0"), loss)
+        found = one_step(source, PLACES[place](base), loss)
         # transformers itself looks once in each of the base's batches whether texts are packed in it.
         assert NOTED.waits[-1] == "tolist" and len(NOTED.waits) <= 1 + base_batches
         assert len(NOTED.threads) >= 2 * 5 and threading.main_thread() not in NOTED.threads
@@ -303,6 +358,75 @@ def test_a_full_gpu_ends_in_one_line_that_names_the_flags(capsys):
         main()
     (line,) = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and "CUDA out of memory" in line and "--micro_batch_rows" in line
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi3", "gpt_neox"])
+def test_as_many_rows_go_through_the_stack_as_fit_the_cards_free_memory(family, mixed_precision, monkeypatch):
+    memory = tiny_memory(tiny_base(family), layers=6)
+    row, weights = kept_of_a_row(memory, mixed_precision), sum(weight.numel() for weight in memory.parameters())
+    accelerator = Alone("cuda:0")
+    accelerator.mixed_precision = mixed_precision
+    for rows in (0, 3000, 5000, 9000, 20_000, 10**7):
+        room = HEAD_BYTES + rows * row + 16 * weights
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, room=room: (room, 80 << 30))
+        with claimed_devices():
+            found = rows_at_once(memory, accelerator)
+        assert found in (1024, 2048, 4096, 8192, 16384) and (found <= rows or found == 1024)
+        assert found > rows / 6 or found == 16384
+    accelerator.num_processes = 2
+    accelerator.gather = lambda rows: torch.cat([rows, rows * 0 + 2048])  # of another, whose card has less room
+    with claimed_devices():
+        assert rows_at_once(memory, accelerator) == 2048
+
+
+def test_a_trainer_asks_the_card_how_many_rows_it_takes(monkeypatch):
+    base = tiny_base("llama")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (HEAD_BYTES + 30_000_000, 80 << 30))
+    with claimed_devices():
+        memory = memory_beside(put(base, "cuda:0"))
+        assert (
+            MemoryTrainer(memory, offline_source(base), TrainerArguments(seed=0), {}, Alone("cuda:0")).micro_rows
+            < 16384
+        )
+
+
+def commands_with_a_base():
+    """The dataclass of flags of every command that has --device_map."""
+    paths = [path for path in ROOT.glob("[!.]*/*.py") if path.parent.name != "tests"] + [*ROOT.glob("*.py")]
+    commands = [path.relative_to(ROOT).with_suffix("").parts for path in paths if "Arguments):" in path.read_text()]
+    found = [each for parts in commands for each in vars(importlib.import_module(".".join(parts))).values()]
+    kinds = {each for each in found if dataclasses.is_dataclass(each) and isinstance(each, type)}
+    return {kind for kind in kinds if any(field.name == "device_map" for field in dataclasses.fields(kind))}
+
+
+def test_a_base_is_not_spread_by_each_of_several_processes_of_a_machine(monkeypatch):
+    kinds = commands_with_a_base()
+    assert {"TrainerArguments", "StageArguments", "JointArguments", "ModelArguments"} <= {
+        each.__name__ for each in kinds
+    }
+    for processes, together in (({"WORLD_SIZE": "8"}, 8), ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 8)):
+        with monkeypatch.context() as patch:
+            for name, value in processes.items():
+                patch.setenv(name, value)
+            for kind in kinds:
+                with pytest.raises(InputError, match=rf"--device_map auto.* {together} processes"):
+                    kind(device_map="auto", **required_of(kind))
+                kind(**required_of(kind))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # two machines, a process on each
+    assert BaseArguments(device_map="auto").device_map == "auto"
+    with pytest.raises(InputError, match=r"--device_map auto.* fine-tuning"):
+        train_base.check_arguments(train_base.StageArguments(device_map="auto"), SimpleNamespace(do_train=True))
+
+
+def required_of(kind):
+    needed = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is field.default_factory is dataclasses.MISSING
+    ]
+    return dict.fromkeys(needed, "x")
 
 
 def open_a_base(folder):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from harness import GOLDEN, command, refused_here
-from tiny_models import make_base
+from tiny_models import kept_of_a_row, make_base
 
 from knn_utils.planner import (
     Rates,
@@ -100,6 +101,8 @@ def test_planned_weights_are_counted_as_a_memory_has_them(family):
         | {"intermediate": width, "gated": gated}
     )
     assert memory_parameters(sizes) == sum(weight.numel() for weight in memory.parameters())
+    more, less = (training_memory(replace(sizes, micro_batch_rows=rows)) for rows in (2000, 1000))
+    assert (more - less) / 1000 == pytest.approx(kept_of_a_row(memory, "bf16") + 8 * sizes.dim, rel=0.1)
 
 
 def test_the_papers_memory_and_its_datastore_have_the_papers_sizes():
@@ -120,6 +123,13 @@ def test_more_processes_take_less_time_and_sharding_less_memory():
     sharded = Sizes(**SIZES | {"processes": 8, "sharded": True, "layers": 50, "micro_batch_rows": 1})
     whole = Sizes(**SIZES | {"processes": 8, "layers": 50, "micro_batch_rows": 1})
     assert training_memory(sharded) < training_memory(whole)
+
+
+def test_a_smaller_card_trains_with_fewer_rows_at_once(capsys):
+    sizes = ("--tokens", 10_000, *PLAN, "--layers", 40)
+    for memory, told in ((2, "enough for every stage\n"), (0.8, "enough for every stage, training with fewer rows")):
+        command(MODULE, *sizes, "--device_memory_gb", memory)
+        assert told in capsys.readouterr().out
 
 
 def test_files_that_belong_together_pass_and_give_the_plans_sizes(llama_world, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,6 +247,23 @@ def test_a_gpu_for_which_the_wheel_has_no_code_is_left_alone(monkeypatch, capsys
     said = capsys.readouterr().out
     assert said.count("\n") == (not works)
     assert works or ("conda-forge" in said and ".".join(map(str, capability)) in said)
+
+
+def test_the_shards_of_an_index_share_one_working_memory_on_their_gpu(tmp_path: Path, monkeypatch) -> None:
+    made, used = [], []
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "GpuClonerOptions", SimpleNamespace, raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: made.append(object()) or made[-1], raising=False)
+    to_card = lambda resources, device, index, options: used.append(resources) or index  # noqa: E731
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_card, raising=False)
+    path, lock = write_index(tmp_path / "flat.index", random_rows(50)[0]), threading.Lock()
+    faiss_files.gpu_resources.cache_clear()
+    try:
+        for _ in range(3):
+            search.IndexShard(faiss_files.Shard(path), 1, lock)
+    finally:
+        faiss_files.gpu_resources.cache_clear()
+    assert len(made) == 1 and used == made * 3
 
 
 @pytest.mark.parametrize(("factory", "half"), [("IVF4,PQ48", False), ("IVF4,PQ64", True), ("OPQ64,IVF4,PQ64", True)])

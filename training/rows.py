@@ -18,6 +18,10 @@ from utils.errors import InputError
 from utils.evaluation import count_rows, predicted_positions
 
 CHECKED_WINDOWS = 2048
+# Rows that go through the stack at once: what keeps activations small on a CPU, a GPU busy where they fit its memory.
+CPU_ROWS, GPU_ROWS = 1024, 16384
+# What a pass keeps of a row, in units of what its products read and write: at most so much (GPT-2's GELU, in steps).
+KEPT, HEAD_BYTES = 2.5, 1 << 30
 
 
 @dataclass
@@ -47,6 +51,22 @@ class Rows:
             entries = slice(int(ends[start - 1]) if start else 0, int(ends[stop - 1]))
             whole = (tensor[start:stop] for tensor in (self.hidden, self.label, self.id_cnt))
             yield Rows(*whole, self.token_id[entries], self.prob[entries])
+
+
+def rows_at_once(memory: Any, accelerator: Any) -> int:
+    """Rows to go through `memory` at once, the same on all processes: on a GPU GPU_ROWS, or as much of them, halved and
+    halved again, as fits what is free beside gradients, AdamW's moments and the copies of weights in half precision."""
+    if accelerator.device.type != "cuda":
+        return CPU_ROWS
+    processes, sharded = accelerator.num_processes, accelerator.distributed_type == "FSDP"
+    size, copies = (4, 0) if accelerator.mixed_precision == "no" else (2, 2)  # bytes of a number
+    head, weights = memory.lm_head.weight, [weight for weight in memory.parameters() if weight.ndim == 2]
+    of_weight = copies + (12 / processes if sharded else 12 if processes == 1 else 16)  # DDP buffers gradients
+    row = KEPT * size * sum(sum(weight.shape) for weight in weights if weight is not head) + 8 * head.shape[1]
+    free = torch.cuda.mem_get_info(accelerator.device)[0] - sum(weight.numel() for weight in weights) * of_weight
+    room = free - HEAD_BYTES - 6 * head.numel()  # the loss's chunk of logits, and its own gradient and copy of the head
+    rows = next((GPU_ROWS >> half for half in range(4) if (GPU_ROWS >> half) * row <= room), CPU_ROWS)
+    return int(accelerator.gather(torch.tensor([rows], device=accelerator.device)).min())
 
 
 @functools.lru_cache(maxsize=2)

@@ -39,7 +39,7 @@ from training.arguments import (
     latest_checkpoint,
     memory_config,
 )
-from training.rows import Rows, WindowRows, epoch_order
+from training.rows import Rows, WindowRows, epoch_order, rows_at_once
 from training.validation import Validation, open_validation
 from utils import files
 from utils.cal_loss import fused_linear_distillation_loss, sparse_distillation_loss
@@ -56,8 +56,6 @@ IDENTITY = (
     *("max_train_steps", "alpha", "seed", "max_grad_norm"),
 )
 LENGTH = ("num_train_epochs", "max_train_steps")  # which another folder's run may be continued beyond
-# Rows that go through the stack at once: what keeps activations small on a CPU, a GPU busy.
-CPU_ROWS, GPU_ROWS = 1024, 16384
 
 
 def train_memory(
@@ -162,7 +160,6 @@ class MemoryTrainer:
         self.total_steps = self.steps_per_epoch * arguments.num_train_epochs
         if arguments.max_train_steps is not None:
             self.total_steps = min(self.total_steps, arguments.max_train_steps)
-        self.micro_rows = arguments.micro_batch_rows or (CPU_ROWS if accelerator.device.type == "cpu" else GPU_ROWS)
         self.identity = {name: getattr(arguments, name) for name in IDENTITY}
         self.identity |= {"windows_per_step": self.windows_per_step, "data": data}
         self.log: list[dict[str, Any]] = []
@@ -177,6 +174,7 @@ class MemoryTrainer:
         sharded = accelerator.distributed_type == "FSDP"
         self.checkpoint_bytes = (16 if sharded else 12) * sum(weight.numel() for weight in memory.parameters())
         self.model, self.optimizer = accelerator.prepare(module, optimizer)
+        self.micro_rows = arguments.micro_batch_rows or rows_at_once(memory, accelerator)
         if not sharded:
             # The weights stand in the checkpoint as the memory itself; its state need not hold them again.
             accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())

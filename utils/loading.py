@@ -47,6 +47,15 @@ class BaseArguments:
     load_in_8bit: bool = flag(False, "hold the frozen base in 8 bits (needs bitsandbytes)")
     trust_remote_code: bool = flag(False, "run code that comes with the base")
 
+    def __post_init__(self) -> None:
+        """Refuse --device_map in several processes of a machine, each of which would take all cards. Raises InputError."""
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+        if self.device_map and beside > 1:
+            raise InputError(
+                f"--device_map {self.device_map}: each of the {beside} processes here would place the base on all cards; "
+                "start one process a machine, or leave the flag out: each then has a card of its own"
+            )
+
     def require_base(self) -> str:
         """The base's folder or name. Raises InputError where none is given."""
         if not self.model_name_or_path:

@@ -25,7 +25,8 @@ def open_memory_of(
         InputError: no such block, no memory in `path`, or one of another base or block.
     """
     from models.families import load_memory
-    from models.stack import check_fit, find_memory
+    from models.joint_base import check_fit
+    from models.stack import find_memory
 
     device = default_device()
     if base is not None:
