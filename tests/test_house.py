@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import re
 import subprocess
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
@@ -230,12 +231,19 @@ def test_two_machines_started_by_hand_get_ranks_of_their_own():
 
 def test_the_page_for_gpus_is_short_and_accelerate_reads_each_of_its_commands():
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
 
     page = (ROOT / "README.md").read_text().split("## Your first hour on a GPU\n")[1].split("\n## ")[0]
     assert len(page.splitlines()) <= 40 and "CONDA_OVERRIDE_CUDA" in page
     lines = page.replace("\\\n", "").splitlines()
     commands = [line.split("accelerate launch")[1].split() for line in lines if "accelerate launch" in line]
     read = [_validate_launch_command(launch_command_parser().parse_args(words))[0] for words in commands]
+    extras = re.search(r'pip install "\.\[([a-z,]+)\]"', page)[1].split(",")
+    assert {"faiss-gpu-cu12", "pytest"} <= {each.name for each in requirements(*extras)}  # pytest -m gpu follows
+    assert all("OMP_NUM_THREADS=" in line for line in lines if "accelerate launch" in line)
+    for each in read[2:]:
+        prepare_multi_gpu_env(each)
+        assert (each.rdzv_backend, each.rdzv_endpoint, each.nproc_per_node) == ("static", "HOST:29500", "8")
     sizes = [(each.num_processes, each.num_machines, int(each.machine_rank)) for each in read]
     assert sizes == [(8, 1, 0), (4, 1, 0), (16, 2, 0), (16, 2, 1)]
     assert all((ROOT / each.training_script.replace(".", "/")).with_suffix(".py").is_file() for each in read)

@@ -130,6 +130,51 @@ def check_flags(call: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             main.main()
 
 
+def gpu_page() -> str:
+    """The commands of the README's page for GPUs."""
+    page = (ROOT / "README.md").read_text().split("## Your first hour on a GPU\n")[1]
+    return page.split("```bash\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize(("cards", "line"), [(1, ""), (8, "ACCELERATE_CONFIG"), (8, "")])
+def test_the_scripts_of_the_page_for_gpus_run_one_after_the_other_on_what_the_one_before_wrote(
+    cards, line, tmp_path, monkeypatch
+):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    for room in ("scripts", "accelerate_config"):
+        shutil.copytree(ROOT / room, tmp_path / room)
+    for store in ("wikitext-gpt2/dstore_gpt2_train_1600.arrow", "wikitext-gpt2-large/dstore_gpt2_train_1280.arrow"):
+        (tmp_path / "dstore" / store).mkdir(parents=True)
+    _, one_card, eight_cards, *_ = gpu_page().split("\n\n")
+    first = eight_cards.splitlines()[1] if line else ""
+    assert line in first
+    program, machine = stub_python(tmp_path / "stub"), stub_cards(tmp_path / "bin", *["9.0"] * cards)
+    done = shell("bash", "-ec", f"{first}\n{one_card}", cwd=tmp_path, PYTHON=program, **machine)
+    assert done.returncode == 0, done.stderr
+    found = calls(program)
+    assert modules(
+        [call[call.index("-m", 2) :] if "accelerate.commands.launch" in call else call for call in found]
+    ) == [
+        *("preprocess_dataset", "train_base", "knn_utils.build_index", "knn_utils.saveKNNMulti"),
+        *("train_base", "train_mlpmem_offline", "evaluate_joint"),
+    ]
+    _, teacher, index, search, student, train, joint = map(flags, found)
+    assert teacher["--dataset_name"] == student["--dataset_name"] == train["--dataset_name"]
+    assert index["--dstore_path"] == search["--dstore_path"] and index["--index_path"] == search["--index_path"]
+    assert train["--knn_save_path"] == search["--output_path"]
+    assert Path(train["--knn_dstore_path"]).parent == Path(student["--dstore_dir"])
+    assert student["--model_name_or_path"] == train["--model_name_or_path"] == joint["--model_name_or_path"]
+    assert Path(joint["--knn_generator_path"]) == Path(train["--output_dir"]) / f"epoch_{train['--num_train_epochs']}"
+    monkeypatch.chdir(tmp_path)
+    for call in found:
+        check_flags(call, monkeypatch)
+        if "accelerate.commands.launch" in call:
+            launched = _validate_launch_command(launch_command_parser().parse_args(call[2:]))[0]
+            training = launched.training_script == "train_mlpmem_offline"
+            assert launched.num_processes == (cards if training or line else 1)
+
+
 def test_several_processes_are_launched_where_a_configuration_is_named(tmp_path):
     config = {"ACCELERATE_CONFIG": "accelerate_config/cpu.yaml"}
     _, (call,) = ran(tmp_path, "scripts/train_mlpmem_offline.sh", **config)
@@ -292,6 +337,7 @@ def test_the_table_with_training_takes_the_teacher_for_the_targets_and_the_stude
     _, found = reproduction(tmp_path, TRAIN=1, XL="xl", LARGE="large", WINDOWS="windows")
     wanted = ["train_base", "knn_utils.build_index", "knn_utils.saveKNNMulti", "train_base", "train_mlpmem_offline"]
     assert modules(found)[:2] == ["knn_utils.preflight"] * 2 and modules(found)[5:10] == wanted
+    assert not any("per_second" in word for call in found for word in call)  # one set of assumed rates, preflight's
     save, _, search, student, train = (flags(call) for call in found[5:10])
     assert save["--model_name_or_path"] == "xl" and student["--model_name_or_path"] == "large"
     assert train["--knn_save_path"] == search["--output_path"]
