@@ -38,7 +38,7 @@ from training.rows import HEAD_BYTES, OfflineRows, rows_at_once
 from training.trainer import MemoryTrainer
 from utils.cli import command
 from utils.errors import InputError
-from utils.evaluation import base_label_log_probabilities
+from utils.evaluation import Scorer
 from utils.gating import gate_rows
 from utils.loading import BaseArguments
 
@@ -224,17 +224,14 @@ def test_a_stage_runs_where_its_base_is_and_gives_the_numbers_of_the_cpu(stage, 
 def test_blocks_of_logits_on_a_gpu_are_sized_by_bytes(limit, monkeypatch):
     from models import capture
 
-    base, rows, made = tiny_base("llama"), torch.randn(40, HIDDEN), []
-    labels = torch.arange(40)
-    with torch.inference_mode():
-        expected = base_label_log_probabilities(base, rows, labels)
+    base, made, logits = tiny_base("llama"), [], capture.base_logits
+    (expected,) = Scorer(base).batches(WINDOWS, 3)
     monkeypatch.setattr("utils.evaluation.GPU_PRODUCT_BYTES", limit * 4 * VOCABULARY)
-    logits = capture.base_logits
     monkeypatch.setattr(capture, "base_logits", lambda base, some: made.append(len(some)) or logits(base, some))
     with claimed_devices():
-        found = base_label_log_probabilities(put(base, "cuda:0"), rows.to("cuda:0"), labels).cpu()
-    assert max(made) == limit and sum(made) == 40
-    torch.testing.assert_close(found, expected)
+        (found,) = Scorer(put(base, "cuda:0")).batches(WINDOWS, 3)
+        assert max(made) == limit and sum(made) == len(found[1]) == 33
+        torch.testing.assert_close(found[1].cpu(), expected[1])
 
 
 class Alone:
