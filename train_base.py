@@ -21,6 +21,7 @@ from utils.errors import InputError, check_at_least, check_positive, check_seed
 from utils.results import ADAPTIVE, ScoreArguments
 
 DESCRIPTION = "Fine-tune, score or embed with a base language model."
+COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # torch.compile's
 
 
 @dataclass
@@ -157,6 +158,8 @@ def check_numbers(arguments: StageArguments, training: Any) -> None:
             raise InputError(f"--{name} {getattr(training, name)}: expected a number below 1")
     for name in ("seed", "data_seed"):
         check_seed(f"--{name}", getattr(training, name))
+    if training.torch_compile_mode not in (None, *COMPILE_MODES):
+        raise InputError(f"--torch_compile_mode {training.torch_compile_mode}: expected {', '.join(COMPILE_MODES)}")
 
 
 def save(base: Any, windows: Any, arguments: StageArguments, training: Any, dtype: Any) -> None:

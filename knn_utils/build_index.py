@@ -240,6 +240,8 @@ class IndexBuild:
         for remark in remarks:
             say(remark)
         num_shards = asked.num_shards or self.state.num_processes
+        if num_shards > store.rows:
+            raise InputError(f"--num_shards {num_shards}: expected at most {store.rows}, the rows of {store.path}")
         plan = {"factory": factory, "folder": num_shards > 1, "first_shard": 0, "extends": None}
         return plan | {"shards": divide(0, store.rows, num_shards)}
 

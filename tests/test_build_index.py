@@ -278,6 +278,8 @@ def test_what_faiss_cannot_build_is_one_line(dstore: Path) -> None:
         assert factory in refused_here(MODULE, "--dstore_path", dstore, "--index_factory", factory)
     for flag in ("--ncentroids", "--code_size", "--probe", "--num_shards", "--num_keys_to_add_at_a_time"):
         assert f"{flag} 0" in refused_here(MODULE, "--dstore_path", dstore, flag, 0)
+    many = ("--index_factory", "Flat", "--num_shards", 10**12)
+    assert "--num_shards 1000000000000" in refused_here(MODULE, "--dstore_path", dstore, *many)
     for seed in (-1, 1 << 31):
         assert f"--seed {seed}" in refused_here(MODULE, "--dstore_path", dstore, "--seed", seed)
     assert "1, 2, 4, 8, 16" in refused_here(MODULE, "--dstore_path", dstore, "--code_size", 5)

@@ -174,7 +174,7 @@ def test_a_last_window_of_one_token_is_skipped(ground, tmp_path):
         *(("weight_decay", -1), ("max_grad_norm", -1), ("adam_beta1", 1), ("adam_beta2", -1), ("adam_epsilon", -1)),
         *(("max_eval_samples", 0), ("patience", 0), ("k", 0), ("dataloader_num_workers", -1)),
         *(("warmup_steps", "nan"), ("label_smoothing_factor", "inf"), ("label_smoothing_factor", -1)),
-        *(("max_steps", 0), ("max_steps", -2), ("torch_dtype", "int8")),
+        *(("max_steps", 0), ("max_steps", -2), ("torch_dtype", "int8"), ("torch_compile_mode", "nope")),
         *(("optim_args", "nope"), ("report_to", "nope"), ("lr_scheduler_type", "warmup_stable_decay")),
     ],
 )
