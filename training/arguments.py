@@ -74,7 +74,7 @@ class TrainerArguments(BaseArguments):
     gradient_accumulation_steps: int = flag(1, "loads of windows that make one step")
     per_device_train_batch_size: int = flag(8, "windows that a process takes at a time")
     per_device_eval_batch_size: int = flag(8, "windows that a process scores at a time")
-    micro_batch_rows: int | None = flag(None, "rows that go through the memory at once; default: as fit")
+    micro_batch_rows: int | None = flag(None, "rows that go through the memory at once; default: what fits the device")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     mixed_precision: str | None = flag(
         None,

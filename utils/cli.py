@@ -98,7 +98,8 @@ def command(main: Callable[[], None], *, training: bool = False) -> Callable[[],
 
     Handles `InputError`, operating-system errors on files, and Ctrl-C. Any other exception is a fault of ours and keeps
     its traceback; `MLPMEM_TRACEBACK=1` keeps that of all. Processes that a launcher started together are connected
-    first, and one that fails ends them all. `training`: they wait for each other for torch's own time (minutes), unless told otherwise.
+    first, and one that fails ends them all. `training`: they wait for each other for torch's own time (minutes), unless
+    MLPMEM_TIMEOUT_MINUTES says another.
     """
 
     @functools.wraps(main)

@@ -180,8 +180,8 @@ def open_source(
 
     Args:
         name: a file (.txt, .jsonl, .csv, these compressed with .gz, .bz2 or .xz, .parquet: the split `train`); a folder
-            of files named by their split (train.txt, validation.jsonl.gz, test.parquet); a folder of .txt files with other names (`train`, one
-            document each); a folder that `datasets` saved or loads; or the name of a dataset on the hub.
+            of files named by their split (train.txt, validation.jsonl.gz, test.parquet); a folder of .txt files with
+            other names (`train`, one document each); a folder that `datasets` saved or loads; or the name of a dataset on the hub.
         config_name: the dataset's configuration, or the subfolder of that name.
         text_column: the column that holds the text.
         document_separator: regular expression for .txt files, see `read_documents`.
