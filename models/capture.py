@@ -66,9 +66,7 @@ def final_norm(model: nn.Module) -> nn.Module:
     body = next(module for module in model.modules() if any(child is blocks for child in module.children()))
     norms = [child for child in body.children() if is_norm(child)]
     if not norms:
-        raise ValueError(
-            f"{type(body).__name__}: no norm stands beside its decoder blocks, so there is no memory stack"
-        )
+        raise ValueError(f"{type(body).__name__}: no norm beside its decoder blocks, so there is no memory stack")
     return norms[-1]
 
 
@@ -196,9 +194,7 @@ def logit_scale(base: nn.Module) -> float:
         if not torch.allclose(_capped(raw, base), logits, **close):
             scale = ((logits * raw).sum() / raw.square().sum()).item()
             if not torch.allclose(_capped(raw * scale, base), logits, **close):
-                raise ValueError(
-                    f"model family '{base.config.model_type}': what it does to its logits is not known here"
-                )
+                raise ValueError(f"model family '{base.config.model_type}': what it does to its logits is unknown")
         _scales[base] = scale
     return _scales[base]
 

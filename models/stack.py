@@ -138,9 +138,7 @@ class MLPStack:
         folder = find_memory(path)
         config = read_memory_config(folder)
         if config.model_type != cls.config_class.model_type:
-            raise ValueError(
-                f"{path}: holds a memory of the {config.model_type} family, expected one for {cls.__name__}"
-            )
+            raise ValueError(f"{path}: holds a memory of the {config.model_type} family, expected a {cls.__name__}")
         state = read_memory_state(folder)
         transform = state.get("embedding_transform.weight")  # (hidden, input_dim)
         with torch.device("meta"):
@@ -159,9 +157,8 @@ class MLPStack:
             ) from None
         if dtype is not None:
             memory.config.dtype = dtype
-        memory.name_or_path = memory.config.name_or_path = os.path.abspath(
-            folder
-        )  # what lies beside it is looked up there
+        # What lies beside it is looked up there.
+        memory.name_or_path = memory.config.name_or_path = os.path.abspath(folder)
         return memory.eval()
 
 
@@ -236,9 +233,8 @@ def find_memory(path: str | os.PathLike) -> Path:
         folder = download(str(path))
     found = _memories(folder)
     if not found:
-        raise ValueError(
-            f"{path}: holds no MLP memory; expected config.json beside model.safetensors or pytorch_model.bin"
-        )
+        files = "config.json beside model.safetensors or pytorch_model.bin"
+        raise ValueError(f"{path}: holds no MLP memory; expected {files}")
     if len(found) > 1:
         names = sorted((str(each.relative_to(folder)) for each in found), key=lambda name: (len(name), name))
         raise ValueError(f"{path}: holds several memories ({', '.join(names)}); name one of them")

@@ -190,6 +190,19 @@ def _away_from_zero(weight: torch.Tensor) -> torch.Tensor:
     return torch.where(weight.abs() < floor, torch.where(weight < 0, -floor, floor), weight)
 
 
+def drop_neurons(memory: nn.Module, rate: float) -> None:
+    """Dropout in the memory's MLPs: in training, what enters an output projection is zeroed with probability `rate`.
+
+    Raises ValueError when the family's MLP has no output projection.
+    """
+
+    def drop(projection: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (nn.functional.dropout(args[0], rate, projection.training),)
+
+    for block in memory.blocks:
+        _output_projection(block.mlp, memory.config.hidden_size).register_forward_pre_hook(drop)
+
+
 def _output_projection(mlp: nn.Module, width: int) -> nn.Module:
     """The linear layer that gives an MLP's output (…, width): its last. Raises ValueError when it has none."""
     layers = [module for module in mlp.modules() if isinstance(module, (nn.Linear, Conv1D))]

@@ -9,7 +9,7 @@
 #   MAX_CHARACTERS  size: paragraphs that begin within so many characters of an article  (default: 1200)
 #   DTYPE           float32, bfloat16 or auto                 (default: auto, the faster of the two here)
 #   SIZE            full: all of the default text's articles, whatever time it takes
-#   LAYERS EPOCHS LEARNING_RATE ALPHA WINDOWS_PER_STEP        the memory and its training
+#   LAYERS EPOCHS LEARNING_RATE ALPHA DROPOUT WINDOWS_PER_STEP  the memory and its training
 #   KNOWN_WEIGHT    weight of known text when the gate is trained: more recall, higher perplexity  (default: 0.05)
 #   K PROBE         neighbours of a position, inverted lists searched  (default: 256, 8)
 #   INDEX_FACTORY   kind of index, a FAISS factory string     (default: IVF512,Flat)
@@ -38,6 +38,7 @@ if [ "${FINETUNE:=0}" = 1 ]; then
     : "${EPOCHS:=12}" "${KNOWN_WEIGHT:=0.02}"
 fi
 : "${LAYERS:=4}" "${EPOCHS:=6}" "${KNOWN_WEIGHT:=0.05}" "${LEARNING_RATE:=6e-4}" "${ALPHA:=0.2}" "${WINDOWS_PER_STEP:=3}"
+: "${DROPOUT:=0}"
 LAMBDAS="0.02 0.05 0.1 0.15 0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 0.85 0.9"
 mkdir -p "$DONE"
 
@@ -136,7 +137,7 @@ once "kNN targets" python -m knn_utils.saveKNNMulti --dstore_path "$train_dstore
 once "train the memory" python -m train_mlpmem_offline --model_name_or_path "$MODEL" --dataset_name "$WORK/windows" \
     --knn_save_path "$WORK/targets" --knn_dstore_path "$train_dstore" --validation_dstore_path "$validation_dstore" \
     --output_dir "$WORK/memory" --init_from_base --memory_layers "$LAYERS" --num_train_epochs "$EPOCHS" \
-    --learning_rate "$LEARNING_RATE" --alpha "$ALPHA" --per_device_train_batch_size "$WINDOWS_PER_STEP" \
+    --learning_rate "$LEARNING_RATE" --alpha "$ALPHA" --memory_dropout "$DROPOUT" --per_device_train_batch_size "$WINDOWS_PER_STEP" \
     --lr_scheduler_type linear --num_warmup_steps 10 --micro_batch_rows 2048 --max_eval_samples 16 \
     --seed "$SEED" --mixed_precision "$mixed"
 memory="$WORK/memory/epoch_$EPOCHS"

@@ -273,7 +273,7 @@ def test_what_is_no_memory_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no MLP memory"):
         load_memory(tmp_path)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match="holds a memory of the llama family, expected one for GPT2MLPModel"):
+    with pytest.raises(ValueError, match="holds a memory of the llama family, expected a GPT2MLPModel"):
         GPT2MLPModel.from_pretrained(GOLDEN / "llama" / "memory")
     with pytest.raises(ValueError, match="is a file"):
         load_memory(tmp_path / "file")

@@ -7,10 +7,11 @@ import pytest
 import torch
 from tiny_models import HIDDEN, some_ids, tiny_base, tiny_memory
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from models import LlamaMLPModel, memory_config
 from models.capture import captured_module, final_norm, hidden_states
-from models.starts import init_from_base, init_lm_head, measure_scale
+from models.starts import drop_neurons, init_from_base, init_lm_head, measure_scale
 
 pytestmark = pytest.mark.unit
 FAMILIES = ["gpt2", "llama", "mistral"]
@@ -139,6 +140,26 @@ def test_shapes_that_differ_are_refused():
     wider = LlamaMLPModel(memory_config(base.config, 1), input_dim=48, output_dim=HIDDEN)
     with pytest.raises(ValueError, match="embedding_transform"):
         init_from_base(wider, base, scale)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gpt_neox"])
+def test_dropout_takes_neurons_away_in_training_only(family):
+    memory, entered = tiny_memory(tiny_base(family)), []
+    states = torch.randn(400, HIDDEN)
+    whole = memory.eval()(states).logits
+    drop_neurons(memory, 0.25)
+    for block in memory.blocks:
+        *_, projection = (each for each in block.mlp.modules() if isinstance(each, (nn.Linear, Conv1D)))
+        projection.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    assert torch.equal(memory(states).logits, whole)
+    kept = entered.copy()
+    entered.clear()
+    memory.train()(states)
+    assert len(entered) == len(memory.blocks)
+    assert all(0.2 < (each == 0).float().mean() < 0.3 for each in entered)
+    left = entered[0] != 0
+    assert torch.allclose(entered[0][left], kept[0][left] / 0.75)
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])

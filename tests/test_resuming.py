@@ -29,6 +29,7 @@ DECISIVE = {
     "per_device_train_batch_size": (32, "windows_per_step"),
     "gradient_accumulation_steps": (2, "windows_per_step"),
     "memory_layers": (3, "data.layers"),
+    "memory_dropout": (0.1, "data.dropout"),
     "init_from_base": (True, "data.start"),
     "init_lm_head": (True, "data.start"),
     "mixed_precision": ("bf16", "--mixed_precision bf16"),

@@ -71,6 +71,16 @@ def test_gradient_accumulation_and_micro_batches_do_not_change_the_losses(llama_
     assert losses(tmp_path / "pieces") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
 
 
+def test_dropout_changes_what_is_learnt_and_not_how_it_is_validated(llama_world, tmp_path):
+    for name, rate in (("whole", 0), ("dropped", 0.5)):
+        offline(llama_world, tmp_path / name, "--memory_dropout", rate, "--learning_rate", 1e-12)
+    whole, dropped = losses(tmp_path / "whole"), losses(tmp_path / "dropped")
+    assert all(mine != other for mine, other in zip(whole, dropped, strict=True))
+    # At this rate the weights stay as they began, so the same memory is scored.
+    ends = [record(tmp_path / name)["log"][-1]["validation"] for name in ("whole", "dropped")]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
+
+
 def test_plain_and_fused_losses_train_to_the_same_weights(llama_world, tmp_path):
     ends = {}
     for name in ("plain", "fused"):
@@ -92,6 +102,7 @@ def test_validation_by_the_base_gives_the_figures_of_a_stored_datastore(llama_wo
 
 def test_a_killed_run_continues_to_the_same_losses_and_weights(llama_world, tmp_path):
     more = ("--knn_dstore_path", llama_world.dstore("train"), "--checkpointing_steps", 2, "--num_train_epochs", 4)
+    more += ("--memory_dropout", 0.2)  # which draws in each step what it would have drawn
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     command("train_mlpmem_offline", *llama_world.trainer(undisturbed, *more))
     arguments = [sys.executable, "-m", "train_mlpmem_offline", *map(str, llama_world.trainer(killed, *more))]
@@ -281,6 +292,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("flag", "value"),
         [
+            *(("memory_dropout", 1), ("memory_dropout", -0.1), ("memory_dropout", "nan")),
             *(("alpha", 1.5), ("learning_rate", -1), ("num_train_epochs", 0), ("checkpointing_steps", "sometimes")),
             *(("checkpointing_steps", "²"), ("seed", -1), ("seed", 1 << 32), ("lr_scheduler_type", "nope")),
             *(("weight_decay", -1), ("weight_decay", "nan"), ("num_warmup_steps", -1), ("max_eval_samples", 0)),

@@ -53,12 +53,9 @@ class TrainerArguments(BaseArguments):
     dataset_name: str | None = flag(None, "windows folder made by utils/preprocess_dataset.py")
     dataset_split_name: str = flag("train", "split to train on")
     knn_save_path: str | None = flag(None, "kNN targets made by knn_utils.saveKNNMulti")
-    base_model_name: str = flag(
-        "small", f"preset of the memory's layer count ({', '.join(PRESETS)}); of use for its own family only"
-    )
-    memory_layers: int | None = flag(
-        None, f"layers of the memory; default: the preset's where it fits the base's family, else {DEFAULT_LAYERS}"
-    )
+    base_model_name: str = flag("small", f"preset of the memory's layers, for its own family: {', '.join(PRESETS)}")
+    memory_layers: int | None = flag(None, f"layers of the memory; default: its family's preset, else {DEFAULT_LAYERS}")
+    memory_dropout: float = flag(0.0, "share of the neurons of the memory's MLPs that each training step drops")
     output_dir: str = flag("output", "folder of the checkpoints; an interrupted run there is continued")
     overwrite: bool = flag(False, "begin again where the folder holds another run")
     learning_rate: float = flag(5e-5, "peak learning rate of AdamW")
@@ -68,9 +65,7 @@ class TrainerArguments(BaseArguments):
     num_train_epochs: int = flag(3, "passes over the data")
     max_train_steps: int | None = flag(None, "stop after this many steps")
     alpha: float = flag(0.5, "weight of KL(kNN || memory); the cross-entropy has 1 - alpha")
-    loss: str = flag(
-        "fused", "fused: loss and gradients by chunks of rows; plain: the same from all logits, easy to change"
-    )
+    loss: str = flag("fused", "fused: loss and gradients by chunks of rows; plain: from all logits, easy to change")
     gradient_accumulation_steps: int = flag(1, "loads of windows that make one step")
     per_device_train_batch_size: int = flag(8, "windows that a process takes at a time")
     per_device_eval_batch_size: int = flag(8, "windows that a process scores at a time")
@@ -82,9 +77,7 @@ class TrainerArguments(BaseArguments):
         "computes in it; a continued run keeps the one it began with",
     )
     seed: int | None = flag(None, "seed of initialisation and data order; without it a run draws one and records it")
-    checkpointing_steps: str | None = flag(
-        None, "a checkpoint is written each `epoch`, and with a number also each N steps; default: epoch"
-    )
+    checkpointing_steps: str | None = flag(None, "each epoch ends with a checkpoint; with a number each N steps too")
     resume_from_checkpoint: str | None = flag(None, "checkpoint folder to continue from; default: the output's latest")
     logging_steps: int = flag(10, "steps between entries of the log")
     init_lm_head: bool = flag(False, "begin with the base's head and final norm")
@@ -115,6 +108,8 @@ class TrainerArguments(BaseArguments):
         counts += ("per_device_eval_batch_size", "max_eval_samples", "memory_layers", "max_train_steps")
         check_at_least(1, self, *counts, "micro_batch_rows")
         check_at_least(0, self, "weight_decay", "num_warmup_steps")
+        if not 0 <= self.memory_dropout < 1:
+            raise InputError(f"--memory_dropout {self.memory_dropout:g}: expected 0 to less than 1")
         check_seed("--seed", self.seed)
         for name, values in CHOICES.items():
             if getattr(self, name) not in values:
@@ -226,7 +221,7 @@ def build_memory(arguments: TrainerArguments, config: Any, open_base: Callable[[
     import torch
 
     from models.families import memory_class
-    from models.starts import init_from_base, init_lm_head, measure_scale
+    from models.starts import drop_neurons, init_from_base, init_lm_head, measure_scale
 
     try:
         memory = memory_class(config)(config).to(torch.float32)
@@ -238,6 +233,8 @@ def build_memory(arguments: TrainerArguments, config: Any, open_base: Callable[[
             ids = ids.to(open_base().get_input_embeddings().weight.device)
             scale = measure_scale(open_base(), ids, layer_position=arguments.layer_position)
             init_from_base(memory, open_base(), scale, arguments.layer_position)
+        if arguments.memory_dropout:
+            drop_neurons(memory, arguments.memory_dropout)
     except ValueError as error:
         raise InputError(f"--model_name_or_path {arguments.model_name_or_path}: {one_line(error)}") from None
     return memory

@@ -101,6 +101,8 @@ def train_memory(
         "start": "base" if arguments.init_from_base else "head" if arguments.init_lm_head else "random",
         "layer_position": arguments.layer_position,
     }
+    if arguments.memory_dropout:
+        data["dropout"] = arguments.memory_dropout
     trainer = MemoryTrainer(memory, source, arguments, data, accelerator, validation, subfolder)
     record = trainer.train()
     accelerator.end_training()

@@ -313,9 +313,8 @@ def _check_targets(
     if lowest < 0 or highest >= vocabulary:
         raise InputError(f"target token ids reach from {lowest} to {highest}; expected 0 to {vocabulary - 1}")
     if lowest_label < 0 or highest_label >= vocabulary:
-        raise InputError(
-            f"labels reach from {lowest_label} to {highest_label}; expected 0 to {vocabulary - 1}, or {IGNORED_LABEL}"
-        )
+        reach = f"labels reach from {lowest_label} to {highest_label}"
+        raise InputError(f"{reach}; expected 0 to {vocabulary - 1}, or {IGNORED_LABEL}")
     # Widened where they go to: a CPU's copies would not be pinned, and a GPU would wait for them.
     labels, id_cnt, token_id, prob = (
         each.to(like.device, non_blocking=True) for each in (labels, id_cnt, token_id, prob)

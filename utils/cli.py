@@ -25,9 +25,7 @@ EXIT_BAD_INPUT = 2
 EXIT_LOST_PROCESS = 1
 EXIT_INTERRUPTED = 130
 TIMEOUT, LISTEN = "MLPMEM_TIMEOUT_MINUTES", timedelta(seconds=2)
-LESS_AT_ONCE = (
-    "Less at a time needs less: --micro_batch_rows, --per_device_train_batch_size, --per_device_eval_batch_size"
-)
+LESS_AT_ONCE = "Less at a time: --micro_batch_rows, --per_device_train_batch_size, --per_device_eval_batch_size"
 LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Socket Timeout")
 
 

@@ -128,9 +128,8 @@ class FolderLock:
         except OSError:
             self._file.close()
             self._file = None
-            raise InputError(
-                f"{self.path.parent}: another run is writing here; wait for it to end or choose another folder"
-            ) from None
+            told = "another run is writing here; wait for it to end or choose another folder"
+            raise InputError(f"{self.path.parent}: {told}") from None
         return self
 
     def release(self) -> None:

@@ -209,9 +209,8 @@ def from_pretrained(call: Callable[..., Any], path: str | os.PathLike, flag: str
         closed = [file for file in Path(path).glob("*") if not os.access(file, os.R_OK)]
         if closed:
             raise InputError(f"{flag} {closed[0]}: cannot be read (permission denied); check its permissions") from None
-        raise InputError(
-            f"{flag} {path}: cannot be loaded as a causal language model ({one_line(error, 240)})"
-        ) from None
+        told = f"cannot be loaded as a causal language model ({one_line(error, 240)})"
+        raise InputError(f"{flag} {path}: {told}") from None
 
 
 def quiet_libraries() -> None:
