@@ -103,15 +103,15 @@ def run(arguments: CompareArguments, output: Path) -> None:
     quiet_libraries()
     work = Quickstart(arguments)
     folder = ensure_folder(output / "methods")
-    common = work.identity | {"figures": FIGURES} | {name: getattr(arguments, name) for name in SIZES}
+    sizes = {"figures": FIGURES} | {name: getattr(arguments, name) for name in SIZES}
     with FolderLock(output):
         for name in METHODS:
             if name in arguments.methods and is_there(work, name):
                 own = {flag: getattr(arguments, flag) for flag in OWN.get(name, ())}
-                own |= {"adaptive": work.adaptive[name]} if name in work.adaptive else {}
-                measure(work, name, common | own, folder / f"{name}.json")
+                measure(work, name, work.identity_of(name) | sizes | own, folder / f"{name}.json")
         records = [read_json(path) for name in METHODS if (path := folder / f"{name}.json").exists()]
-        report(work, [record for record in records if common.items() <= record["identity"].items()], output)
+        asked = {name: (work.identity_of(name) | sizes).items() for name in METHODS}
+        report(work, [record for record in records if asked[record["name"]] <= record["identity"].items()], output)
 
 
 def is_there(work: Any, name: str) -> bool:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.compare_methods import Method, Quickstart, bytes_of, library, memory
+from benchmarks.compare_methods import Method, Quickstart, bytes_of, library, memory, memory_adaptive
+from models.gate import SETTINGS
 from utils.errors import InputError
 from utils.files import read_json
 from utils.folders import atomic_folder
@@ -41,7 +42,8 @@ def lora(work: Quickstart, name: str) -> Method:
     merged, on_disk = base.merge_and_unload().eval(), bytes_of(adapter.glob("adapter_*"))
     settings = {"kept": steps if name == "lora_last" else kept, "validation": losses}
     if name == "lora_memory":
-        method = memory(memory_for(work, merged, folder.with_name(f"{folder.name}-memory")))
+        other = memory_for(work, merged, folder.with_name(f"{folder.name}-memory-{digest(work.training)}"))
+        method = memory_adaptive(other) if other.adaptive["memory_adaptive"] else memory(other)
         note = f"the base is LoRA's, merged; datastore, index, targets and memory were made anew for it: {method.note}"
         return replace(method, bytes=method.bytes + on_disk, note=note, settings=settings)
     state = f"the state after all {steps} steps"
@@ -57,6 +59,10 @@ def lora(work: Quickstart, name: str) -> Method:
     return Method(merged, bytes=on_disk, note=note, settings=settings)
 
 
+def digest(settings: object) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+
+
 def train(work: Quickstart) -> Path:
     """The folder of the adapter, trained by `utils.finetune` on the memory's windows, epochs and windows a step.
 
@@ -69,9 +75,8 @@ def train(work: Quickstart) -> Path:
     flags, training = work.flags, work.training
     rank, at_once = flags.lora_rank, training["windows_per_step"]
     epochs = flags.lora_epochs or training["num_train_epochs"]
-    identity = [training, rank, flags.lora_learning_rate, flags.lora_epochs]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
-    folder = work.output / "work" / f"lora-{digest}"
+    identity = [work.identity_of("lora"), rank, flags.lora_learning_rate, flags.lora_epochs]
+    folder = work.output / "work" / f"lora-{digest(identity)}"
     steps = math.ceil(len(work.windows("train")) / at_once) * epochs
     every = max(math.ceil(steps / EVALUATIONS), 1)  # and once more at the end
     arguments = FinetuneArguments(
@@ -137,6 +142,7 @@ def memory_for(work: Quickstart, base: Any, folder: Path) -> Quickstart:
     settings = [word for name in (*TRAINED_WITH, "seed", "max_grad_norm") for word in (f"--{name}", training[name])]
     settings += ["--max_train_steps", training["max_train_steps"]] if training["max_train_steps"] else []
     settings += ["--per_device_train_batch_size", training["windows_per_step"], "--memory_layers", data["layers"]]
+    settings += ["--memory_dropout", data.get("dropout", 0)]
     reading = (
         "--knn_save_path",
         folder / "targets",
@@ -149,8 +155,13 @@ def memory_for(work: Quickstart, base: Any, folder: Path) -> Quickstart:
     stage(
         "train_mlpmem_offline", *reads, *reading, *checked, *settings, "--mixed_precision", precision["mixed_precision"]
     )
+    memory_path = folder / "memory" / read_json(folder / "memory/training.json")["checkpoint"]
+    if work.adaptive["memory_adaptive"] and not (memory_path / SETTINGS).exists():
+        gate = read_json(work.memory / SETTINGS)
+        settings = [word for name in ("known_weight", "caution", "knn_temp") for word in (f"--{name}", gate[name])]
+        settings += ["--torch_dtype", work.dtype, "--seed", training["seed"]]
+        stage("training.gate", *reads, "--knn_generator_path", memory_path, *settings)
     if not (done := folder / "joint_validation/results.json").exists():
-        memory_path = folder / "memory" / read_json(folder / "memory/training.json")["checkpoint"]
         score = ("--do_test", "--dataset_split_name", "validation", "--knn_generator_path", memory_path)
         read = ("--dstore_path", stores["validation"], "--output_dir", done.parent)
         stage("evaluate_joint", *held, *score, *read, *grid_of(work, done.parent.name))

@@ -36,6 +36,8 @@ ENCODER_FILES = {
     "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
 }
 ENCODER_TOKENS = 256  # the encoder's own bound; the rest of a text is not read
+# Settings of the memory's training that LoRA takes over.
+LORA_SHARES = ("num_train_epochs", "windows_per_step", "num_warmup_steps", "seed")
 # Numbers of the articles that fit a text best, best first.
 Search = Callable[[str, int], list[int]]
 
@@ -84,8 +86,20 @@ class Quickstart:
         if not self.web_path.is_file():
             raise InputError(f"--web_text {self.web_path}: no such file; name a text that nothing was trained on")
         web = sha256_file(self.web_path)[:16]
-        chosen = {"training": self.training, "joint": self.joint, "knnlm": self.knnlm}
-        self.identity = chosen | {"dtype": self.dtype, "web": web}
+        data = self.training["data"]
+        self.identity = {"dtype": self.dtype, "web": web} | {name: data.get(name) for name in ("model", "windows")}
+        self.identity["layer_position"] = self.layer_position
+
+    def identity_of(self, name: str) -> dict[str, Any]:
+        """What the results of method `name` depend on, beside the flags."""
+        found = self.identity | ({"adaptive": self.adaptive[name]} if name in self.adaptive else {})
+        if "memory" in name:
+            found |= {"training": self.training, "joint": self.joint}
+        if "knnlm" in name:
+            found |= {"targets": self.training["data"]["targets"], "knnlm": self.knnlm}
+        if "lora" in name:
+            found |= {setting: self.training[setting] for setting in LORA_SHARES}
+        return found
 
     @functools.cached_property
     def tokenizer(self) -> Any:

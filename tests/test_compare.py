@@ -191,6 +191,17 @@ def test_a_second_run_measures_nothing_and_a_cut_off_one_only_what_is_missing(co
     assert all(after[name] == json.loads(text) for name, text in before.items() if name != "memory.json")
 
 
+def test_another_memory_leaves_the_figures_of_the_others(compared, work):
+    _, output = compared
+    now, later = work_of(work), work_of(work)
+    later.training["alpha"] = 0.9
+    changed = {name for name in results_of(output) if now.identity_of(name) != later.identity_of(name)}
+    assert changed == {"memory", "memory_adaptive", "lora_memory"}
+    later.training["seed"], later.knnlm["k"] = 5, 3
+    changed = {name for name in results_of(output) if now.identity_of(name) != later.identity_of(name)}
+    assert changed == {"memory", "memory_adaptive", "lora_memory", "knnlm", "knnlm_adaptive", "lora", "lora_last"}
+
+
 def test_other_sizes_are_measured_anew_and_not_mixed_with_the_old(compared, work, capsys, tmp_path):
     command("benchmarks.compare", *flags_of(work, tmp_path), "--methods", "base", "memory")
     capsys.readouterr()
@@ -281,13 +292,16 @@ def test_the_state_after_all_epochs_and_the_memory_of_the_adapted_base_are_made_
     methods = results_of(output)
     best, last = (methods[name]["settings"] for name in ("lora", "lora_last"))
     assert last["validation"] == best["validation"] and last["kept"] == best["validation"][-1][0]
-    (folder,) = output.glob("work/lora-*-memory")
+    (folder,) = output.glob("work/lora-*-memory-*")
     ours, theirs = (json.loads((where / "memory/training.json").read_text())["settings"] for where in (work, folder))
     assert {**theirs, "data": None} == {**ours, "data": None}
     assert theirs["data"]["model"] != ours["data"]["model"] and theirs["data"]["windows"] == ours["data"]["windows"]
     assert theirs["data"]["targets"]["k"] == ours["data"]["targets"]["k"]
     joint, tuned = (methods[name]["held_out"]["perplexity"] for name in ("lora_memory", "lora"))
     assert joint != tuned and methods["lora_memory"]["bytes"] > methods["lora"]["bytes"]
+    mine, other = (json.loads((where / "memory/epoch_1/gate.json").read_text()) for where in (work, folder))
+    assert mine["known_weight"] == other["known_weight"] and mine["base_probe"] != other["base_probe"]
+    assert "lambda by token" in methods["lora_memory"]["note"]
 
 
 @pytest.mark.unit
