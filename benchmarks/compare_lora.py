@@ -64,7 +64,8 @@ def digest(settings: object) -> str:
 
 
 def train(work: Quickstart) -> Path:
-    """The folder of the adapter, trained by `utils.finetune` on the memory's windows, epochs and windows a step.
+    """The folder of the adapter, trained by `utils.finetune` on the memory's windows, epochs and windows a step, in the
+    precision of the memory's training.
 
     The validation loss is measured four times along the way; the folder holds the adapter with the lowest one, and the
     last one as a checkpoint. An interrupted training continues.
@@ -89,7 +90,9 @@ def train(work: Quickstart) -> Path:
         per_device_eval_batch_size=at_once,
         weight_decay=0.0,
         seed=training["seed"],
-        bf16=work.dtype == "bfloat16",
+        bf16=work.mixed_precision == "bf16",
+        fp16=work.mixed_precision == "fp16",
+        use_cpu=not torch.cuda.is_available(),
         **{"eval_strategy": "steps", "eval_steps": every, "save_steps": every, "logging_steps": every},
         **{"save_total_limit": 2, "report_to": "none", "disable_tqdm": True},
     )
@@ -118,7 +121,7 @@ def memory_for(work: Quickstart, base: Any, folder: Path) -> Quickstart:
     if not windows.is_dir():
         windows.symlink_to((work.folder / "windows").resolve())
     training, data = work.training, work.training["data"]
-    targets, precision = data["targets"], read_json(work.folder / "memory/training.json")["precision"]
+    targets = data["targets"]
     reads = ("--model_name_or_path", model, "--dataset_name", windows, "--layer_position", work.layer_position)
     held = (*reads, "--torch_dtype", work.dtype, "--report_to", "none")
     stores = {}
@@ -152,9 +155,8 @@ def memory_for(work: Quickstart, base: Any, folder: Path) -> Quickstart:
         folder / "memory",
     )
     checked = ("--validation_dstore_path", stores["validation"], *STARTS[data["start"]])
-    stage(
-        "train_mlpmem_offline", *reads, *reading, *checked, *settings, "--mixed_precision", precision["mixed_precision"]
-    )
+    settings += ["--mixed_precision", work.mixed_precision]
+    stage("train_mlpmem_offline", *reads, *reading, *checked, *settings)
     memory_path = folder / "memory" / read_json(folder / "memory/training.json")["checkpoint"]
     if work.adaptive["memory_adaptive"] and not (memory_path / SETTINGS).exists():
         gate = read_json(work.memory / SETTINGS)

@@ -51,6 +51,7 @@ class Quickstart:
         joint, knnlm: lambda and temperature that were chosen on the validation articles (and k, probe).
         adaptive: what gives the two methods of that name their lambda, None where it was not made.
         dtype, name: of the base, as the stages used it.
+        mixed_precision: that the memory was trained in.
         identity: what the results of all methods depend on, beside the flags.
 
     Raises:
@@ -70,6 +71,7 @@ class Quickstart:
         self.training, self.memory = record["settings"], self.folder / "memory" / record["checkpoint"]
         self.joint, self.knnlm = ({name: row[name] for name in ("lmbda", "knn_temp")} for row in (joint, knnlm))
         self.knnlm |= {name: knnlm[name] for name in ("k", "probe")}
+        self.mixed_precision = record["precision"]["mixed_precision"]
         gate = self.memory / WEIGHTS
         self.adaptive = {
             "knnlm_adaptive": knnlm.get("adaptive"),
@@ -99,6 +101,7 @@ class Quickstart:
             found |= {"targets": self.training["data"]["targets"], "knnlm": self.knnlm}
         if "lora" in name:
             found |= {setting: self.training[setting] for setting in LORA_SHARES}
+            found["mixed_precision"] = self.mixed_precision
         return found
 
     @functools.cached_property
