@@ -17,7 +17,7 @@
 #   MIN_CHARACTERS  leave out shorter articles of the default text     (default: 500)
 #   BLOCK_SIZE      tokens of a window                        (default: 512)
 #   SEED            split of the articles, start and order of training (default: 42)
-#   FINETUNE=1      fine-tune the base first, as the paper does: on 480 documents, with twice the epochs, in OUTPUT/finetuned
+#   FINETUNE=1      fine-tune the base first, as the paper does: on 480 documents, with twice the epochs and dropout, in OUTPUT/finetuned
 #   FINETUNE_EPOCHS FINETUNE_LEARNING_RATE                    (default: 1, 1e-4)
 #   PYTHON          makes .venv, unless an environment is active       (default: python3)
 # shellcheck source=scripts/common.sh
@@ -29,16 +29,16 @@ DONE="$WORK/done"
 embedded="$WORK/embedded"
 : "${BLOCK_SIZE:=512}" "${MAX_CHARACTERS:=1200}" "${SEED:=42}" "${K:=256}" "${PROBE:=8}"
 # With little data a start near the base lowers the perplexity of unseen text. Six epochs at a small alpha make the
-# memory learn its corpus; a gate then keeps it silent where it does not know (docs/remember.md has what was tried). The
-# paper trains from random weights at 5e-4 and alpha 0.5, with one lambda. A base that has learnt the kind of text by
-# itself leaves less to gain: what is left takes more text and more epochs.
+# memory learn its corpus, dropout keeps it from being too sure elsewhere, and a gate keeps it silent where it does not
+# know (docs/remember.md has what was tried). The paper trains from random weights at 5e-4 and alpha 0.5, with one lambda.
+# A base that has learnt the kind of text by itself leaves less to gain: what is left takes more text and more epochs.
 documents=320
 if [ "${FINETUNE:=0}" = 1 ]; then
     documents=480
-    : "${EPOCHS:=12}" "${KNOWN_WEIGHT:=0.02}"
+    : "${EPOCHS:=12}" "${KNOWN_WEIGHT:=0.02}" "${DROPOUT:=0.4}"
 fi
 : "${LAYERS:=4}" "${EPOCHS:=6}" "${KNOWN_WEIGHT:=0.05}" "${LEARNING_RATE:=6e-4}" "${ALPHA:=0.2}" "${WINDOWS_PER_STEP:=3}"
-: "${DROPOUT:=0}"
+: "${DROPOUT:=0.2}"
 LAMBDAS="0.02 0.05 0.1 0.15 0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 0.85 0.9"
 mkdir -p "$DONE"
 
