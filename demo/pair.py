@@ -157,6 +157,8 @@ def short_name(path: str) -> str:
 
 def main() -> None:
     """Print the quickstart's base, memory, lambda and temperature, a line each: for scripts."""
+    if len(sys.argv) != 2:
+        raise InputError("demo.pair: expected one argument, a quickstart's folder (results/quickstart)")
     pair = quickstart_pair(Path(sys.argv[1]))
     print(pair.base, pair.memory, pair.lmbda, pair.knn_temp, sep="\n")
 

@@ -270,6 +270,7 @@ def test_without_a_quickstart_the_command_says_in_a_line_how_to_get_one(tmp_path
     for module in ("demo.generation_example", "demo.app"):
         line = refused("-m", module, "--quickstart", tmp_path)
         assert "bash scripts/quickstart.sh" in line and str(tmp_path) in line
+    assert "demo.pair: expected one argument" in refused("-m", "demo.pair")
 
 
 def test_without_flags_the_last_memory_of_the_quickstart_is_shown_at_its_best_mixture(quickstart, capsys):
