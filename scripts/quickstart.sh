@@ -11,13 +11,14 @@
 #   SIZE            full: all of the default text's articles, whatever time it takes
 #   LAYERS EPOCHS LEARNING_RATE ALPHA DROPOUT WINDOWS_PER_STEP  the memory and its training
 #   KNOWN_WEIGHT    weight of known text when the gate is trained: more recall, higher perplexity  (default: 0.05)
+#   CAUTION         weight of keeping the memory out of text of another kind (default: 1)
 #   K PROBE         neighbours of a position, inverted lists searched  (default: 256, 8)
 #   INDEX_FACTORY   kind of index, a FAISS factory string     (default: IVF512,Flat)
 #   BY_DOCUMENT=1   each document of TEXT begins a window  (the default text's articles do)
 #   MIN_CHARACTERS  leave out shorter articles of the default text     (default: 500)
 #   BLOCK_SIZE      tokens of a window                        (default: 512)
 #   SEED            split of the articles, start and order of training (default: 42)
-#   FINETUNE=1      fine-tune the base first, as the paper does: on 480 documents, with twice the epochs and dropout, in OUTPUT/finetuned
+#   FINETUNE=1      fine-tune the base first, as the paper does: on 480 documents, with other settings of the memory, in OUTPUT/finetuned
 #   FINETUNE_EPOCHS FINETUNE_LEARNING_RATE                    (default: 1, 1e-4)
 #   PYTHON          makes .venv, unless an environment is active       (default: python3)
 # shellcheck source=scripts/common.sh
@@ -35,10 +36,10 @@ embedded="$WORK/embedded"
 documents=320
 if [ "${FINETUNE:=0}" = 1 ]; then
     documents=480
-    : "${EPOCHS:=12}" "${KNOWN_WEIGHT:=0.02}" "${DROPOUT:=0.4}"
+    : "${EPOCHS:=12}" "${DROPOUT:=0.4}" "${KNOWN_WEIGHT:=0.005}" "${CAUTION:=0.3}"
 fi
 : "${LAYERS:=4}" "${EPOCHS:=6}" "${KNOWN_WEIGHT:=0.05}" "${LEARNING_RATE:=6e-4}" "${ALPHA:=0.2}" "${WINDOWS_PER_STEP:=3}"
-: "${DROPOUT:=0.2}"
+: "${DROPOUT:=0.2}" "${CAUTION:=1}"
 LAMBDAS="0.02 0.05 0.1 0.15 0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 0.85 0.9"
 mkdir -p "$DONE"
 
@@ -151,7 +152,7 @@ joint() {
 # shellcheck disable=SC2086
 joint validation --dstore_path "$validation_dstore" --lmbda $LAMBDAS --knn_temp 0.7 0.85 1 1.2 1.5 2
 once "gate" python -m training.gate --model_name_or_path "$MODEL" --knn_generator_path "$memory" \
-    --dataset_name "$WORK/windows" --known_weight "$KNOWN_WEIGHT" --torch_dtype "$dtype" --seed "$SEED"
+    --dataset_name "$WORK/windows" --known_weight "$KNOWN_WEIGHT" --caution "$CAUTION" --torch_dtype "$dtype" --seed "$SEED"
 joint test --lmbda adaptive --choose_on "$WORK/joint_validation/results.json" --torch_dtype "$dtype"
 knnlm test "$test_dstore" --choose_on "$WORK/knnlm_validation/results.json"
 
