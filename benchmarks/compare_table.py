@@ -52,7 +52,7 @@ def markdown(results: dict[str, Any]) -> str:
     columns += ("next token right, web text", "time to first token", "tokens/s", "added on disk")
     lines = [
         f"Base {description['model']} ({description['dtype']}), {description['train_tokens']:,} trained tokens; "
-        f"{machine['cpu']}, {machine['threads']} threads.",
+        f"{machine['cpu']}, threads: {machine['threads']}.",
         "",
         *(line(*columns), line(*["---"] * len(columns)), *(row(record) for record in methods.values()), ""),
         f"- Held-out articles: {first['held_out']['tokens']:,} tokens that nothing was trained on; web text: "
