@@ -120,5 +120,7 @@ def plot(methods: dict[str, dict[str, Any]], path: Path) -> None:
         axes.set_xlim(0, 1.08 * axes.dataLim.x1 if methods else 1)
         axes.grid(alpha=0.3)
     if methods:
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(methods), 5), fontsize=8)
+        figure.legend(
+            *left.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(methods), 5), fontsize=8
+        )
     save_figure(figure, path)
