@@ -158,11 +158,13 @@ def memory_for(work: Quickstart, base: Any, folder: Path) -> Quickstart:
     settings += ["--mixed_precision", work.mixed_precision]
     stage("train_mlpmem_offline", *reads, *reading, *checked, *settings)
     memory_path = folder / "memory" / read_json(folder / "memory/training.json")["checkpoint"]
-    if work.adaptive["memory_adaptive"] and not (memory_path / SETTINGS).exists():
-        gate = read_json(work.memory / SETTINGS)
-        settings = [word for name in ("known_weight", "caution", "knn_temp") for word in (f"--{name}", gate[name])]
-        settings += ["--torch_dtype", work.dtype, "--seed", training["seed"]]
-        stage("training.gate", *reads, "--knn_generator_path", memory_path, *settings)
+    if work.adaptive["memory_adaptive"]:
+        gate, own = read_json(work.memory / SETTINGS), memory_path / SETTINGS
+        wanted = {name: gate[name] for name in ("known_weight", "caution", "knn_temp")}
+        if not own.exists() or not wanted.items() <= read_json(own).items():
+            settings = [word for name, value in wanted.items() for word in (f"--{name}", value)]
+            settings += ["--torch_dtype", work.dtype, "--seed", training["seed"]]
+            stage("training.gate", *reads, "--knn_generator_path", memory_path, *settings)
     if not (done := folder / "joint_validation/results.json").exists():
         score = ("--do_test", "--dataset_split_name", "validation", "--knn_generator_path", memory_path)
         read = ("--dstore_path", stores["validation"], "--output_dir", done.parent)

@@ -94,7 +94,8 @@ class Quickstart:
 
     def identity_of(self, name: str) -> dict[str, Any]:
         """What the results of method `name` depend on, beside the flags."""
-        found = self.identity | ({"adaptive": self.adaptive[name]} if name in self.adaptive else {})
+        giver = "memory_adaptive" if name == "lora_memory" else name  # whose settings its own gate is trained with
+        found = self.identity | ({"adaptive": self.adaptive[giver]} if giver in self.adaptive else {})
         if "memory" in name:
             found |= {"training": self.training, "joint": self.joint}
         if "knnlm" in name:
