@@ -246,7 +246,7 @@ def evaluate(base: Any, windows: Any, arguments: StageArguments, training: Any) 
 
 def check_indexed(searcher: Any, base: Any, arguments: StageArguments) -> None:
     """Refuse an index of hidden states of another base than is scored. Raises InputError."""
-    from utils.files import check_made
+    from utils.legacy import check_made
 
     if arguments.dstore_path:
         from knn_utils.belonging import check_queries

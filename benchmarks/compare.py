@@ -25,7 +25,8 @@ from benchmarks.page import machine, put_in_page
 from downstream import recall
 from utils.cli import command, flag, parse, say
 from utils.errors import InputError, check_positive
-from utils.files import FolderLock, ensure_folder, read_json, write_json
+from utils.files import ensure_folder, read_json, write_json
+from utils.legacy import FolderLock
 
 # As the table calls them; methods and their figures, in the order in which they are measured.
 METHODS = {

@@ -19,7 +19,7 @@ from benchmarks.compare_methods import Method, Quickstart, bytes_of, library, me
 from models.gate import SETTINGS
 from utils.errors import InputError
 from utils.files import read_json
-from utils.folders import atomic_folder
+from utils.legacy import atomic_folder
 
 EVALUATIONS = 4
 # Stages of a memory's training whose flags are named like the settings that a run records.

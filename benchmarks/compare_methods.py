@@ -20,8 +20,8 @@ from benchmarks.compare_scores import Method, score_windows
 from models.gate import WEIGHTS
 from utils.cli import say
 from utils.errors import InputError
-from utils.files import ensure_folder, read_json, sha256_file
-from utils.folders import atomic_folder
+from utils.files import ensure_folder, read_json
+from utils.legacy import atomic_folder, sha256_file
 from utils.loading import BaseArguments, from_pretrained, load_windows
 from utils.memories import open_joint
 from utils.results import ADAPTIVE, lambda_text

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.timing import Row
 from utils.errors import InputError
-from utils.files import atomic_file
+from utils.files import atomic
 
 COLOURS = {"reached": "tab:blue", "missed": "tab:red", "not on this machine": "tab:grey"}
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
@@ -83,7 +83,7 @@ def put_in_page(page: Path, text: Callable[[], str]) -> None:
         raise InputError(f"--page {page}: expected a page with the lines {BEGIN} and {END}")
     head, rest = old.split(BEGIN, 1)
     tail = rest.split(END, 1)[1]
-    with atomic_file(page) as temporary:
+    with atomic(page) as temporary:
         temporary.write_text(f"{head}{BEGIN}\n{text()}\n{END}{tail}", encoding="utf-8")
 
 

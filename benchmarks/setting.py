@@ -237,7 +237,7 @@ def make_windows(setting: Setting) -> None:
     import datasets
     import numpy as np
 
-    from utils.folders import atomic_folder
+    from utils.legacy import atomic_folder
     from utils.loading import load_tokenizer
     from utils.windows import WindowSizes, cut_windows
 

@@ -27,13 +27,13 @@ class AblationArguments:
 
 def main() -> None:
     (arguments,) = parse(AblationArguments, description=__doc__.split("\n")[0])
-    from utils.files import atomic_file, ensure_folder, write_json
+    from utils.files import atomic, ensure_folder, write_json
 
     rows = [row(Path(arguments.runs) / value, value) for value in arguments.values]
     output = ensure_folder(arguments.output_dir)
     text = table(arguments.setting, rows)
     print(text)
-    with atomic_file(output / "table.md") as temporary:
+    with atomic(output / "table.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     plot(arguments.setting, rows, output / "plot.png")
     write_json(output / "results.json", {"setting": arguments.setting, "rows": rows})

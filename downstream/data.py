@@ -14,7 +14,7 @@ from typing import Any
 
 from downstream.tasks import Column
 from utils.errors import InputError, one_line
-from utils.files import sha256_file
+from utils.legacy import sha256_file
 
 FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 

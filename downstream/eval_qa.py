@@ -71,7 +71,8 @@ def main() -> None:
     task = TASKS[qa.task]
     started = time.time()
     from downstream.predictions import Predictions
-    from utils.files import FolderLock, ensure_folder, read_json
+    from utils.files import ensure_folder, read_json
+    from utils.legacy import FolderLock
     from utils.results import write_results
 
     rows, dropped, data_settings = read_rows(qa, task)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import InputError
-from utils.files import read_json, remove_temporary, require_same, write_json
+from utils.files import read_json, write_json
+from utils.legacy import remove_temporary, require_same
 
 
 class Predictions:

@@ -27,7 +27,7 @@ class ReportArguments:
 
 def main() -> None:
     (arguments,) = parse(ReportArguments, description=__doc__.split("\n")[0])
-    from utils.files import atomic_file, ensure_folder, read_json, write_json
+    from utils.files import atomic, ensure_folder, read_json, write_json
     from utils.plots import draw_training, figure_of, save_figure
     from utils.results import versions
 
@@ -63,7 +63,7 @@ def main() -> None:
     }
     text = table(results)
     print(text)
-    with atomic_file(output / "report.md") as temporary:
+    with atomic(output / "report.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     figure, axes = figure_of(2)
     draw_training(axes[0], training["log"])

@@ -101,14 +101,14 @@ def table(arguments: ReproductionArguments) -> tuple[str, dict[str, Any]]:
 
 def main() -> None:
     (arguments,) = parse(ReproductionArguments, description=__doc__.split("\n")[0])
-    from utils.files import atomic_file, write_json
+    from utils.files import atomic, write_json
     from utils.loading import quiet_libraries
     from utils.results import versions
 
     quiet_libraries()
     text, results = table(arguments)
     output = Path(arguments.output_dir)
-    with atomic_file(output / "table.md") as temporary:
+    with atomic(output / "table.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     write_json(output / "results.json", {**results, "versions": versions()})
     print(f"\n{text}\n\n{output / 'table.md'}, {output / 'results.json'}", flush=True)

@@ -40,7 +40,7 @@ def main() -> None:
     from transformers import GPT2Config
 
     from utils.cli import say
-    from utils.folders import atomic_folder
+    from utils.legacy import atomic_folder
 
     output = Path(arguments.output_dir)
     tokenizer = byte_pair_tokenizer(arguments.texts, arguments.vocabulary, arguments.positions)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from utils.errors import InputError, check_fraction, check_positive
-from utils.files import read_json, require_same
+from utils.files import read_json
+from utils.legacy import require_same
 from utils.results import ADAPTIVE
 
 BUCKETS = 32

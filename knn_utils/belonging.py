@@ -10,7 +10,7 @@ import numpy as np
 from knn_utils.distribution import float32_from_float16
 from knn_utils.faiss_files import same_rows, values_fingerprint
 from utils.errors import InputError
-from utils.files import check_made
+from utils.legacy import check_made
 
 # Rows of the datastore that an index without a record is asked for, and the share that it finds at least.
 SOUGHT_ROWS, SOUGHT_SHARE = 64, 0.25

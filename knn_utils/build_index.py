@@ -51,16 +51,8 @@ from knn_utils.faiss_files import (
 from knn_utils.index_training import block_rows, float_keys, ivfpq, make_index, sample_size, supported, training_sample
 from utils.cli import command, flag, parse, required, say
 from utils.errors import InputError, check_at_least, check_seed
-from utils.files import (
-    FolderLock,
-    atomic_file,
-    ensure_folder,
-    read_json,
-    require_same,
-    sha256_file,
-    sync_folder,
-    write_json,
-)
+from utils.files import atomic, ensure_folder, read_json, write_json
+from utils.legacy import FolderLock, require_same, sha256_file, sync_folder
 
 PLAN_NAME = "plan.json"
 CHECKPOINT_SECONDS = 600
@@ -115,7 +107,7 @@ def default_names(dstore_path: Path, index_path: str | None) -> tuple[Path, Path
 
 def write_values(datastore: Any, path: Path) -> None:
     """Write the datastore's values to `path`: int32 (rows,) .npy, atomically."""
-    with atomic_file(path) as temporary:
+    with atomic(path) as temporary:
         # Through a map, a million at a time: a datastore may have billions of rows.
         values = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int32, shape=(datastore.rows,))
         for start in range(0, datastore.rows, 1 << 20):

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from knn_utils.manifest import KINDS, Part, find_parts
 from utils.errors import InputError
-from utils.files import check_made, sha256_file
+from utils.legacy import check_made, sha256_file
 from utils.loading import windows_fingerprint
 
 # Files (each map holds a file descriptor) and record batches kept open; rows that a scorer reads at a time.

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from knn_utils.datastore import Datastore
-from utils.cli import patience, say
+from utils.cli import say, timeout
 from utils.errors import InputError, one_line
-from utils.files import atomic_file, read_json
+from utils.files import atomic, read_json
 from utils.loading import default_device
 from utils.units import size_text
 
@@ -199,7 +199,7 @@ def write_faiss(index: Any, path: Path) -> None:
     import faiss
 
     try:
-        with atomic_file(path) as temporary:
+        with atomic(path) as temporary:
             faiss.write_index(index, str(temporary))
     except RuntimeError as error:
         number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
@@ -268,7 +268,7 @@ def arrays_group() -> Any:
     """The group by which arrays travel between the processes of a run: gloo, whatever the GPUs talk by."""
     import torch.distributed as distributed
 
-    return None if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo", timeout=patience())
+    return None if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo", timeout=timeout())
 
 
 def everyone_has_room(files: IndexFiles, on_gpu: bool) -> bool:

@@ -21,7 +21,7 @@ from knn_utils.distribution import dense_probability, hit_tokens, label_probabil
 from knn_utils.faiss_files import load_values
 from knn_utils.search import KNNSearcher
 from utils.errors import check_fraction, check_positive
-from utils.files import check_made
+from utils.legacy import check_made
 
 
 class Neighbours:

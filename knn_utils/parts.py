@@ -26,18 +26,8 @@ import pyarrow as pa
 from knn_utils.datastore import TargetRows, datastore_schema, targets_schema
 from knn_utils.manifest import FORMAT, MANIFEST_NAME, part_name, part_sizes, plan_of, read_manifest
 from utils.errors import InputError
-from utils.files import (
-    TEMPORARY_PREFIX,
-    FolderLock,
-    atomic_file,
-    changes,
-    ensure_folder,
-    read_json,
-    remove_temporary,
-    require_same,
-    sync_folder,
-    write_json,
-)
+from utils.files import TEMPORARY_PREFIX, atomic, ensure_folder, read_json, write_json
+from utils.legacy import FolderLock, changes, remove_temporary, require_same, sync_folder
 from utils.units import size_text
 
 _OWN_NAME = re.compile(r"manifest\.json|part-[0-9]{5,}\.(arrow|json)")
@@ -132,7 +122,7 @@ class PartWriter:
 def _stream_file(path: Path, schema: pa.Schema) -> Iterator[PartWriter]:
     """A writer of the file `path`, which after the block is whole and durable; on failure nothing is left."""
     try:
-        with atomic_file(path) as temporary, _HashedFile(temporary) as file, pa.ipc.new_stream(file, schema) as stream:
+        with atomic(path) as temporary, _HashedFile(temporary) as file, pa.ipc.new_stream(file, schema) as stream:
             yield PartWriter(file, stream)
     except OSError as error:
         error.filename = error.filename or str(path)  # for the line that tells it

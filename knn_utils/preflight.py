@@ -22,7 +22,7 @@ from knn_utils import planner
 from knn_utils.planner import Rates, Sizes, Stage, make_plan, plan_text, total
 from utils.cli import command, flag, parse
 from utils.errors import InputError, one_line
-from utils.files import check_made, sha256_file
+from utils.legacy import check_made, sha256_file
 from utils.loading import BaseArguments
 from utils.units import size_text
 

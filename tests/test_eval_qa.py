@@ -16,7 +16,7 @@ from tiny_models import byte_tokenizer, plain_greedy, plain_log_probs, qa_base, 
 from downstream.scoring import Encoded, Evaluator, cut
 from downstream.tasks import TASKS, Prompt
 from models import MLPMemory
-from utils.files import FolderLock
+from utils.legacy import FolderLock
 
 NQ = [
     {"question": "who wrote it", "answer": ["James", "the first"]},

@@ -20,7 +20,7 @@ from harness import ROOT, Command, kill_before, note_steps, pause_before, togeth
 from knn_utils.datastore import Datastore
 from knn_utils.faiss_files import SAMPLED_ROWS
 from knn_utils.parts import datastore_batch, write_single_file
-from utils.files import FolderLock
+from utils.legacy import FolderLock
 
 SEED = int(os.environ.get("FAULT_SEED", "5"))
 

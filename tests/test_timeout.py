@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pytest
 
-from utils.cli import patience
+from utils.cli import timeout
 from utils.errors import InputError
 
 pytestmark = pytest.mark.unit
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.unit
 )
 def test_training_waits_as_torch_does_and_the_other_stages_for_days_unless_told_otherwise(words, expected, monkeypatch):
     waits = []
-    monkeypatch.setattr("utils.cli.join", waits.append)
+    monkeypatch.setattr("utils.cli.init_group", waits.append)
     monkeypatch.setattr(sys, "argv", [*words, "--help"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     for _ in range(2):
@@ -41,4 +41,4 @@ def test_training_waits_as_torch_does_and_the_other_stages_for_days_unless_told_
 def test_a_time_that_is_none_is_refused_in_one_line(minutes, monkeypatch):
     monkeypatch.setenv("MLPMEM_TIMEOUT_MINUTES", minutes)
     with pytest.raises(InputError, match="MLPMEM_TIMEOUT_MINUTES"):
-        patience()
+        timeout()

@@ -41,12 +41,13 @@ from training.arguments import (
 )
 from training.rows import Rows, WindowRows, epoch_order, rows_at_once
 from training.validation import Validation, open_validation
-from utils import files
+from utils import legacy as files
 from utils.cal_loss import fused_linear_distillation_loss, sparse_distillation_loss
 from utils.cli import say
 from utils.errors import InputError, one_line
 from utils.evaluation import label_log_probabilities
-from utils.files import read_json, require_same, write_json
+from utils.files import read_json, write_json
+from utils.legacy import require_same
 from utils.loading import from_pretrained, load_windows, quiet_libraries, windows_fingerprint
 from utils.plots import plot_training
 

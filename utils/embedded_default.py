@@ -21,8 +21,8 @@ from pathlib import Path
 
 from utils.cli import command, flag, parse, say
 from utils.errors import InputError
-from utils.files import atomic_file, ensure_folder, sha256_file
-from utils.folders import atomic_folder
+from utils.files import atomic, ensure_folder
+from utils.legacy import atomic_folder, sha256_file
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def main() -> None:
             if name == "model":
                 convert_model(found, output / name)
                 continue
-            with atomic_file(output / name) as temporary:
+            with atomic(output / name) as temporary:
                 shutil.copyfile(found, temporary)
     say(f"model: {output / 'model'}; text: {output / 'wiki.txt'}, {output / 'web.txt'}")
 

@@ -25,7 +25,8 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from utils.cli import say, started_together
 from utils.errors import InputError, one_line
 from utils.evaluation import check_token_ids, count_rows, predicted_positions
-from utils.files import TEMPORARY_PREFIX, ensure_folder, read_json, require_same, sync_file, sync_folder, write_json
+from utils.files import TEMPORARY_PREFIX, ensure_folder, read_json, write_json
+from utils.legacy import require_same, sync_file, sync_folder
 from utils.loading import load_windows, model_fingerprint, windows_fingerprint
 from utils.windows import check_windows
 

@@ -6,7 +6,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import InputError, one_line
-from utils.files import check_made, read_json
+from utils.files import read_json
+from utils.legacy import check_made
 from utils.loading import RUN_RECORD, BaseArguments, default_device
 
 if TYPE_CHECKING:

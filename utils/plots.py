@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.files import atomic_file
+from utils.files import atomic
 
 
 def figure_of(columns: int) -> tuple[Any, Any]:
@@ -24,7 +24,7 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a figure as PNG, atomically, and close it."""
     import matplotlib.pyplot as plt
 
-    with atomic_file(path) as temporary:
+    with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     plt.close(figure)
 

@@ -27,16 +27,8 @@ if __package__ in (None, ""):
 
 from utils.cli import command, flag, parse, required
 from utils.errors import InputError, check_fraction
-from utils.files import (
-    TEMPORARY_PREFIX,
-    FolderLock,
-    ensure_folder,
-    read_json,
-    require_same,
-    sha256_file,
-    write_json,
-)
-from utils.folders import atomic_folder
+from utils.files import TEMPORARY_PREFIX, ensure_folder, read_json, write_json
+from utils.legacy import FolderLock, atomic_folder, require_same, sha256_file
 from utils.loading import WINDOWS_RECORD as RECORD
 
 FORMAT_VERSION = 1

@@ -1,0 +1,37 @@
+"""The mixture of base and memories, in log-probabilities: p = w_0 · base + Σ w_i · memory_i (paper, equation of inference).
+
+With one memory and one lambda, w = (1 - lambda, lambda); with gates, w = softmax([0, g_1, …, g_n]), which for one memory is
+w_1 = sigmoid(g_1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def log_mixture(log_probs: Sequence[Tensor], log_weights: Sequence[Tensor | float]) -> Tensor:
+    """log Σ_i exp(log_weights[i] + log_probs[i]), elementwise; a weight of 0 (-inf) leaves the others exactly as they are.
+
+    Args:
+        log_probs: of base, memory 1, memory 2, …: tensors of one shape.
+        log_weights: one for each, numbers or tensors that broadcast to that shape.
+    """
+    mixed = log_probs[0] + log_weights[0]
+    for log_prob, log_weight in zip(log_probs[1:], log_weights[1:], strict=True):
+        mixed = torch.logaddexp(mixed, log_prob + log_weight)
+    return mixed
+
+
+def fixed_log_weights(*lmbda: float) -> list[float]:
+    """Log-weights of base and memories whose weights `lmbda` are the same at every token; their sum is at most 1."""
+    return [math.log(weight) if weight > 0 else -math.inf for weight in (1 - math.fsum(lmbda), *lmbda)]
+
+
+def gate_log_weights(*logits: Tensor) -> Sequence[Tensor]:
+    """Log-weights of base and memories from the memories' gates: log_softmax([0, g_1, …]), each of a gate's shape."""
+    stacked = torch.stack([torch.zeros_like(logits[0]), *logits])  # (1 + memories, …)
+    return stacked.log_softmax(0).unbind(0)
