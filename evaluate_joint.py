@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from train_base import scored_rows
+from knn_utils.scored_rows import scored_rows
 from utils.cli import command, flag, parse
 from utils.errors import InputError, check_at_least
 from utils.results import ADAPTIVE, ScoreArguments
@@ -52,10 +52,9 @@ def evaluate(arguments: JointArguments) -> None:
 
     from utils.evaluation import MixtureScore, check_token_ids, label_log_probabilities
     from utils.gating import GateScore
-    from utils.loading import load_windows
+    from utils.loading import check_windows, load_windows
     from utils.memories import open_joint, open_memory_of
     from utils.results import report_scores
-    from utils.windows import check_windows
 
     started = time.time()
     dtype = arguments.dtype(bf16=arguments.bf16, fp16=arguments.fp16)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,14 +56,13 @@ def main() -> None:
         parser.parse_args(["--help"])
     from transformers import set_seed
 
-    from utils.finetune import FinetuneArguments
+    from training.finetune import FinetuneArguments
 
     arguments, training = parse(StageArguments, FinetuneArguments, description=DESCRIPTION)
     check_arguments(arguments, training)
     import torch
 
-    from utils.loading import load_windows, quiet_libraries
-    from utils.windows import check_windows
+    from utils.loading import check_windows, load_windows, quiet_libraries
 
     quiet_libraries()
     windows = None
@@ -85,7 +83,7 @@ def main() -> None:
         arguments.captured(base)
         check_windows(arguments.dataset_name, windows, base.config, tokenizer)
     if training.do_train:
-        from utils.finetune import finetune
+        from training.finetune import finetune
 
         result = finetune(base, tokenizer, arguments, training, overwrite=arguments.overwrite)
         if windows is None:
@@ -199,6 +197,7 @@ def save(base: Any, windows: Any, arguments: StageArguments, training: Any, dtyp
 
 def evaluate(base: Any, windows: Any, arguments: StageArguments, training: Any) -> None:
     """Perplexity of the base, and with --knn of the kNN-LM over the grid, into results.json."""
+    from knn_utils.scored_rows import scored_rows
     from utils.evaluation import MixtureScore
     from utils.results import report_scores
 
@@ -255,23 +254,6 @@ def check_indexed(searcher: Any, base: Any, arguments: StageArguments) -> None:
         check_queries(searcher, arguments.dstore_path, Datastore.open(arguments.dstore_path).settings)
     else:
         check_made(searcher.path, searcher.made, model=arguments.fingerprint(searcher.made, base))
-
-
-def scored_rows(
-    base: Any, windows: Any, arguments: Any, split: str, batch_size: int, dim: int | None = None
-) -> Iterator[tuple[Any, Any, Any]]:
-    """(hidden states, base log-probabilities, labels) by batch: from the base, or from `--dstore_path`'s datastore.
-
-    Raises InputError where the stored rows are not those of base and windows, or not `dim` wide.
-    """
-    from utils.evaluation import Scorer, check_token_ids
-
-    if arguments.dstore_path:
-        from knn_utils.datastore import open_scored_datastore, stored_rows
-
-        return stored_rows(open_scored_datastore(arguments.dstore_path, dim=dim, windows=windows, base=arguments))
-    check_token_ids(windows, base.get_input_embeddings().weight.shape[0], arguments.dataset_name)
-    return Scorer(base, arguments.layer_position).batches(windows, batch_size, description=f"score {split}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main() -> None:
     check_at_least(1, online, "base_batch_size")
     from training.online import OnlineRows
     from training.trainer import train_memory
-    from utils.windows import check_windows
+    from utils.loading import check_windows
 
     def make_rows(windows, config, open_base):
         base = open_base()

@@ -64,14 +64,14 @@ def digest(settings: object) -> str:
 
 
 def train(work: Quickstart) -> Path:
-    """The folder of the adapter, trained by `utils.finetune` on the memory's windows, epochs and windows a step, in the
+    """The folder of the adapter, trained by `training.finetune` on the memory's windows, epochs and windows a step, in the
     precision of the memory's training.
 
     The validation loss is measured four times along the way; the folder holds the adapter with the lowest one, and the
     last one as a checkpoint. An interrupted training continues.
     """
     peft = library("peft", "lora")
-    from utils.finetune import FinetuneArguments, finetune
+    from training.finetune import FinetuneArguments, finetune
 
     flags, training = work.flags, work.training
     rank, at_once = flags.lora_rank, training["windows_per_step"]

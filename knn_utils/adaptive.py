@@ -180,7 +180,7 @@ def adaptive_score(arguments: Any, windows: Any, neighbours: Any) -> AdaptiveSco
             f"--lmbda {ADAPTIVE}: is chosen on validation text: run this with --eval_subset validation first, then "
             "test with --choose_on and its results.json"
         )
-    from utils.windows import check_held_out
+    from utils.evaluation import check_held_out
 
     told = f"--lmbda {ADAPTIVE}: split {split} of {arguments.dataset_name}"
     check_held_out(windows, neighbours.values, told, "indexed")

@@ -25,7 +25,7 @@ from utils.legacy import check_made, sha256_file
 from utils.loading import windows_fingerprint
 
 # Files (each map holds a file descriptor) and record batches kept open; rows that a scorer reads at a time.
-OPEN_FILES, OPEN_BATCHES, SCORED_ROWS = 128, 64, 4096
+OPEN_FILES, OPEN_BATCHES = 128, 64
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _Kind = TypeVar("_Kind", bound="_Rows")
@@ -342,27 +342,3 @@ def check_belongs(
     if base is not None:
         made |= {"model": base.fingerprint(stored.settings), "layer_position": base.layer_position}
     check_made(stored.path, stored.settings, **made)
-
-
-def open_scored_datastore(path: str | os.PathLike, **belongs: Any) -> Datastore:
-    """A datastore that holds the base's log-probabilities and passes `check_belongs` with `belongs`, or InputError."""
-    datastore = Datastore.open(path)
-    if datastore.logprob(0, 1) is None:
-        raise InputError(f"{path}: holds no log-probabilities; write it with --save_knnlm_dstore --save_logprob")
-    check_belongs(datastore, **belongs)
-    return datastore
-
-
-def stored_rows(datastore: Datastore) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield tensors: hidden states (rows, dim) float16, base log-probabilities (rows,) float32, values (rows,) int64.
-
-    Under several processes block b goes to process b mod N.
-    """
-    import torch
-    from accelerate import PartialState
-
-    state = PartialState()
-    for start in range(0, datastore.rows, SCORED_ROWS)[state.process_index :: state.num_processes]:
-        rows = start, min(start + SCORED_ROWS, datastore.rows)
-        columns = datastore.keys(*rows), datastore.logprob(*rows), datastore.vals(*rows).astype(np.int64)
-        yield tuple(torch.from_numpy(np.array(column)) for column in columns)

@@ -161,8 +161,7 @@ def look_at_model(arguments: PreflightArguments, chain: Chain) -> None:
 
 def look_at_windows(arguments: PreflightArguments, chain: Chain) -> None:
     from utils.evaluation import check_token_ids, count_rows
-    from utils.loading import load_windows, windows_fingerprint
-    from utils.windows import check_windows
+    from utils.loading import check_windows, load_windows, windows_fingerprint
 
     path = f"{arguments.dataset_name} ({arguments.dataset_split_name})"
     chain.windows = load_windows(arguments.dataset_name, arguments.dataset_split_name)

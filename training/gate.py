@@ -128,10 +128,10 @@ def train(arguments: GateArguments) -> LambdaGate:
 
     from models.gate import LambdaGate, probe
     from models.stack import find_memory
+    from utils.evaluation import check_held_out
     from utils.gating import GateRows, gate_rows
-    from utils.loading import load_windows
+    from utils.loading import check_windows, load_windows
     from utils.memories import open_joint
-    from utils.windows import check_held_out, check_windows
 
     started = time.time()
     if PartialState().num_processes > 1:

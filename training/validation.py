@@ -14,7 +14,7 @@ import datasets
 import torch
 from torch import Tensor
 
-from knn_utils.datastore import SCORED_ROWS, open_scored_datastore, stored_rows
+from knn_utils.scored_rows import SCORED_ROWS, open_scored_datastore, stored_rows
 from utils.cli import say
 from utils.errors import InputError
 from utils.evaluation import MixtureScore, Scorer, check_token_ids

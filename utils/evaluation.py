@@ -17,6 +17,8 @@ from tqdm import tqdm
 from utils.errors import InputError
 
 PRODUCT_BYTES, GPU_PRODUCT_BYTES = 64 << 20, 512 << 20  # logits of one product on a CPU, on a GPU
+MOST_SHARED = 0.2  # so much of a validation text in the corpus is no chance
+TABLE_TOKENS = 4 << 20  # tokens in one Arrow record batch of windows
 CACHED_BYTES = 4 << 20  # of these, what stays in a core's cache while it is read several times
 
 
@@ -229,3 +231,44 @@ class Scorer:
         """This process's (captured hidden states (rows, hidden), base log-probabilities (rows,), labels (rows,))."""
         for ids, positions, labels in own_batches(windows, batch_size, description):
             yield *self.score(ids, positions, labels), labels
+
+
+def check_held_out(windows: Any, corpus: np.ndarray, told: str, kind: str) -> None:
+    """Refuse windows whose text is part of the `kind` ("indexed", "trained") text with the tokens `corpus` (n,).
+
+    Raises InputError that begins with `told`.
+    """
+    labels = np.concatenate(windows["labels"][:])
+    if (shared := shared_runs(labels[labels >= 0], corpus)) > MOST_SHARED:
+        raise InputError(
+            f"{told}: is part of the {kind} text ({shared:.0%} of its runs of 16 tokens stand there); choose on "
+            "validation text that is not in it"
+        )
+
+
+def shared_runs(tokens: np.ndarray, other: np.ndarray, length: int = 16, at_most: int = 4096) -> float:
+    """Which share of the runs of `length` tokens of `tokens` (n,) stand in `other` (m,), too; 0 where there is no run.
+
+    It tells a text that is part of another, whatever windows they are cut into, from one that is not. `at_most`: runs
+    that are looked at, evenly spread.
+    """
+    if min(len(tokens), len(other)) < length:
+        return 0.0
+    starts = np.linspace(0, len(tokens) - length, min(at_most, len(tokens) - length + 1)).astype(np.int64)
+    wanted, counts = np.unique(_run_hashes(tokens, length)[starts], return_counts=True)
+    stands = np.zeros(len(wanted), bool)
+    for start in range(0, len(other) - length + 1, TABLE_TOKENS):
+        hashes = _run_hashes(other[start : start + TABLE_TOKENS + length - 1], length)
+        place = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
+        stands[place[wanted[place] == hashes]] = True
+    return float(counts[stands].sum() / counts.sum())
+
+
+def _run_hashes(tokens: np.ndarray, length: int) -> np.ndarray:
+    """A number of 64 bits for each run of `length` tokens: (n,) -> (n - length + 1,) uint64."""
+    tokens = np.asarray(tokens).astype(np.uint64)
+    runs = len(tokens) - length + 1
+    hashes = np.zeros(runs, np.uint64)
+    for place in range(length):
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + tokens[place : place + runs]
+    return hashes

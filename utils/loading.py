@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.cli import flag, say
 from utils.errors import InputError, one_line
+from utils.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -333,3 +334,29 @@ def model_fingerprint(model: Any, dtype: torch.dtype | None = None) -> str:
         sample = flat[:: max(1, flat.numel() // 64)].to(dtype or flat.dtype)
         digest.update(sample.float().cpu().numpy().tobytes())
     return "quantised " * bool(getattr(model, "is_quantized", False)) + digest.hexdigest()[:16]
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's tokens and their ids; added tokens, such as one for padding, do not count."""
+    added = tokenizer.get_added_vocab()
+    tokens = [(number, token) for token, number in tokenizer.get_vocab().items() if token not in added]
+    return hashlib.sha256(repr(sorted(tokens)).encode()).hexdigest()
+
+
+def check_windows(path: str | os.PathLike, windows: Any, config: Any, tokenizer: Any = None) -> None:
+    """Refuse windows in `path` that a base (its config, its tokenizer) cannot read. Raises InputError.
+
+    They are recorded to be of another tokenizer, or longer than the model has positions.
+    """
+    record = Path(path) / WINDOWS_RECORD
+    recorded = read_json(record) if tokenizer is not None and record.exists() else {}
+    if recorded.get("vocabulary_sha256") not in (None, tokenizer and vocabulary_digest(tokenizer)):
+        made_with = recorded["tokenizer"]
+        raise InputError(f"--dataset_name {path}: was made with another tokenizer ({made_with}) than this model's")
+    length = len(windows[0]["input_ids"])
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and 0 < positions < length:
+        raise InputError(
+            f"--dataset_name {path}: windows of {length} tokens, but the model has {positions} positions; "
+            f"make the windows with --block_size {positions} or less"
+        )

@@ -228,8 +228,9 @@ def make_windows(
     import datasets
 
     from utils.cli import say
+    from utils.loading import vocabulary_digest
     from utils.text_files import document_numbers, filter_documents, open_source
-    from utils.windows import vocabulary_digest, windows_of_split
+    from utils.windows import windows_of_split
 
     splits = open_source(
         arguments.dataset_name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import itertools
 import multiprocessing
 import os
@@ -23,15 +22,11 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from utils.errors import InputError
-from utils.files import read_json
-from utils.loading import WINDOWS_RECORD
 
 ROWS_PER_BATCH = 1000  # rows that are concatenated and cut together: published token counts depend on it
 BATCHES_PER_PART = 50  # batches in one file: the unit of work of a process
 TOKENIZE_CHARACTERS = 4 << 20  # text given to the tokenizer at once
 LONGEST_WINDOW = 1 << 24
-MOST_SHARED = 0.2  # so much of a validation text in the corpus is no chance
-TABLE_TOKENS = 4 << 20  # tokens in one Arrow record batch of windows
 WINDOW_SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -296,70 +291,3 @@ def _start_worker() -> None:
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def vocabulary_digest(tokenizer: Any) -> str:
-    """SHA-256 of a tokenizer's tokens and their ids; added tokens, such as one for padding, do not count."""
-    added = tokenizer.get_added_vocab()
-    tokens = [(number, token) for token, number in tokenizer.get_vocab().items() if token not in added]
-    return hashlib.sha256(repr(sorted(tokens)).encode()).hexdigest()
-
-
-def check_windows(path: str | os.PathLike, windows: Any, config: Any, tokenizer: Any = None) -> None:
-    """Refuse windows in `path` that a base (its config, its tokenizer) cannot read. Raises InputError.
-
-    They are recorded to be of another tokenizer, or longer than the model has positions.
-    """
-    record = Path(path) / WINDOWS_RECORD
-    recorded = read_json(record) if tokenizer is not None and record.exists() else {}
-    if recorded.get("vocabulary_sha256") not in (None, tokenizer and vocabulary_digest(tokenizer)):
-        made_with = recorded["tokenizer"]
-        raise InputError(f"--dataset_name {path}: was made with another tokenizer ({made_with}) than this model's")
-    length = len(windows[0]["input_ids"])
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and 0 < positions < length:
-        raise InputError(
-            f"--dataset_name {path}: windows of {length} tokens, but the model has {positions} positions; "
-            f"make the windows with --block_size {positions} or less"
-        )
-
-
-def check_held_out(windows: Any, corpus: np.ndarray, told: str, kind: str) -> None:
-    """Refuse windows whose text is part of the `kind` ("indexed", "trained") text with the tokens `corpus` (n,).
-
-    Raises InputError that begins with `told`.
-    """
-    labels = np.concatenate(windows["labels"][:])
-    if (shared := shared_runs(labels[labels >= 0], corpus)) > MOST_SHARED:
-        raise InputError(
-            f"{told}: is part of the {kind} text ({shared:.0%} of its runs of 16 tokens stand there); choose on "
-            "validation text that is not in it"
-        )
-
-
-def shared_runs(tokens: np.ndarray, other: np.ndarray, length: int = 16, at_most: int = 4096) -> float:
-    """Which share of the runs of `length` tokens of `tokens` (n,) stand in `other` (m,), too; 0 where there is no run.
-
-    It tells a text that is part of another, whatever windows they are cut into, from one that is not. `at_most`: runs
-    that are looked at, evenly spread.
-    """
-    if min(len(tokens), len(other)) < length:
-        return 0.0
-    starts = np.linspace(0, len(tokens) - length, min(at_most, len(tokens) - length + 1)).astype(np.int64)
-    wanted, counts = np.unique(_run_hashes(tokens, length)[starts], return_counts=True)
-    stands = np.zeros(len(wanted), bool)
-    for start in range(0, len(other) - length + 1, TABLE_TOKENS):
-        hashes = _run_hashes(other[start : start + TABLE_TOKENS + length - 1], length)
-        place = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
-        stands[place[wanted[place] == hashes]] = True
-    return float(counts[stands].sum() / counts.sum())
-
-
-def _run_hashes(tokens: np.ndarray, length: int) -> np.ndarray:
-    """A number of 64 bits for each run of `length` tokens: (n,) -> (n - length + 1,) uint64."""
-    tokens = np.asarray(tokens).astype(np.uint64)
-    runs = len(tokens) - length + 1
-    hashes = np.zeros(runs, np.uint64)
-    for place in range(length):
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + tokens[place : place + runs]
-    return hashes

@@ -27,8 +27,7 @@ from utils.errors import InputError, one_line
 from utils.evaluation import check_token_ids, count_rows, predicted_positions
 from utils.files import TEMPORARY_PREFIX, ensure_folder, read_json, write_json
 from utils.legacy import require_same, sync_file, sync_folder
-from utils.loading import load_windows, model_fingerprint, windows_fingerprint
-from utils.windows import check_windows
+from utils.loading import check_windows, load_windows, model_fingerprint, windows_fingerprint
 
 RECORD = "finetune.json"
 CHECKPOINT_PREFIX = "checkpoint-"
