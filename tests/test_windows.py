@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from utils import text_files, windows
 from utils.errors import InputError
-from utils.evaluation import window_batches
-from utils.loading import load_windows
+from utils.evaluation import shared_runs, window_batches
+from utils.loading import load_windows, vocabulary_digest
 from utils.preprocess_dataset import tokenize_and_group_text
-from utils.windows import WindowSizes, cut_windows, shared_runs
+from utils.windows import WindowSizes, cut_windows
 
 GOLDEN = Path(__file__).parent / "golden" / "preprocess"
 COLUMNS = ("input_ids", "labels", "attention_mask", "dstore_range")
@@ -282,10 +282,10 @@ def test_too_few_documents_to_divide_are_refused(tmp_path, texts, fraction):
 
 
 def test_a_padding_token_makes_no_other_tokenizer_but_another_vocabulary_does():
-    digest = windows.vocabulary_digest(letters_tokenizer())
-    assert digest == windows.vocabulary_digest(letters_tokenizer(pad_token="<pad>"))
+    digest = vocabulary_digest(letters_tokenizer())
+    assert digest == vocabulary_digest(letters_tokenizer(pad_token="<pad>"))
     other = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
-    assert digest != windows.vocabulary_digest(other)
+    assert digest != vocabulary_digest(other)
 
 
 WINDOW = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 1, 1], "dstore_range": [0, 2]}

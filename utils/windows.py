@@ -34,6 +34,7 @@ WINDOW_SCHEMA = pa.schema(
         ("attention_mask", pa.list_(pa.int8())),
     ]
 )
+TABLE_TOKENS = 4 << 20  # tokens in one Arrow record batch of windows
 
 
 @dataclass(frozen=True)
