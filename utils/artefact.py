@@ -129,9 +129,11 @@ def begin(path: str | os.PathLike, made: Made, *, overwrite: bool = False, state
         there = complete or begun
         if there and there.text != made.text and not overwrite:
             remedy = "choose another path, or --overwrite to make it again"
+            lock.close()
             raise InputError(f"{path}: was made with other settings ({differences(there, made)}); {remedy}")
         items = [path] if is_file else sorted(item for item in folder.iterdir() if not item.name.startswith("."))
         if there is None and not overwrite and any(item.exists() for item in items):
+            lock.close()
             raise InputError(f"{path}: holds other files ({items[0].name}); choose another path, or --overwrite")
         if overwrite and (complete or not there or there.text != made.text):
             own = items if there else [item for item in items if item.name.startswith("part-")]
