@@ -127,14 +127,15 @@ def begin(path: str | os.PathLike, made: Made, *, overwrite: bool = False, state
         lock = lock_folder(folder, f".{path.name}.lock" if is_file else ".lock")
         complete, begun = read_made(path), read_made(path, BEGUN)
         there = complete or begun
-        if there and there.text != made.text and not overwrite:
-            remedy = "choose another path, or --overwrite to make it again"
-            lock.close()
-            raise InputError(f"{path}: was made with other settings ({differences(there, made)}); {remedy}")
         items = [path] if is_file else sorted(item for item in folder.iterdir() if not item.name.startswith("."))
-        if there is None and not overwrite and any(item.exists() for item in items):
+        problem = None
+        if there and there.text != made.text:
+            problem = f"was made with other settings ({differences(there, made)})"
+        elif there is None and any(item.exists() for item in items):
+            problem = f"holds other files ({items[0].name})"
+        if problem and not overwrite:
             lock.close()
-            raise InputError(f"{path}: holds other files ({items[0].name}); choose another path, or --overwrite")
+            raise InputError(f"{path}: {problem}; choose another path, or --overwrite")
         if overwrite and (complete or not there or there.text != made.text):
             own = items if there else [item for item in items if item.name.startswith("part-")]
             for item in (record_path(path), record_path(path, BEGUN), *own):  # the records first

@@ -9,7 +9,6 @@ text of each split is written too, to `raw/<split>.jsonl`. `utils/text_files.py`
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -169,7 +168,6 @@ def main() -> None:
     if making.done:
         say(f"{output}: these windows are there already; --overwrite makes them again")
         return
-    os.register_at_fork(after_in_child=making.close)  # workers must not keep the lock when this process is killed
     work = output / ".work"
     remove(work)  # of a run that was killed
     try:
