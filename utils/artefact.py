@@ -83,7 +83,6 @@ class Making:
     lock: Any = None
 
     def part(self, number: int, suffix: str = ".arrow") -> Path:
-        """The path of unit `number`."""
         return self.path / f"part-{number:05d}{suffix}"
 
     def own_parts(self, count: int, suffix: str = ".arrow") -> list[int]:
@@ -104,7 +103,6 @@ class Making:
         return self.made
 
     def close(self) -> None:
-        """Release the lock; what is written stays."""
         if self.lock:
             self.lock.close()
 
