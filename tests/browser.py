@@ -198,7 +198,7 @@ def served(*flags: object, **environment: str) -> Iterator[str]:
         text=True,
     )
     try:
-        url = next((line.strip() for line in process.stdout if line.startswith("http://")), None)
+        url = next((line.split()[-1] for line in process.stdout if "http://" in line), None)
         if url is None:
             raise AssertionError(f"exit {process.wait()}: {process.stderr.read()}")
         yield url
