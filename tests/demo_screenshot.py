@@ -1,6 +1,6 @@
-"""Take the picture of the demo's page: serve it, let it continue its prompt, open a token, save what is seen.
+"""Take a picture of the demo's page: serve it, continue its prompt, open a token, save a PNG.
 
-    python tests/demo_screenshot.py --output docs/demo.png --new_tokens 32 [flags of demo.app]
+    python tests/demo_screenshot.py --output docs/demo.png [flags of demo.app]
 
 Needs Chromium, chromedriver and gradio. Without flags it shows the quickstart's memory.
 """
@@ -19,20 +19,15 @@ WIDTH, SMALLEST_HEIGHT = 1200, 600
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("docs/demo.png"), help="the PNG")
-    parser.add_argument("--new_tokens", type=int, default=32, help="tokens of each continuation")
-    parser.add_argument("--token", help="text of the token to open; default: the one that the memory raised most")
+    parser.add_argument("--token", help="token to open (default: the one that the memory raised most)")
     parser.add_argument("--scale", type=float, default=1.5, help="pixels of the picture for a pixel of the page")
     arguments, flags = parser.parse_known_args()
     with served(*flags) as url, Browser(width=WIDTH, height=1400, scale=arguments.scale) as browser:
         browser.open(url)
-        browser.wait(lambda: browser.find("#sampling button"), "the page")
-        browser.click("#sampling button")
-        browser.wait(lambda: browser.find("#new_tokens input[type=number]"), "the sampling settings")
-        browser.type("#new_tokens input[type=number]", f"{arguments.new_tokens}\t")
-        browser.click("#sampling button")
+        browser.wait(lambda: browser.find("#go"), "button")
         browser.click("#go")
         browser.wait(lambda: browser.count(".mlpm-token"), "the tokens")
-        browser.wait(lambda: "tokens in" in browser.text("#status"), "the end of the run")
+        browser.wait(lambda: "tokens in" in browser.texts("#status")[0], "the end of the run")
         if arguments.token:
             browser.script(
                 "[...document.querySelectorAll('[data-side=joint] .mlpm-token')]"
