@@ -60,7 +60,6 @@ def token_button(identity: str, token: Token, lmbda: float, *, active: bool) -> 
     return (
         f'<button type="button" class="mlpm-token {direction}{" mlpm-active" if active else ""}" '
         f'style="--mlpm-s:{abs(colour):.3f};--mlpm-l:{token.lmbda:.3f}" data-detail="{identity}" '
-        f'tabindex="{0 if active else -1}" '
         f'aria-label="{escape(visible(text))} {factor(token.moved)}, lambda {token.lmbda:.2f}">'
         f"{escape(text.replace(chr(10), '↵')) or '·'}</button>{'<br>' * text.count(chr(10))}"
     )

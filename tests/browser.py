@@ -42,13 +42,8 @@ class Browser:
     def __init__(self, *, width: int = 1200, height: int = 1400, scale: float = 1.0) -> None:
         self._profile = tempfile.mkdtemp(prefix="chromium-")
         # In a process group of its own, with Chromium, so that both can be ended together.
-        self._driver = subprocess.Popen(
-            ["chromedriver", "--port=0"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        self._driver = subprocess.Popen(["chromedriver", "--port=0"], start_new_session=True, **pipes)
         started = (re.search(r"started successfully on port (\d+)", line) for line in self._driver.stdout)
         self._url = f"http://127.0.0.1:{next(filter(None, started))[1]}"
         options = {
@@ -105,11 +100,10 @@ class Browser:
         pointer = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": [move]}
         self._call("actions", {"actions": [pointer]})
 
-    def type(self, selector: str, text: str, *, clear: bool = True) -> None:
-        """Type into the first match, by default in place of its content."""
+    def type(self, selector: str, text: str) -> None:
+        """Type into the first match, in place of its content."""
         element = self.find(selector)[ELEMENT]
-        if clear:
-            self._call(f"element/{element}/clear", {})
+        self._call(f"element/{element}/clear", {})
         self._call(f"element/{element}/value", {"text": text})
 
     def wait(self, condition: Callable[[], Any], what: str) -> Any:

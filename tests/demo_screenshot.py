@@ -13,7 +13,7 @@ from pathlib import Path
 
 from browser import Browser, served
 
-WIDTH, SMALLEST_HEIGHT = 1200, 600
+WIDTH = 1200
 
 
 def main() -> None:
@@ -26,8 +26,7 @@ def main() -> None:
         browser.open(url)
         browser.wait(lambda: browser.find("#go"), "button")
         browser.click("#go")
-        browser.wait(lambda: browser.count(".mlpm-token"), "the tokens")
-        browser.wait(lambda: "tokens in" in browser.texts("#status")[0], "the end of the run")
+        browser.wait(lambda: browser.count(".mlpm-token"), "tokens")
         if arguments.token:
             browser.script(
                 "[...document.querySelectorAll('[data-side=joint] .mlpm-token')]"
@@ -38,11 +37,9 @@ def main() -> None:
         # The window's frame is part of its size, the page is not.
         frame = browser.script("return window.outerHeight - window.innerHeight")
         end = browser.script("return document.querySelector('#inspector').getBoundingClientRect().bottom")
-        browser.resize(WIDTH, max(int(end) + 24, SMALLEST_HEIGHT) + frame)
+        browser.resize(WIDTH, int(end) + 24 + frame)
         time.sleep(0.5)  # the new size is drawn
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         browser.screenshot(arguments.output)
-    print(f"{arguments.output}: {arguments.output.stat().st_size // 1024} KiB")
 
 
 if __name__ == "__main__":

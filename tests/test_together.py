@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from harness import command
-from tiny_models import make_base, some_ids, tiny_base, tiny_memory
+from tiny_models import some_ids, tiny_base, tiny_memory
 from transformers import AutoModelForCausalLM
 
 from models import MLPMemory
@@ -59,25 +59,14 @@ def test_the_memorys_share_trains_the_adapter_through_the_captured_state():
     assert not any("layers.1.mlp" in name for name in reached)
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A base, its memory and windows."""
-    folder = tmp_path_factory.mktemp("together")
-    base = make_base("llama", folder / "base")
-    tiny_memory(AutoModelForCausalLM.from_pretrained(base)).save_pretrained(folder / "memory")
-    (folder / "train.txt").write_text("so it is and so it was and so it will be\n" * 60)
-    settings = ("--tokenizer_path", base, "--output_dir", folder / "windows", "--block_size", 32, "--stride", 32)
-    command("utils.preprocess_dataset", "--dataset_name", folder / "train.txt", *settings)
-    return folder
-
-
-def test_the_command_lowers_the_loss_and_writes_a_joint_folder(files, tmp_path, capsys):
-    settings = ("--dataset_name", files / "windows", "--max_train_steps", 12, "--learning_rate", 1e-2)
-    models = ("--model_name_or_path", files / "base", "--knn_generator_path", files / "memory")
-    command("demo.train_together", *models, *settings, "--output_dir", tmp_path / "joint")
+def test_the_command_lowers_the_loss_and_writes_a_joint_folder(llama_world, tmp_path, capsys):
+    tiny_memory(AutoModelForCausalLM.from_pretrained(llama_world.base)).save_pretrained(tmp_path / "memory")
+    models = ("--model_name_or_path", llama_world.base, "--knn_generator_path", tmp_path / "memory")
+    settings = ("--dataset_name", llama_world.windows, "--max_train_steps", 40, "--lmbda", 0.5)
+    command("demo.train_together", *models, *settings, "--learning_rate", 1e-2, "--output_dir", tmp_path / "joint")
     losses = [float(number) for number in re.findall(r"step \d+: loss ([\d.]+)", capsys.readouterr().out)]
-    assert len(losses) == 12 and losses[-1] < 0.8 * losses[0]
-    before = MLPMemory.from_pretrained(files / "base", files / "memory")
+    assert len(losses) == 40 and losses[-1] < 0.9 * losses[0], losses
+    before = MLPMemory.from_pretrained(llama_world.base, tmp_path / "memory")
     after = MLPMemory.from_pretrained(tmp_path / "joint")
     changed = {name for name, weight in after.named_parameters() if not torch.equal(weight, before.get_parameter(name))}
     assert {name.split(".")[0] for name in changed} == {"base_lm", "knn_generator"}
