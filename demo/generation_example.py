@@ -26,11 +26,8 @@ def main() -> None:
 
     joint, tokenizer = open_pair(pair, arguments)
     input_ids = tokenizer(pair.prompt, return_tensors="pt").input_ids
-    mixture = f"lambda {pair.lmbda}, temperature {pair.memory_temp:g}"
-    names = [
-        f"base: {short_name(pair.model_name_or_path)}",
-        f"base + memory: {short_name(pair.knn_generator_path)}, {mixture}",
-    ]
+    base, memory = short_name(pair.model_name_or_path), short_name(pair.knn_generator_path)
+    names = [f"base: {base}", f"base + memory: {memory}, lambda {pair.lmbda}, temperature {pair.memory_temp:g}"]
     print(f"{pair.prompt}\n", flush=True)
     screen = Console()
     with Live(console=screen, auto_refresh=False, transient=not screen.is_terminal) as live:

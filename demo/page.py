@@ -73,7 +73,8 @@ def token_details(identity: str, token: Token, *, active: bool) -> str:
     )
     return (
         f'<section class="mlpm-detail" id="{identity}"{"" if active else " hidden"}>'
-        f"<h3><code>{escape(visible(token.texts[token.token_id]))}</code>{probabilities}<span>lambda <b>{token.lmbda:.2f}</b></span>"
+        f"<h3><code>{escape(visible(token.texts[token.token_id]))}</code>{probabilities}"
+        f"<span>lambda <b>{token.lmbda:.2f}</b></span>"
         f'<span class="mlpm-factor {direction}" style="--mlpm-s:.6">{factor(token.moved)}</span></h3>'
         f'<div class="mlpm-lists">{"".join(candidates(name, token) for name in SOURCES)}</div>{passages(token)}</section>'
     )
