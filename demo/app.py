@@ -22,7 +22,7 @@ class PageArguments:
 
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 admits other machines")
     port: int = flag(7860, "port to listen on; 0 for the first free one from 7860 on")
-    dstore_path: str | None = flag(None, "datastore for the nearest training passages (default: the quickstart's)")
+    dstore_path: str | None = flag(None, "datastore for the nearest training passages; if not given, the quickstart's")
     index_path: str | None = flag(None, "its FAISS index")
     dataset_name: str | None = flag(None, "the windows that it was made from")
     dataset_split_name: str = flag("train", "split of the windows that the datastore holds")

@@ -1,7 +1,7 @@
 """The HTML of the page's inspector: coloured tokens and, for each, its probabilities, candidates and training passages.
 
-Text from models and corpora is escaped here. The looks are in `page.css`; `page.js` shows the details of the token under
-the pointer.
+Text from models and corpora is escaped here. The looks are in `page.css`; `page.js` shows the details of the token
+under the pointer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HEADINGS = {"base": "Base", "memory": "Memory", "mixture": "Base + memory", JOIN
 
 
 def inspector(sides: dict[str, list[Token]]) -> str:
-    """The coloured tokens of each side and the details of each token, at first of the one that the memory raised most."""
+    """The coloured tokens of each side and the details of each token, first of the one that the memory raised most."""
     lmbda = max((token.lmbda for tokens in sides.values() for token in tokens), default=0.0)
     active = max(sides[JOINT], key=lambda token: token.moved, default=None)
     flows, details = "", ""
@@ -48,7 +48,7 @@ def strength(moved: float, lmbda: float) -> float:
 
 
 def lowering_scale(lmbda: float) -> float:
-    """The most by which a mixture can lower a log-probability, -log(1 - lambda) nats, within the bounds of the scale."""
+    """The most that a mixture can lower a log-probability, -log(1 - lambda) nats, within the bounds of the scale."""
     most = -math.log1p(-lmbda) if lmbda < 1 else math.inf
     return max(min(most, math.log(FULL_COLOUR)), SMALLEST_SCALE)
 

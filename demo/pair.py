@@ -18,7 +18,7 @@ from utils.results import Lambda
 class Pair:
     """A base and its memory (folders or hub names), their mixture, and a prompt.
 
-    `lmbda` is a number or "adaptive". `passages`: paths of datastore, index and windows to look up passages in, or None.
+    `lmbda` is a number or "adaptive". `passages`: paths of datastore, index and windows for passages, or None.
     """
 
     model_name_or_path: str
@@ -39,15 +39,15 @@ class PairArguments(BaseArguments):
         "quickstart: the memory trained by scripts/quickstart.sh; mistral: Mistral-7B-v0.3, Wikipedia memory",
     )
     quickstart: str = flag("results/quickstart", "output folder of scripts/quickstart.sh")
-    model_name_or_path: str | None = flag(None, "base model: a folder or a hub name (default: the preset's)")
-    knn_generator_path: str | None = flag(None, "MLP memory: a folder or a hub name (default: the preset's)")
-    prompt: str | None = flag(None, "text to continue (default: the preset's)")
-    lmbda: Lambda | None = flag(None, "weight of the memory, 0 to 1, or adaptive (default: the preset's)")
+    model_name_or_path: str | None = flag(None, "base model: a folder or a hub name; if not given, the preset's")
+    knn_generator_path: str | None = flag(None, "MLP memory: a folder or a hub name; if not given, the preset's")
+    prompt: str | None = flag(None, "text to continue; if not given, the preset's")
+    lmbda: Lambda | None = flag(None, "weight of the memory, 0 to 1, or adaptive; if not given, the preset's")
     memory_temp: float | None = field(
         default=None,
-        metadata={"help": "softmax temperature of the memory (default: the preset's)", "aliases": ["--knn_temp"]},
+        metadata={"help": "softmax temperature of the memory; if not given, the preset's", "aliases": ["--knn_temp"]},
     )
-    max_new_tokens: int | None = flag(None, "maximum number of new tokens (default: the preset's)")
+    max_new_tokens: int | None = flag(None, "maximum number of new tokens; if not given, the preset's")
     torch_dtype: str = flag("auto", "float32, bfloat16, float16, or auto (the fastest on this machine)")
 
 

@@ -1,7 +1,7 @@
 """Both continuations of a prompt, base and base + memory, made by one `generate` call of the base.
 
-The prompt is a batch of two rows. A logits processor leaves the first row to the base, gives the second the mixture, and
-records what base, memory and mixture say about each token. Both rows use the same random numbers, so continuations
+The prompt is a batch of two rows. A logits processor leaves the first row to the base, gives the second the mixture,
+and records what base, memory and mixture say about each token. Both rows use the same random numbers, so continuations
 differ only by the memory: with lambda 0 they are equal, even when sampled.
 """
 
@@ -55,7 +55,7 @@ class Token:
 
 
 class SideBySide(LogitsProcessor, BaseStreamer):
-    """Logits processor and streamer of a `generate` call on two rows; puts the tokens so far into `queue` at each step."""
+    """Logits processor and streamer of a `generate` call on two rows; `queue` gets the tokens so far at each step."""
 
     def __init__(self, joint: MLPMemory, sampling: Sampling, candidates: int) -> None:
         self.queue: Queue[dict[str, list[Token]] | None] = Queue()
