@@ -145,6 +145,6 @@ def begin(path: str | os.PathLike, made: Made, *, overwrite: bool = False, state
 
 def differences(before: Made, now: Made) -> str:
     """What differs between two records, as one line."""
-    there, here = ({**each, **each.pop("settings"), **each.pop("made_from")} for each in (asdict(before), asdict(now)))
+    there, here = ({"kind": each.kind, "rows": each.rows, **each.settings, **each.made_from} for each in (before, now))
     names = sorted(name for name in there.keys() | here.keys() if str(there.get(name)) != str(here.get(name)))
     return one_line("; ".join(f"{name}: {there.get(name)} there, {here.get(name)} now" for name in names), 400)
