@@ -50,7 +50,7 @@ class BenchmarkArguments:
 
     output_dir: str = flag("results/benchmarks", "folder of results.json, targets.png and the stages' files (work/)")
     model: str | None = flag(None, "folder of the base model; default: SmolLM2-135M of utils.embedded_default")
-    text: str | None = flag(None, "text file; default: the Wikipedia articles of utils.embedded_default")
+    text: str | None = flag(None, ".txt file, or .jsonl with the column text; default: the embedded Wikipedia articles")
     device: str = flag("cpu", "cpu or cuda")
     repeats: int = flag(3, "timed rounds, after a warm-up round")
     rows: int = flag(24575, "datastore rows; rounded to a multiple of --block_size less one")
@@ -74,7 +74,7 @@ class Setting(BenchmarkArguments):
         """The setting that the flags ask for. Downloads the default model and text if none are named."""
         if not (arguments.model and arguments.text):
             subprocess.run([sys.executable, "-m", "utils.embedded_default", "--output_dir", EMBEDDED], check=True)
-        paths = {"model": arguments.model or EMBEDDED / "model", "text": arguments.text or EMBEDDED / "wiki.txt"}
+        paths = {"model": arguments.model or EMBEDDED / "model", "text": arguments.text or EMBEDDED / "wiki.jsonl"}
         paths["output_dir"] = arguments.output_dir
         values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(BenchmarkArguments)}
         values |= {name: str(Path(path).resolve()) for name, path in paths.items()}
@@ -210,9 +210,11 @@ def make_windows(setting: Setting) -> None:
     from utils.loading import load_tokenizer
 
     wanted = setting.rows + 1 + setting.test_rows + 1
+    text = Path(setting.text).read_text(encoding="utf-8")
+    if setting.text.endswith(".jsonl"):
+        text = "".join(json.loads(line)["text"] for line in text.split("\n")[:-1])
     # A token has about four characters.
-    text = Path(setting.text).read_text(encoding="utf-8")[: 8 * wanted]
-    found = load_tokenizer(setting.model, required=True)(text, verbose=False)["input_ids"][:wanted]
+    found = load_tokenizer(setting.model, required=True)(text[: 8 * wanted], verbose=False)["input_ids"][:wanted]
     if len(found) < wanted:
         raise InputError(f"--text {setting.text}: has {len(found)} tokens, {wanted} are needed; lower --rows")
     train, test = np.split(np.asarray(found, dtype=np.int32), [setting.rows + 1])

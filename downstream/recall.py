@@ -103,7 +103,7 @@ def windows_have_bos(articles: str) -> bool:
     from utils.artefact import read_made
 
     made = read_made(Path(articles).resolve().parent.parent)
-    return made is not None and made.settings.get("window_bos") not in (None, False)
+    return made is not None and made.settings.get("window_bos") is not None
 
 
 def main() -> None:
