@@ -9,6 +9,7 @@ interrupted run after the last complete line.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -74,32 +75,21 @@ def main() -> None:
     settings = {"task": qa.task, "dataset": name, "questions": digest, **model.settings()}
     made = Made("predictions", settings, len(rows), model.made_from())
     folder = Path(qa.output_dir)
-    making = begin(folder, made, overwrite=qa.overwrite)
-    if making.done:
-        print(f"{folder}: complete; use --overwrite to answer again")
-        print(summary(read_json(folder / "results.json")))
-        return
-    lines = read_lines(folder / "predictions.jsonl")
-    earlier = len(lines)
-    if earlier < len(rows):
-        answer(task, rows, qa, model, lines)
-    results = {
-        "task": qa.task,
-        **model.described(),
-        "dataset": name,
-        **score(task, lines),
-        "counts": {
-            "rows": len(rows) + dropped,
-            "scored": len(rows),
-            "dropped": dropped,
-            "from_an_earlier_run": earlier,
-        },
-        "settings": settings,
-        "seconds": round(time.time() - started, 2),
-        "versions": versions(),
-    }
-    write_json(folder / "results.json", results)
-    making.finish()
+    with contextlib.closing(begin(folder, made, overwrite=qa.overwrite)) as making:
+        if making.done:
+            print(f"{folder}: complete; use --overwrite to answer again")
+            print(summary(read_json(folder / "results.json")))
+            return
+        lines = read_lines(folder / "predictions.jsonl")
+        counts = {"rows": len(rows) + dropped, "scored": len(rows), "dropped": dropped}
+        counts["from_an_earlier_run"] = len(lines)
+        if len(lines) < len(rows):
+            answer(task, rows, qa, model, lines)
+        about = {"task": qa.task, **model.described(), "dataset": name}
+        results = {**about, **score(task, lines), "counts": counts, "settings": settings}
+        results |= {"seconds": round(time.time() - started, 2), "versions": versions()}
+        write_json(folder / "results.json", results)
+        making.finish()
     print(summary(results))
 
 
