@@ -47,7 +47,6 @@ class RunArguments(BenchmarkArguments):
     before: str | None = flag(None, "with --page: results.json of an earlier run, shown for comparison")
 
 
-@command
 def main() -> None:
     count = next((place for place, word in enumerate(sys.argv[1:]) if word.startswith("-")), len(sys.argv) - 1)
     chosen, flags = sys.argv[1 : 1 + count], sys.argv[1 + count :]
@@ -110,4 +109,4 @@ def measure_one() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)()

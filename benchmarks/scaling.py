@@ -34,7 +34,6 @@ class ScalingArguments(BenchmarkArguments):
     repeats: int = flag(5, "timed rounds of generation")
 
 
-@command
 def main() -> None:
     (arguments,) = parse(ScalingArguments, description="Time and memory of every stage by the number of tokens.")
     output = ensure_folder(arguments.output_dir)
@@ -115,4 +114,4 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)()

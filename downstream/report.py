@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.artefact import read_made
 from utils.cli import command, flag, parse, required
 from utils.files import atomic, ensure_folder, read_json, write_json
 from utils.plots import draw_training, figure_of, save_figure
@@ -96,14 +97,14 @@ def change(perplexity: float, base: float) -> str:
 
 def quickstart(arguments: QuickstartArguments) -> None:
     """Base, kNN-LM and memory after the quickstart: a table, the training curve, and perplexity by lambda."""
-    from models.gate import SETTINGS
+    from models.gate import WEIGHTS
 
     work, output = Path(arguments.work), ensure_folder(arguments.output_dir)
     stages = ("knnlm_validation", "knnlm_test", "joint_validation", "joint_test", "recall")
     knn_validation, knn, joint_validation, joint, recall = (read_json(work / name / "results.json") for name in stages)
     training = read_json(work / "memory" / "training.json")
-    gate = max((work / "memory").glob(f"epoch_*/{SETTINGS}"), key=os.path.getmtime)
-    known = read_json(gate)["perplexity"]["known"]
+    gate = read_made(work / "memory" / training["checkpoint"] / WEIGHTS)
+    known = gate.settings["perplexity"]["training"]
     results = {
         **perplexities(joint, knn),
         "knnlm_adaptive_ppl": knn["adaptive"]["perplexity"],
@@ -148,10 +149,8 @@ def quickstart_text(results: dict[str, Any]) -> str:
     """The quickstart's report in Markdown."""
     base, untuned = results["base_ppl"], results.get("untuned_ppl")
     name = "base" if untuned is None else "fine-tuned"
-    knn, memory = (
-        f"lambda {lambda_text(results[f'{which}_lambda'])}, temperature {results[f'{which}_temp']:g}"
-        for which in ("knnlm", "one_lambda")
-    )
+    knn = f"lambda {lambda_text(results['knnlm_lambda'])}, temperature {results['knnlm_temp']:g}"
+    memory = f"lambda {lambda_text(results['one_lambda'])}, temperature {results['one_lambda_temp']:g}"
     rows = [
         (name, base, ""),
         (f"{name} + kNN-LM", results["knnlm_ppl"], knn),
