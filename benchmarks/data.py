@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -90,7 +90,7 @@ def run_here(module: str, flags: list[str]) -> None:
     """Run a command's `main` in this process, without its output."""
     before, sys.argv = sys.argv, [module, *flags]
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
             importlib.import_module(module).main()
     finally:
         sys.argv = before

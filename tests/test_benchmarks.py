@@ -12,7 +12,10 @@ from tiny_models import make_base
 
 from benchmarks.run import STAGES
 
-ROWS = {"embedding": 2, "training_step": 2, "joint_evaluation": 1, "first_token": 1, "decoding": 2, "gate": 5}
+ROWS = {
+    **{"whole_chain": 2, "embedding": 2, "knn_targets": 1, "training_step": 2, "training_memory": 2},
+    **{"joint_evaluation": 1, "first_token": 1, "decoding": 2, "gate": 5, "start": 1},
+}
 SMALL = {
     **{"rows": 511, "block_size": 64, "stride": 32, "memory_layers": 2, "k": 16, "repeats": 1},
     **{"ncentroids": 4, "probe": 2, "code_size": 8},
@@ -36,28 +39,25 @@ def test_every_module_can_be_imported():
 
 @pytest.mark.parametrize("stage", ROWS)
 def test_a_stage_gives_its_rows(stage, setting, monkeypatch):
-    def here(*words, **_):
+    from accelerate.state import AcceleratorState
+
+    from benchmarks.setting import Setting
+
+    def here(self, *words, **_):
+        AcceleratorState._reset_state(reset_partial_state=True)  # the commands differ in precision
         command(*words[1:])
         return 1.0
 
-    monkeypatch.setattr(setting, "run", here)  # a process for each takes too long here
+    monkeypatch.setattr(Setting, "run", here)  # a process for each takes too long here
     rows = getattr(importlib.import_module(f"benchmarks.{STAGES[stage]}"), stage)(setting)
     assert len(rows) == ROWS[stage]
-    assert all(row.reached is not None and row.detail for row in rows)
+    assert all(row.detail and (row.reached is not None or not row.applies) for row in rows)
 
 
 def test_windows_hold_exactly_the_requested_number_of_rows(setting):
     assert setting.rows == 511
     assert setting.windows("train")[-1]["dstore_range"][1] == 511
     assert setting.windows("test")[-1]["dstore_range"][1] == setting.test_rows
-
-
-@pytest.mark.slow
-def test_the_stages_that_start_processes_give_their_rows(setting):
-    for stage, count in {"whole_chain": 2, "knn_targets": 1, "training_memory": 2, "start": 1}.items():
-        rows = getattr(importlib.import_module(f"benchmarks.{STAGES[stage]}"), stage)(setting)
-        assert len(rows) == count
-        assert all(row.reached is not None or not row.applies for row in rows)
 
 
 def test_a_failed_stage_is_recorded_and_the_table_goes_into_a_page(setting, tmp_path, monkeypatch):
