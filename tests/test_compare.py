@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,18 +158,6 @@ def test_retrieval_sees_only_the_text_before_a_chunk(work):
     assert asked[:3] == [tokenizer.decode(ids[max(end - 24, 0) : end]) for end in (16, 32, 48)]
     some = score_windows(Method(base, passages=lambda _: [5, 6, 7] * 10), windows, tokenizer, 16, 24)
     assert some["tokens"] == whole["tokens"] and some["perplexity"] != whole["perplexity"]
-
-
-@pytest.mark.unit
-def test_passages_and_text_stay_within_the_context():
-    from transformers import LlamaConfig
-
-    from benchmarks.compare_scores import Method
-
-    for context, kept in ((100, range(10, 20)), (8, range(15, 20))):
-        base = SimpleNamespace(config=LlamaConfig(max_position_embeddings=context))
-        together, moved = Method(base, passages=lambda _: [1, 2, 3]).before("text", torch.arange(10, 20))
-        assert together.tolist() == [1, 2, 3, *kept] and together[9 + moved] == 19
 
 
 def test_both_searches_find_the_article_of_a_text(encoder):

@@ -3,18 +3,15 @@
 import csv
 import gc
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from harness import ROOT, command, refused_here, run
+from harness import command, refused_here, run
 from tiny_models import byte_tokenizer, plain_greedy, plain_log_probs, qa_base, save_models, tiny_memory
 
-from downstream.scoring import Encoded, Evaluator, cut
+from downstream.scoring import Encoded, Evaluator
 from downstream.tasks import TASKS, Prompt
 from models import MLPMemory
 from utils.files import lock_folder
@@ -55,7 +52,6 @@ def world(tmp_path_factory):
     with open(folder / "truth.csv", "w", newline="") as file:
         csv.writer(file).writerows(TRUTH)
     (folder / "demonstrations.txt").write_text(DEMONSTRATIONS)
-    (folder / "instruction.txt").write_text("I want the right answer.\nThe answer is Yes or No.")
     return folder
 
 
@@ -68,9 +64,6 @@ def ask(world, output, *flags):
 
 def joint_flags(world, lmbda=0.5):
     return "--use_neural_knn", "--knn_generator_path", world / "memory", "--lmbda", lmbda
-
-
-TRUTH_FLAGS = ("--task", "truthfulqa", "--dataset_name")
 
 
 # Prompts
@@ -111,14 +104,6 @@ def test_halueval_prompts_follow_the_instruction():
     right, hallucinated = prompts("halueval_judge", row, "Judge.")
     assert right.text == "Judge.\n\n#Question#: Which?\n#Answer#: this\n#Your Judgement#:"
     assert hallucinated.text == "Judge.\n\n#Question#: Which?\n#Answer#: that\n#Your Judgement#:"
-
-
-@pytest.mark.unit
-def test_a_generated_text_is_cut_at_the_stop_characters():
-    assert (TASKS["nq"].max_new_tokens, TASKS["nq"].stop) == (15, "\n")
-    assert (TASKS["webqa"].max_new_tokens, set(TASKS["webqa"].stop)) == (100, {"\n", ".", ","})
-    assert [cut(" one. two\nthree", stop) for stop in ("\n", "\n.,")] == [" one. two", " one"]
-    assert cut("\nthree", "\n") == ""
 
 
 # Scoring and generation
@@ -181,13 +166,6 @@ def test_sampling_settings_are_ignored_and_the_end_token_ends_a_text(tokenizer):
     assert model.generation_config.repetition_penalty == 3.0
 
 
-def test_an_answer_begins_after_the_prompts_own_number_of_tokens(tokenizer):
-    evaluator = Evaluator(models_of("llama", tokenizer)["base"], tokenizer, 1)
-    (sequence,) = evaluator.sequences(Prompt("the righ", ("t answer",)), 0)
-    assert sequence.ids.tolist() == tokenizer("the right answer").input_ids
-    assert sequence.begin == len(tokenizer("the righ").input_ids)
-
-
 def test_an_end_token_that_the_tokenizer_appends_is_left_out(tokenizer):
     from tokenizers.processors import TemplateProcessing
 
@@ -229,19 +207,10 @@ def test_results_record_the_settings_and_rows_can_be_selected(world, tmp_path):
 
 
 def test_truthfulqa_scores_a_best_answer_that_is_not_among_the_true(world, tmp_path):
-    flags = (*TRUTH_FLAGS, world / "truth.csv", "--prompt_file", world / "demonstrations.txt")
-    results, lines = ask(world, tmp_path, *flags)
+    flags = ("--dataset_name", world / "truth.csv", "--prompt_file", world / "demonstrations.txt")
+    results, lines = ask(world, tmp_path, "--task", "truthfulqa", *flags)
     assert set(results["metrics"]) == {"mc1", "mc2", "mc3"}
-    assert [len(line["scores_true"]) for line in lines] == [3, 1]
-    assert lines[1]["best"] == "No one did."
-
-
-def test_a_judge_is_asked_about_both_answers(world, tmp_path):
-    data = ("--dataset_name", world / "halu.jsonl", "--prompt_file", world / "instruction.txt")
-    results, lines = ask(world, tmp_path, "--task", "halueval_judge", *data)
-    assert all(len(line["outputs"]) == len(line["judged"]) == 2 for line in lines)
-    parts = results["metrics"]
-    assert parts["accuracy"] == pytest.approx((parts["accuracy_right"] + parts["accuracy_hallucinated"]) / 2)
+    assert [len(line["scores_true"]) for line in lines] == [3, 1] and lines[1]["best"] == "No one did."
 
 
 def test_every_file_format_gives_the_same_rows(world, tmp_path):
@@ -345,19 +314,3 @@ def test_user_errors_name_the_flag_file_or_row(world, tmp_path, monkeypatch, fla
     write_jsonl(tmp_path / "long.jsonl", [NQ[0], {"question": "who " * 400, "answer": ["x"]}])
     monkeypatch.chdir(tmp_path)
     assert expected in refused_here("downstream.eval_qa", *base_flags(world, tmp_path / "out"), *flags)
-
-
-# The shell script
-
-
-def test_the_script_takes_its_settings_from_the_environment(world, tmp_path):
-    settings = {
-        "MODEL": world / "base",
-        "KNN_PATH": world / "memory",
-        "DATASET": world / "nq.jsonl",
-        "MAX_EVAL_SAMPLES": 1,
-    }
-    settings |= {"PYTHON": sys.executable, "OUTPUT_DIR": tmp_path / "joint"}
-    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
-    subprocess.run(["bash", ROOT / "downstream" / "eval_qa.sh"], cwd=tmp_path, env=environment, check=True)
-    assert json.loads((tmp_path / "joint" / "results.json").read_text())["lmbda"] == 0.5
