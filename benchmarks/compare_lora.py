@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.compare_methods import Method, Quickstart, bytes_of, library, memory_adaptive
+from benchmarks.compare_methods import Method, Quickstart, bytes_of, library, memory
 from benchmarks.setting import ROOT
 from utils.errors import InputError
 from utils.files import atomic, read_json
@@ -31,16 +31,15 @@ def lora(work: Quickstart, name: str) -> Method:
     """
     folder, flags, training = train(work), work.flags, work.training
     state = read_json(folder / "trainer_state.json")
-    steps, kept = state["global_step"], state["best_global_step"]
-    if name == "lora_last":
-        kept = steps
+    steps = state["global_step"]
+    kept = steps if name == "lora_last" else state["best_global_step"]
     adapter = folder / f"checkpoint-{steps}" if name == "lora_last" else folder
     losses = [[entry["step"], entry["eval_loss"]] for entry in state["log_history"] if "eval_loss" in entry]
     base = library("peft").PeftModel.from_pretrained(work.models.open_base(work.tokenizer), str(adapter))
     merged, on_disk = base.merge_and_unload().eval(), bytes_of(adapter.glob("adapter_*"))
     settings = {"kept": kept, "validation": losses}
     if name == "lora_memory":
-        method = memory_adaptive(quickstart_of(work, merged, folder.with_name(f"{folder.name}-memory")))
+        method = memory(quickstart_of(work, merged, folder.with_name(f"{folder.name}-memory")), adaptive=True)
         note = f"the base is LoRA's, merged; the quickstart was run again for it: {method.note}"
         return replace(method, bytes=method.bytes + on_disk, note=note, settings=settings)
     note = (
@@ -112,7 +111,7 @@ def quickstart_of(work: Quickstart, base: Any, folder: Path) -> Quickstart:
         with atomic(model) as temporary:
             base.save_pretrained(temporary)
             work.tokenizer.save_pretrained(temporary)
-    settings = {"MODEL": str(model.resolve()), "OUTPUT": str(folder.resolve()), "DTYPE": work.dtype}
+    settings = {"MODEL": str(model.resolve()), "OUTPUT": str(folder.resolve()), "DTYPE": work.dtype, "FINETUNE": "0"}
     script = ["bash", "scripts/quickstart.sh"]
     if subprocess.run(script, cwd=ROOT, env=os.environ | settings, stdin=subprocess.DEVNULL).returncode:
         raise InputError("--methods lora_memory: scripts/quickstart.sh failed; see its error above")

@@ -124,9 +124,8 @@ def build(work: Quickstart, name: str) -> Method:
         from benchmarks.compare_lora import lora
 
         return lora(work, name)
-    return {"knnlm": knnlm, "knnlm_adaptive": knnlm_adaptive, "memory": memory, "memory_adaptive": memory_adaptive}[
-        name
-    ](work)
+    make = knnlm if name.startswith("knnlm") else memory
+    return make(work, adaptive=name.endswith("adaptive"))
 
 
 def bytes_of(paths: Iterable[Path]) -> int:
@@ -147,45 +146,28 @@ def chosen(results: dict[str, Any], temperature: str) -> str:
     return f"{setting} chosen on the validation articles"
 
 
-def memory(work: Quickstart) -> Method:
-    """Base and memory, mixed at the lambda and temperature that were best on the validation articles."""
-    return joint_method(work, chosen(work.joint, "memory_temp"), work.joint["lmbda"], work.joint["memory_temp"])
-
-
-def memory_adaptive(work: Quickstart) -> Method:
-    """Base and memory, with a lambda for each token from the memory's gate."""
-    return joint_method(work, "lambda by token, from the memory's gate", ADAPTIVE)
-
-
-def joint_method(work: Quickstart, how: str, lmbda: float | str, memory_temp: float = 1.0) -> Method:
-    joint = open_joint(work.models, work.memory, work.base, lmbda, memory_temp)
+def memory(work: Quickstart, *, adaptive: bool) -> Method:
+    """Base and memory, at the lambda and temperature that were best on the validation articles or with the memory's gate."""
+    mixture = (ADAPTIVE,) if adaptive else (work.joint["lmbda"], work.joint["memory_temp"])
+    joint = open_joint(work.models, work.memory, work.base, *mixture)
     millions = sum(weight.numel() for weight in joint.knn_generator.parameters()) / 1e6
     files = [path for path in work.memory.iterdir() if path.suffix in (".safetensors", ".json")]
-    size = bytes_of(path for path in files if lmbda == ADAPTIVE or not path.name.startswith("gate."))
+    size = bytes_of(path for path in files if adaptive or not path.name.startswith("gate."))
+    how = "lambda by token, from the memory's gate" if adaptive else chosen(work.joint, "memory_temp")
     note = f"{millions:.1f}M parameters, {work.training['num_train_epochs']} epochs, {how}."
     return Method(work.base, model=joint, bytes=size, note=note)
 
 
-def knnlm(work: Quickstart) -> Method:
-    """The kNN-LM over the training text, at its best lambda and temperature."""
-    return knnlm_method(work, chosen(work.knnlm, "knn_temp"), work.knnlm["lmbda"], work.knnlm["knn_temp"])
-
-
-def knnlm_adaptive(work: Quickstart) -> Method:
-    """The kNN-LM with lambda by the nearest neighbor's distance, as chosen on the validation articles."""
+def knnlm(work: Quickstart, *, adaptive: bool) -> Method:
+    """The kNN-LM over the training text, at its best lambda and temperature or with lambda by the nearest neighbor's
+    distance, both chosen on the validation articles."""
     from knn_utils.adaptive import Buckets
-
-    buckets = Buckets.read(work.folder / "knnlm_validation/results.json")
-    how = (
-        f"lambda by {len(buckets.lmbda)} ranges of the nearest neighbor's distance, {buckets.lmbda.min():.2f} to "
-        f"{buckets.lmbda.max():.2f}, and temperature {buckets.knn_temp:g} chosen on the validation articles"
-    )
-    return knnlm_method(work, how, buckets, buckets.knn_temp)
-
-
-def knnlm_method(work: Quickstart, how: str, lmbda: Any, knn_temp: float) -> Method:
     from knn_utils.knn_lm import KNNLM
 
+    lmbda, knn_temp, how = work.knnlm["lmbda"], work.knnlm["knn_temp"], chosen(work.knnlm, "knn_temp")
+    if adaptive:
+        lmbda = Buckets.read(work.folder / "knnlm_validation/results.json")
+        knn_temp, how = lmbda.knn_temp, f"lambda by {len(lmbda.lmbda)} ranges of the nearest neighbor's distance"
     store, index = next(work.folder.glob("dstore/dstore_*_train_*.arrow")), work.folder / "dstore" / "train.index"
     options = {"k": work.knnlm["k"], "probe": work.knnlm["probe"], "layer_position": work.layer_position}
     near = KNNLM(index, store, lmbda=lmbda, knn_temp=knn_temp, **options)
@@ -205,9 +187,8 @@ def rag(work: Quickstart, name: str) -> Method:
         search, on_disk = dense_search(articles, encoder)
     note = (
         f"{flags.rag_passages} of {len(articles)} training articles (at most {flags.passage_tokens} tokens each) before the "
-        f"text. A window is scored in chunks of {flags.rag_chunk} tokens: the query is the {flags.rag_query} tokens before "
-        "the chunk; the input is the articles, then the window up to the chunk. The first chunk has no query and no article. "
-        "For beginnings and speed the query is the prompt. On disk: the articles and "
+        f"text, found with the {flags.rag_query} tokens before each chunk of {flags.rag_chunk} tokens of a window, or with the "
+        "prompt. On disk: the articles and "
         + ("the index." if name == "rag_bm25" else "their vectors and the encoder.")
     )
     before = passages(search, articles, work.tokenizer, flags.rag_passages, flags.passage_tokens)

@@ -143,7 +143,7 @@ def measure_speed(method: Method, prompts: Sequence[str], tokenizer: Any, new_to
     The time to the first token includes retrieval and tokenization.
 
     Returns first_token_seconds and tokens_per_second of the method; base_… of the base alone; …_ratio: the median over
-    prompts of method / base; prompt_tokens: mean, with passages.
+    prompts of method / base.
     """
     rounds = []
     for prompt in [prompts[0], *prompts]:
@@ -151,7 +151,6 @@ def measure_speed(method: Method, prompts: Sequence[str], tokenizer: Any, new_to
         rounds.append([generate_once(each, prompt, tokenizer, new_tokens) for each in pair])
     rounds = rounds[1:]  # the first is a warm-up
     found: dict[str, Any] = {"prompts": len(prompts), "new_tokens": new_tokens}
-    found["prompt_tokens"] = mean(own[2] for own, _ in rounds)
     for place, name in enumerate(("first_token_seconds", "tokens_per_second")):
         found[name] = median(own[place] for own, _ in rounds)
         found[f"base_{name}"] = median(bare[place] for _, bare in rounds)
@@ -159,8 +158,8 @@ def measure_speed(method: Method, prompts: Sequence[str], tokenizer: Any, new_to
     return found
 
 
-def generate_once(method: Method, prompt: str, tokenizer: Any, new_tokens: int) -> tuple[float, float, int]:
-    """(seconds to the first token, tokens per second after it, prompt tokens) of one greedy generation."""
+def generate_once(method: Method, prompt: str, tokenizer: Any, new_tokens: int) -> tuple[float, float]:
+    """(seconds to the first token, tokens per second after it) of one greedy generation."""
     device = method.base.get_input_embeddings().weight.device
     clock = Clock(device.type)
     with method.around():
@@ -168,4 +167,4 @@ def generate_once(method: Method, prompt: str, tokenizer: Any, new_tokens: int) 
         ids, _ = method.before(prompt, torch.tensor(tokenizer(prompt)["input_ids"]), new_tokens)
         generate(method.model, ids[None].to(device), new_tokens + 1, streamer=clock)
     # The streamer gets the prompt first, then each token.
-    return clock.times[1] - start, new_tokens / (clock.times[-1] - clock.times[1]), len(ids)
+    return clock.times[1] - start, new_tokens / (clock.times[-1] - clock.times[1])

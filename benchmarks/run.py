@@ -5,9 +5,8 @@
     python -m benchmarks.run --page docs/performance.md    write the table of the last run's results.json into a page
     python -m benchmarks.run --page docs/performance.md --before OLD/results.json    with an earlier run's figures
 
-A stage and the operation that it is compared with run in turn in one process, after a warm-up; ratios are medians over
-rounds. Each stage has its own process: one that fails does not affect the others. Stages that are not run keep their
-figures from the last run with the same setting.
+A stage and the operation that it is compared with run in turn in one process; ratios are medians over rounds. Each stage
+has its own process. Stages that are not run keep their figures from the last run with the same setting.
 """
 
 from __future__ import annotations

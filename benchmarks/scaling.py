@@ -2,9 +2,8 @@
 
     python -m benchmarks.scaling --sizes 10000 30000 100000
 
-Each stage is the project's command in its own process, imports included; training is one epoch. Generation is measured
-in milliseconds per token: the base, with a memory, and with a kNN-LM over the datastore of that size, one token each in
-turn. Sizes that were measured before with the same setting are not measured again.
+Each stage is the project's command in its own process; training is one epoch. Generation: the base alone, with a memory,
+and with a kNN-LM, one token each in turn. Sizes that were measured before with the same setting are skipped.
 """
 
 from __future__ import annotations

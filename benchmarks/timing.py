@@ -15,13 +15,11 @@ class Row:
     """One figure and its target.
 
     Attributes:
-        name: what is measured.
         reached: the figure; None where it was not measured.
         sign: "<=" or ">=": the target is an upper or a lower bound.
         unit: of `reached` and `target`; "x" for a ratio.
         detail: the figures behind a ratio, or why there is none.
         applies: False where this machine cannot reach the target, whatever the code does.
-        stage: the benchmark's name; set by `benchmarks.run`.
     """
 
     name: str

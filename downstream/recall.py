@@ -93,9 +93,7 @@ def read_articles(path: str) -> list[str]:
     """The column `text` of a .jsonl file; nothing from an empty one, such as /dev/null."""
     from downstream.data import read_table
 
-    with open(path, "rb") as file:
-        is_empty = not file.read(1)
-    return [] if is_empty else read_table(path)["text"][:]
+    return read_table(path)["text"][:] if Path(path).stat().st_size else []
 
 
 def windows_have_bos(articles: str) -> bool:

@@ -13,8 +13,8 @@ from tiny_models import make_base
 from benchmarks.run import STAGES
 
 ROWS = {
-    **{"whole_chain": 2, "embedding": 2, "knn_targets": 1, "training_step": 2, "training_memory": 2},
-    **{"joint_evaluation": 1, "first_token": 1, "decoding": 2, "gate": 5, "start": 1},
+    **{"whole_chain": 2, "embedding": 2, "knn_targets": 1, "training_step": 2, "training_memory": 1},
+    **{"joint_evaluation": 1, "first_token": 1, "decoding": 1, "gate": 4, "start": 1},
 }
 SMALL = {
     **{"rows": 511, "block_size": 64, "stride": 32, "memory_layers": 2, "k": 16, "repeats": 1},

@@ -63,12 +63,6 @@ class BaseArguments:
             raise InputError("--model_name_or_path: is required; expected a model folder or hub name")
         return self.model_name_or_path
 
-    def base_id(self) -> str:
-        """The base's id, without opening its weights."""
-        from models.identity import base_id
-
-        return base_id(self.require_base(), trust_remote_code=self.trust_remote_code)
-
     def dtype(self, **short: bool) -> Any:
         """The torch dtype of the base; `short`: the flags bf16 and fp16 where a command has them."""
         return resolve_dtype(self.torch_dtype, **short)
