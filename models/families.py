@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
 from .stack import MLPStack, find_memory, read_memory_config
+
+BASE_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+VOLATILE = ("_name_or_path", "transformers_version")  # entries of a config.json that do not describe the model
 
 
 def memory_class(config: PretrainedConfig) -> type[MLPStack]:
@@ -43,3 +50,21 @@ def load_memory(
     """
     folder = find_memory(path)
     return memory_class(read_memory_config(folder)).from_pretrained(folder, dtype=dtype, device=device)
+
+
+def base_id(path: str | os.PathLike, *, trust_remote_code: bool = False) -> str:
+    """The id of a base model: SHA-256 of its config with the names and sizes of its weight files (on the hub: the commit).
+
+    Raises OSError or ValueError where there is no readable config.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        weights: Any = sorted((file.name, file.stat().st_size) for kind in BASE_WEIGHTS for file in folder.glob(kind))
+    else:
+        from transformers import AutoConfig
+
+        loaded = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        config, weights = loaded.to_dict(), loaded._commit_hash
+    config = {name: value for name, value in config.items() if name not in VOLATILE}
+    return hashlib.sha256(json.dumps([config, weights], sort_keys=True, default=str).encode()).hexdigest()

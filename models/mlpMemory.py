@@ -21,10 +21,11 @@ from transformers.utils import logging
 
 from .capture import HiddenCapture, captured_module, hidden_states
 from .families import load_memory
-from .gate import LambdaGate, mix
+from .gate import LambdaGate
 from .joint_base import absolute, check_fit, open_base, resize_to_memory
 from .joint_config import ADAPTIVE, MLPMemoryConfig, check_lambda, check_temperature, read_joint_config
 from .joint_files import has_local_base, joint_parts, save_joint
+from .mixture import fixed_log_weights, log_mixture
 from .stack import shifted_nll
 
 logger = logging.get_logger(__name__)
@@ -46,7 +47,7 @@ def joint_log_probs(
     memory = _log_softmax(memory_logits.to(base_logits.device), knn_temp)
     if lmbda == 1.0:
         return memory
-    return mix(_log_softmax(base_logits), memory, math.log1p(-lmbda), math.log(lmbda))
+    return log_mixture((_log_softmax(base_logits), memory), fixed_log_weights(lmbda))
 
 
 def _log_softmax(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -127,16 +128,16 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         value = check_lambda(value)
         if value == ADAPTIVE:
             self.gate = self.gate or self._gate_of_memory()
-            self.knn_temp = self.gate.knn_temp
+            self.knn_temp = self.gate.memory_temp
         self.config.lmbda = value
 
     def _gate_of_memory(self) -> LambdaGate:
         """The gate in the memory's folder. Raises ValueError where there is none, or it is another pair's."""
-        gate = LambdaGate.beside(self.knn_generator)
+        folder = self.knn_generator.name_or_path
+        gate = LambdaGate.load(folder) if folder else None
         if gate is None:
             told = f"lambda {ADAPTIVE}: {self.knn_generator.name_or_path or 'the memory'} has no gate"
             raise ValueError(f"{told}; train one (python -m training.gate), or give a number from 0 to 1")
-        gate.check_made_for(self.base_lm, self.knn_generator)
         return gate
 
     @property
@@ -333,7 +334,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
                 logits = _log_softmax(memory, self.knn_temp)
             else:
                 memory = _log_softmax(memory, self.knn_temp)
-                logits = mix(logits, memory, math.log1p(-lmbda), math.log(lmbda))
+                logits = log_mixture((logits, memory), fixed_log_weights(lmbda))
         loss = None if labels is None else shifted_nll(logits, labels, items)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
         return output.to_tuple() if return_dict is False else output
