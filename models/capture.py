@@ -38,7 +38,9 @@ def captured_block(model: nn.Module, layer_position: int = -1) -> nn.Module:
     blocks = decoder_blocks(model)
     count = len(blocks)
     if not -count <= layer_position < count:
-        raise ValueError(f"layer_position {layer_position}: expected {-count} to {count - 1}, the model has {count} blocks")
+        raise ValueError(
+            f"layer_position {layer_position}: expected {-count} to {count - 1}, the model has {count} blocks"
+        )
     return blocks[layer_position]
 
 

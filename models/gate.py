@@ -117,9 +117,9 @@ class LambdaGate(nn.Module):
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> LambdaGate | None:
-        """The gate in a memory's folder; None where there is none. Raises ValueError where it cannot be read."""
+        """The gate in a memory's folder; None where there is none (or no folder). Raises ValueError if it cannot be read."""
         path = Path(folder, WEIGHTS)
-        if not path.is_file():
+        if not folder or not path.is_file():
             return None
         try:
             with safe_open(path, "pt") as file:

@@ -144,7 +144,9 @@ def check_fit(base_config: PretrainedConfig, memory: nn.Module) -> None:
         ("vocabulary size", len(memory.lm_head.weight), base.vocab_size),
     ):
         if own != expected:
-            raise ValueError(f"{what} is {own} in the memory, {expected} in the base; use the memory trained for this base")
+            raise ValueError(
+                f"{what} is {own} in the memory, {expected} in the base; use the memory trained for this base"
+            )
 
 
 def resize_to_memory(base: PreTrainedModel, memory: nn.Module, reference: str | None) -> None:
@@ -173,14 +175,28 @@ def tokenizer_of(path: str | None, model: PreTrainedModel) -> Any:
 def save_joint(
     joint: PreTrainedModel,
     folder: str | os.PathLike,
-    state_dict: dict[str, torch.Tensor] | None,
-    include_base: bool | None,
-    base_reference: str | None,
-    tokenizer: Any,
-    results: dict[str, Any] | list[dict[str, Any]] | None,
-    max_shard_size: int | str,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    *,
+    include_base: bool | None = None,
+    base_reference: str | None = None,
+    tokenizer: Any = None,
+    results: dict[str, Any] | list[dict[str, Any]] | None = None,
+    max_shard_size: int | str = "5GB",
+    **_: Any,
 ) -> None:
-    """Write a joint model's folder; `MLPMemory.save_pretrained` documents the arguments."""
+    """Write a joint model's folder: memory, settings, tokenizer, model card, code, and base or its name.
+
+    Args:
+        state_dict: weights to save in place of the model's own, under its names.
+        include_base: save the base in `base/`. None: if it has no name, has parameters that require gradients, or is a
+            part of another joint folder.
+        base_reference: name or folder of the base to record; default: that which it was loaded from.
+        tokenizer: default: the base's.
+        results: rows of results.json for the model card.
+
+    Raises ValueError where the folder holds something else, or `include_base` is False and the base could not be loaded
+    again.
+    """
     folder = Path(folder)
     if problem := taken(folder):
         raise ValueError(problem)
@@ -212,8 +228,7 @@ def save_joint(
         _save_part(joint.knn_generator, new / MEMORY, state_dict, MEMORY_PREFIX, max_shard_size)
         if include_base:
             _save_part(joint.base_lm, new / INSIDE, state_dict, BASE_PREFIX, max_shard_size)
-        place = joint.knn_generator.name_or_path
-        gate = joint.gate or (LambdaGate.load(place) if place else None)
+        gate = joint.gate or LambdaGate.load(joint.knn_generator.name_or_path)
         if gate is not None:
             gate.save(new / MEMORY)
         if tokenizer is not None:
@@ -223,7 +238,9 @@ def save_joint(
         (new / "README.md").write_text(model_card(joint, config, bool(include_base)), encoding="utf-8")
         custom_object_save(joint, new, config)
         config.save_pretrained(new)
-        mode = (new / "README.md").stat().st_mode  # as the umask has it; safetensors writes files that only the owner reads
+        mode = (
+            (new / "README.md").stat().st_mode
+        )  # as the umask has it; safetensors writes files that only the owner reads
         for file in filter(Path.is_file, new.rglob("*")):
             file.chmod(mode)
         _replace(new, folder)
@@ -302,20 +319,13 @@ def _described(model: nn.Module) -> str:
 
 
 def measured_rows(results: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The numbers and names of one `results.json` or several; a local path is cut to its last folder."""
+    """The numbers and names of one `results.json` or several, without local paths."""
     rows = [results] if isinstance(results, dict) else results
-    return [
-        {
-            name: os.path.basename(os.path.normpath(value)) if _is_local_path(value) else value
-            for name, value in row.items()
-            if isinstance(value, (int, float, str))
-        }
-        for row in rows
-    ]
+    return [{name: value for name, value in row.items() if _belongs_on_card(value)} for row in rows]
 
 
-def _is_local_path(value: Any) -> bool:
-    return isinstance(value, str) and os.sep in value and (os.path.isabs(value) or os.path.exists(value))
+def _belongs_on_card(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, str) and not Path(value).is_absolute())
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

@@ -114,9 +114,11 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
     def lmbda(self, value: float | str) -> None:
         if value == ADAPTIVE:
             folder = self.knn_generator.name_or_path
-            self.gate = self.gate or (LambdaGate.load(folder) if folder else None)
+            self.gate = self.gate or LambdaGate.load(folder)
             if self.gate is None:
-                raise ValueError(f"lambda {ADAPTIVE}: {folder or 'the memory'} has no gate (python -m training.gate)")
+                raise ValueError(
+                    f"lambda {ADAPTIVE}: the memory {folder} has no gate; train one: python -m training.gate"
+                )
             self.knn_temp = self.gate.memory_temp
         elif isinstance(value, str) or not 0.0 <= value <= 1.0:
             raise ValueError(f"lambda {value}: expected a number from 0 to 1, or {ADAPTIVE}")
@@ -178,9 +180,9 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         else:
             config = None if isinstance(memory, nn.Module) else read_joint_config(memory)
         reference = absolute(base.name_or_path if isinstance(base, nn.Module) else base)
-        given = {"lmbda": lmbda, "knn_temp": knn_temp, "layer_position": layer_position}
-        settings = {} if config is None else {name: getattr(config, name) for name in given}
-        settings |= {name: value for name, value in given.items() if value is not None}
+        settings = {"lmbda": lmbda, "knn_temp": knn_temp, "layer_position": layer_position}
+        settings = {name: getattr(config, name, None) if value is None else value for name, value in settings.items()}
+        settings = {name: value for name, value in settings.items() if value is not None}
         named = not isinstance(base, nn.Module)
         if named:
             if device is not None and torch.device(device).type != "cpu":  # load straight onto the device
@@ -210,46 +212,30 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
-        max_shard_size: int | str = "5GB",
-        *,
-        include_base: bool | None = None,
-        base_reference: str | None = None,
-        tokenizer: Any = None,
-        results: dict[str, Any] | list[dict[str, Any]] | None = None,
-        **hub: Any,
+        **options: Any,
     ) -> None:
         """Write a folder that `from_pretrained`, `AutoModelForCausalLM` and `pipeline` open again.
 
-        It holds the memory, the settings, a model card, the tokenizer (the one given, else the base's) and the base's
-        name: `base_reference`, else the name or folder that the base was loaded from. `include_base` saves the base
-        inside; by default (None) that is done if the base has no name, has parameters that require gradients, or is a
-        part of another joint folder. `state_dict`: weights to save in place of the model's own, under its names.
-        `results`: rows of results.json for the card. `push_to_hub` uploads to `repo_id` (default: the folder's name);
-        `token`, `private` and `commit_message` go with it, and transformers' other arguments are ignored. Raises
-        ValueError where the folder holds something else, or `include_base` is False and the base could not be loaded
-        again.
+        `state_dict`: weights to save in place of the model's own, under its names. `options`: those of
+        `joint_files.save_joint`; with `push_to_hub` also those of `push_to_hub` and `repo_id` (default: the folder's
+        name). Other arguments of transformers' `save_pretrained` are ignored.
         """
         if is_main_process:
-            save_joint(
-                self, save_directory, state_dict, include_base, base_reference, tokenizer, results, max_shard_size
-            )
-        if is_main_process and push_to_hub:
-            self.push_to_hub(hub.pop("repo_id", None) or os.path.basename(os.path.abspath(save_directory)), **hub)
+            save_joint(self, save_directory, state_dict, **options)
+            if push_to_hub:
+                self.push_to_hub(options.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **options)
 
     def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str = "Upload MLP Memory",
-        private: bool | None = None,
-        token: str | bool | None = None,
-        **_: Any,
+        self, repo_id: str, commit_message: str = "Upload MLP Memory", private: bool | None = None, **options: Any
     ) -> Any:
-        """Upload a folder of `save_pretrained`; a base that is not on the hub goes inside. Returns the commit."""
-        api = HfApi(token=token)
+        """Upload a folder of `save_pretrained`, in which a base that is not on the hub is included. Returns the commit."""
+        api = HfApi(token=options.get("token"))
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         named = self.config.base_model_name_or_path
+        if named and os.path.isabs(named):
+            options["include_base"] = True
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, include_base=True if named and os.path.isabs(named) else None)
+            self.save_pretrained(folder, **options)
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -312,8 +298,10 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
                 return_dict=True,
                 **kwargs,
             )
-            # A draft of generate(assistant_early_exit=…) may end before the captured block: it is the base's alone.
-            hidden = None if self._exits_early() else capture.take()  # (batch, time, hidden)
+            # generate(assistant_early_exit=…) lowers the base's layer count for its drafts: they are the base's alone.
+            configs = (self.base_lm.config.get_text_config(), self.config.text_config.get_text_config())
+            early_exit = configs[0].num_hidden_layers < configs[1].num_hidden_layers
+            hidden = None if early_exit else capture.take()  # (batch, time, hidden)
         rest = {name: base.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
         lmbda, logits = self.lmbda if hidden is not None else 0.0, base.logits  # (batch, kept, vocabulary)
         if lmbda == 0.0:
@@ -329,13 +317,6 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         loss = None if labels is None else shifted_nll(logits, labels, items)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
         return output.to_tuple() if return_dict is False else output
-
-    def _exits_early(self) -> bool:
-        """Whether `generate` drafts with an early exit, for which it lowers the base's layer count."""
-        now, layers = (
-            each.get_text_config().num_hidden_layers for each in (self.base_lm.config, self.config.text_config)
-        )
-        return now < layers
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import copy
 import glob
-import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -67,13 +66,13 @@ class MLPStack:
         """`input_dim`: width of the captured hidden states; `output_dim`: width of the stack, the config's hidden size.
 
         Both default to the config's hidden size; where they differ, an `embedding_transform` Linear comes first.
-        Raises ValueError when `output_dim` is not the config's hidden size, or as `family_parts` does.
+        Raises ValueError as `family_parts` does.
         """
-        super().__init__(config)
         width = config.hidden_size
-        if output_dim not in (None, width):
-            raise ValueError(f"output_dim {output_dim}: expected the config's hidden size, {width}")
-        self.input_dim = width if input_dim is None else input_dim
+        if input_dim not in (None, width):
+            config.input_dim = input_dim
+        super().__init__(config)
+        self.input_dim = getattr(config, "input_dim", width)
         self.embedding_transform = nn.Linear(self.input_dim, width) if self.input_dim != width else None
         norm, mlp = family_parts(config)
         blocks = [self.block_class(_materialized(norm), _materialized(mlp)) for _ in range(config.num_hidden_layers)]
@@ -133,21 +132,17 @@ class MLPStack:
         config = AutoConfig.from_pretrained(folder) if config is None else config
         if config.model_type != cls.config_class.model_type:
             raise ValueError(f"{path}: holds a memory of the {config.model_type} family, expected a {cls.__name__}")
-        state = read_memory_state(folder)
-        transform = state.get("embedding_transform.weight")  # (hidden, input_dim)
-        with torch.device("meta"):
-            memory = cls(config, input_dim=None if transform is None else transform.shape[1])
-        for name, value in state.items():  # copied: the file may be replaced while the memory lives
-            state[name] = value.to(device=device, dtype=dtype if value.is_floating_point() else None, copy=True)
+        names = {f"^{re.escape(MEMORY_PREFIX)}": ""}  # in a joint state
+        options = {"config": config, "dtype": dtype or "auto", "key_mapping": names, "output_loading_info": True}
         try:
-            memory.load_state_dict(state, strict=True, assign=True)
-        except RuntimeError as error:
-            told = " ".join(str(error).split()).partition(": ")[2]
-            raise ValueError(f"{folder}: its weights do not fit its config.json as a {cls.__name__}: {told[:300]}") from None
-        if dtype is not None:
-            memory.config.dtype = dtype
+            memory, info = super().from_pretrained(folder, **options)
+        except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+        unexpected = {name for name in info["unexpected_keys"] if not name.startswith(BASE_PREFIX)}
+        if wrong := sorted(info["missing_keys"] | unexpected):
+            raise ValueError(f"{folder}: its weights do not fit its config.json as a {cls.__name__} ({wrong[0]}, …)")
         memory.name_or_path = memory.config.name_or_path = os.path.abspath(folder)
-        return memory.eval()
+        return memory.to(device) if device is not None else memory
 
 
 def family_parts(config: PretrainedConfig) -> tuple[nn.Module, nn.Module]:
@@ -227,19 +222,18 @@ def find_memory(path: str | os.PathLike) -> Path:
     """
     folder = Path(path) if Path(path).is_dir() else download(str(path))
     for pattern in (".", "knn_generator", "memory", "*", "*/knn_generator"):
-        places = [folder / name for name in glob.glob(pattern, root_dir=folder)]  # names with a leading dot are left out
-        found = [place for place in places if is_memory(place)]
+        places = [folder / name for name in glob.glob(pattern, root_dir=folder)]  # without hidden folders
+        found = [
+            place
+            for place in places
+            if (place / "config.json").is_file() and any((place / name).is_file() for name in WEIGHT_FILES)
+        ]
         if len(found) > 1:
             names = sorted((str(each.relative_to(folder)) for each in found), key=lambda name: (len(name), name))
             raise ValueError(f"{path}: holds several memories ({', '.join(names)}); name one of them")
         if found:
             return found[0]
     raise ValueError(f"{path}: holds no memory; expected config.json beside model.safetensors or pytorch_model.bin")
-
-
-def is_memory(folder: Path) -> bool:
-    """Whether a config and weights lie in `folder`."""
-    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHT_FILES)
 
 
 def download(name: str, **hub: Any) -> Path:
@@ -252,26 +246,6 @@ def download(name: str, **hub: Any) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin"], **hub))
         return folder
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: no such folder, nor could it be fetched from the hub ({type(error).__name__})") from None
-
-
-def read_memory_state(folder: Path) -> dict[str, torch.Tensor]:
-    """The memory's weights by name; those of a joint state come without their prefix and without the base's.
-
-    Raises ValueError where a weight file is damaged, missing, or holds more than tensors.
-    """
-    path = next(folder / name for name in WEIGHT_FILES if (folder / name).is_file())
-    files = {path.name}
-    if path.suffix == ".json":
-        files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    state = {}
-    for name in sorted(files):
-        try:
-            binary = name.endswith(".bin")
-            state |= torch.load(folder / name, "cpu", weights_only=True) if binary else load_file(folder / name)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            told = " ".join(str(error).split())[:200]
-            raise ValueError(f"{folder / name}: cannot be read ({told}); fetch or save it again") from None
-    if any(name.startswith((MEMORY_PREFIX, BASE_PREFIX)) for name in state):
-        state = {name.removeprefix(MEMORY_PREFIX): state[name] for name in state if name.startswith(MEMORY_PREFIX)}
-    return state
+        raise ValueError(
+            f"{name}: no such folder, nor could it be fetched from the hub ({type(error).__name__})"
+        ) from None
