@@ -15,6 +15,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 OLDEST_MAJOR = 5  # transformers 4 ignores the rotary base in a config written by 5: silently wrong numbers
 ADAPTIVE = "adaptive"  # lambda by token, from the memory's gate
+# What tools for plain decoders look for.
+PLAIN = ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "hidden_size", "max_position_embeddings")
 if int(transformers.__version__.split(".")[0]) < OLDEST_MAJOR:
     raise ImportError(
         f"this model needs transformers {OLDEST_MAJOR} or newer; {transformers.__version__} is installed and would give "
@@ -52,23 +54,9 @@ class MLPMemoryConfig(PretrainedConfig):
         self.base_model_name_or_path = base_model_name_or_path
         self.base_id = base_id
         self.results = results
-        # Tools for plain decoders look for these, and for the properties below.
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in PLAIN:
             kwargs.setdefault(name, getattr(text_config, name, None))
         super().__init__(**kwargs)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.text_config.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        return self.text_config.hidden_size
-
-    @property
-    def max_position_embeddings(self) -> int | None:
-        """The base's context in tokens; None where the family has no limit."""
-        return getattr(self.text_config, "max_position_embeddings", None)
 
 
 MLPMemoryConfig.register_for_auto_class()

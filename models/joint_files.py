@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +44,17 @@ tags: [mlp-memory, knn-lm]
 An MLP that was pretrained to imitate a kNN retriever over its training corpus (arXiv 2508.01832). It reads a
 hidden state of the base model and its next-token distribution is mixed with the base's.
 
-| | |
-| --- | --- |
 | base model | {base} |
+| --- | --- |
 | memory | {memory} |
 | hidden state | input of the `.mlp` of block {layer_position} |
 | lambda (weight of the memory) | {lmbda} |
-| temperature of the memory | {knn_temp:g} |
-
-## Results
+| temperature of the memory | {knn_temp} |
 
 {results}
-
-## Use
-
 Needs transformers {oldest} or newer. `trust_remote_code=True` runs the code in this folder: read it first.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
 model.lmbda = 0.5  # may be changed at any time, as may model.knn_temp
@@ -198,10 +189,10 @@ def save_joint(
     again.
     """
     folder = Path(folder)
-    if problem := taken(folder):
+    if problem := _taken(folder):
         raise ValueError(problem)
     named = joint.config.base_model_name_or_path
-    if base_reference is None and not include_base and (reason := why_included(joint, named)):
+    if base_reference is None and not include_base and (reason := _why_included(joint, named)):
         if include_base is False:
             raise ValueError(f"{reason}: pass base_reference= or include_base=True")
         logger.warning("%s: it is saved in %s", reason, folder / INSIDE)
@@ -246,7 +237,7 @@ def save_joint(
         _replace(new, folder)
 
 
-def why_included(joint: PreTrainedModel, named: str | None) -> str | None:
+def _why_included(joint: PreTrainedModel, named: str | None) -> str | None:
     """Why the base goes into the folder: `named`, its folder or hub name, is not known to hold it as it is; else None."""
     if not named:
         return "the base has no name to load it from"
@@ -258,7 +249,7 @@ def why_included(joint: PreTrainedModel, named: str | None) -> str | None:
     return None
 
 
-def taken(folder: Path) -> str | None:
+def _taken(folder: Path) -> str | None:
     """Why a joint model cannot be saved in `folder`: it would overwrite something else; None where it can."""
     present = [name for name in ("config.json", MEMORY, INSIDE) if (folder / name).exists()]
     if not present or read_joint_config(folder) is not None:
@@ -305,9 +296,11 @@ def model_card(joint: PreTrainedModel, config: MLPMemoryConfig, included: bool) 
         front=f"base_model: {json.dumps(hub_name)}\n" if hub_name else "",
         base=(hub_name or _described(joint.base_lm)) + (", in `base/`" if included else ""),
         memory=_described(joint.knn_generator),
-        results=_table(config.results or ()),
+        results="".join(
+            f"- {', '.join(f'{name} {value}' for name, value in row.items())}\n" for row in config.results or ()
+        ),
         layer_position=config.layer_position,
-        lmbda=config.lmbda if isinstance(config.lmbda, str) else f"{config.lmbda:g}",
+        lmbda=config.lmbda,
         knn_temp=config.knn_temp,
         oldest=OLDEST_MAJOR,
     )
@@ -319,23 +312,13 @@ def _described(model: nn.Module) -> str:
 
 
 def measured_rows(results: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The numbers and names of one `results.json` or several, without local paths."""
+    """The numbers and names of one `results.json` or several, without local paths; floats with four digits."""
     rows = [results] if isinstance(results, dict) else results
-    return [{name: value for name, value in row.items() if _belongs_on_card(value)} for row in rows]
-
-
-def _belongs_on_card(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, str) and not Path(value).is_absolute())
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of measured rows."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    if not columns:
-        return "None recorded."
-    lines = [columns, ["---"] * len(columns), *([_cell(row.get(name, "")) for name in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", " ")
+    return [
+        {
+            name: float(f"{value:.4g}") if isinstance(value, float) else value
+            for name, value in row.items()
+            if isinstance(value, (int, float)) or (isinstance(value, str) and not os.path.isabs(value))
+        }
+        for row in rows
+    ]

@@ -33,26 +33,6 @@ logger = logging.get_logger(__name__)
 DEFAULT_NEW_TOKENS = 20  # of `generate`, without max_new_tokens and max_length
 
 
-def joint_log_probs(
-    base_logits: torch.Tensor, memory_logits: torch.Tensor, lmbda: float, knn_temp: float
-) -> torch.Tensor:
-    """log((1-lambda)·softmax(base) + lambda·softmax(memory/knn_temp)), (…, vocabulary) float32.
-
-    Both logits have the same shape; the memory's may be on another device and of another dtype. lambda is in [0, 1],
-    knn_temp above 0.
-    """
-    base = base_logits.log_softmax(-1, dtype=torch.float32)
-    if lmbda == 0.0:
-        return base
-    memory = tempered(memory_logits.to(base_logits.device), knn_temp).log_softmax(-1)
-    return log_mixture((base, memory), fixed_log_weights(lmbda))
-
-
-def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """logits / temperature in float32."""
-    return logits.float() if temperature == 1.0 else logits.float() / temperature
-
-
 class MLPMemory(PreTrainedModel, GenerationMixin):
     """Base model and MLP memory as one causal language model whose `.logits` are joint log-probabilities."""
 
@@ -101,8 +81,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         self.supports_gradient_checkpointing = base_lm.supports_gradient_checkpointing
         self._captured = (captured,)  # in a tuple, so that it is not registered as a submodule
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
-        if getattr(base_lm, "generation_config", None) is not None:
-            self.generation_config = copy.deepcopy(base_lm.generation_config)
+        self.generation_config = copy.deepcopy(base_lm.generation_config)
         self.eval()
 
     @property
@@ -181,22 +160,23 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
             config = None if isinstance(memory, nn.Module) else read_joint_config(memory)
         reference = absolute(base.name_or_path if isinstance(base, nn.Module) else base)
         settings = {"lmbda": lmbda, "knn_temp": knn_temp, "layer_position": layer_position}
-        settings = {name: getattr(config, name, None) if value is None else value for name, value in settings.items()}
-        settings = {name: value for name, value in settings.items() if value is not None}
-        named = not isinstance(base, nn.Module)
-        if named:
+        for name, value in settings.items():
+            settings[name] = getattr(config or MLPMemoryConfig(), name) if value is None else value
+        base_found = None
+        if not isinstance(base, nn.Module):
             if device is not None and torch.device(device).type != "cpu":  # load straight onto the device
                 base_arguments = {"device_map": {"": torch.device(device)}, **base_arguments}
             base = open_base(reference, base_arguments, opened)
+            base_found = id_of(reference, base_arguments)
         if not isinstance(memory, nn.Module):
-            weight = next(captured_module(base, settings.get("layer_position", -1)).parameters())
+            weight = next(captured_module(base, settings["layer_position"]).parameters())
             place = base.device if weight.is_meta else weight.device  # meta: offloaded by accelerate
             memory = load_memory(absolute(memory), dtype=memory_dtype or base.dtype, device=memory_device or place)
-            recorded, found = recorded_base(memory.name_or_path, config), named and id_of(reference, base_arguments)
-            if recorded and found and recorded != found:
-                problem = f"{memory.name_or_path}: was trained for another base than {reference} ({recorded[:12]}, {found[:12]})"
+            base_recorded = recorded_base(memory.name_or_path, config)
+            if base_found and base_recorded and base_found != base_recorded:
+                problem = f"{memory.name_or_path}: was trained for another base than {reference}"
                 if opened is None:
-                    raise ValueError(problem)
+                    raise ValueError(f"{problem} (id {base_recorded[:12]}, given {base_found[:12]})")
                 logger.warning(problem)
         resize_to_memory(base, memory, reference)
         joint = cls(base, memory, **settings)
@@ -238,9 +218,6 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
             self.save_pretrained(folder, **options)
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base_lm.get_input_embeddings()
-
     def get_output_embeddings(self) -> nn.Module:
         return self.base_lm.get_output_embeddings()
 
@@ -256,7 +233,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         new = rows.float().mean(0).to(rows.dtype).expand(size - len(rows), -1)
         head.weight = nn.Parameter(torch.cat([rows, new]), head.weight.requires_grad)
         head.out_features = self.knn_generator.config.vocab_size = size
-        self.config.text_config.get_text_config().vocab_size = size
+        self.config.vocab_size = self.config.text_config.get_text_config().vocab_size = size
         self.config.base_model_name_or_path = None  # the base is no longer what lies there
         return embeddings
 
@@ -302,19 +279,18 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
             configs = (self.base_lm.config.get_text_config(), self.config.text_config.get_text_config())
             early_exit = configs[0].num_hidden_layers < configs[1].num_hidden_layers
             hidden = None if early_exit else capture.take()  # (batch, time, hidden)
-        rest = {name: base.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
-        lmbda, logits = self.lmbda if hidden is not None else 0.0, base.logits  # (batch, kept, vocabulary)
+        lmbda, logits = 0.0 if early_exit else self.lmbda, base.logits.float()  # (batch, kept, vocabulary)
         if lmbda == 0.0:
-            logits = logits.log_softmax(-1, dtype=torch.float32)
+            logits = logits.log_softmax(-1)
         else:
             hidden = _kept(hidden, logits_to_keep)
-            memory = self.memory_logits(hidden)  # (batch, kept, vocabulary)
+            memory = self.memory_logits(hidden).to(logits.device).float() / self.knn_temp  # (batch, kept, vocabulary)
             if lmbda == ADAPTIVE:
-                memory = tempered(memory.to(logits.device), self.knn_temp)
-                logits = self.gate.mix(logits.float(), memory, hidden)
+                logits = self.gate.mix(logits, memory, hidden)
             else:
-                logits = joint_log_probs(logits, memory, lmbda, self.knn_temp)
+                logits = log_mixture((logits.log_softmax(-1), memory.log_softmax(-1)), fixed_log_weights(lmbda))
         loss = None if labels is None else shifted_nll(logits, labels, items)
+        rest = {name: base.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
         return output.to_tuple() if return_dict is False else output
 
