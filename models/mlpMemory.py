@@ -141,16 +141,16 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
     ) -> MLPMemory:
         """Join a base and a memory, each a folder, a hub name or a loaded model; in eval mode.
 
-        With `memory` left out, `base` is a folder that `save_pretrained` wrote. `lmbda`, `knn_temp` and
-        `layer_position` default to what such a folder says, else 0.25, 1 and -1. `device` moves the base; the memory
-        goes to the captured block's device, in the base's dtype, unless `memory_device` or `memory_dtype` are given.
-        Further arguments (`dtype`, `device_map`, `quantization_config`, `trust_remote_code`, …) are the base's.
-
-        A base that is loaded here is frozen (`model.base_lm.requires_grad_()` undoes it), and resized to its tokenizer
-        if the memory was made for that.
+        Args:
+            base: without `memory`: a folder that `save_pretrained` wrote. A base that is loaded here is frozen
+                (`model.base_lm.requires_grad_()` undoes it) and resized to its tokenizer if the memory was made for that.
+            lmbda, knn_temp, layer_position: default to those of such a folder, else to 0.25, 1 and -1.
+            device: of the base; the memory goes to the captured block's device, in the base's dtype, unless
+                `memory_device` or `memory_dtype` are given.
+            base_arguments: of the base's own `from_pretrained` (`dtype`, `device_map`, `quantization_config`, …).
 
         Raises ValueError when the base's checkpoint is incomplete, the memory does not fit the base or was trained for
-        another one, or a setting is out of range. Names are checked; loaded models are taken as they are.
+        another one, or a setting is out of range. A loaded base is taken as it is.
         """
         opened = None
         if memory is None:
@@ -260,8 +260,6 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         labels, or their sum divided by `num_items_in_batch` (from the Trainer). `logits_to_keep`: the number of last
         positions whose logits are computed (0: all), or a tensor of positions; not together with `labels`.
         """
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise ValueError("labels need the logits of all positions: leave logits_to_keep at 0")
         return_dict, items = kwargs.pop("return_dict", None), kwargs.pop("num_items_in_batch", None)
         with HiddenCapture(*self._captured) as capture:
             base = self.base_lm(
@@ -283,7 +281,8 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         if lmbda == 0.0:
             logits = logits.log_softmax(-1)
         else:
-            hidden = _kept(hidden, logits_to_keep)
+            last = isinstance(logits_to_keep, int)  # so many last positions; 0: all
+            hidden = hidden[:, slice(-logits_to_keep, None) if last else logits_to_keep.to(hidden.device)]
             memory = self.memory_logits(hidden).to(logits.device).float() / self.knn_temp  # (batch, kept, vocabulary)
             if lmbda == ADAPTIVE:
                 logits = self.gate.mix(logits, memory, hidden)
@@ -330,11 +329,8 @@ MLPMemory.register_for_auto_class("AutoModelForCausalLM")
 
 
 def room_after(prompts: torch.Tensor, attention_mask: torch.Tensor | None, context: int | None) -> float:
-    """How many tokens can follow `prompts`, ids (batch, time) or embeddings (batch, time, hidden), in a context
-    (None: unlimited).
-
-    Raises ValueError when a prompt is empty or longer than the context.
-    """
+    """How many tokens can follow `prompts`, ids (batch, time) or embeddings (batch, time, hidden), in a context (None:
+    unlimited). Raises ValueError when a prompt is empty or longer than the context."""
     shortest = longest = prompts.shape[1]
     if attention_mask is not None and attention_mask.ndim == 2:
         lengths = attention_mask.sum(-1)  # (batch,)
@@ -354,10 +350,3 @@ def refusal(reason: str) -> ValueError:
     if web is None:
         return ValueError(reason)
     return type("PromptError", (web.HTTPException, ValueError), {"__str__": lambda _: reason})(400, reason)
-
-
-def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions of `hidden` (batch, time, hidden) whose logits are asked for."""
-    if isinstance(logits_to_keep, int):
-        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-    return hidden[:, logits_to_keep.to(hidden.device)]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -237,15 +238,5 @@ def find_memory(path: str | os.PathLike) -> Path:
 
 
 def download(name: str, **hub: Any) -> Path:
-    """The local copy of a hub repository's config and weights. Raises ValueError when it cannot be fetched."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **hub))
-        if not list(folder.rglob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin"], **hub))
-        return folder
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name}: no such folder, nor could it be fetched from the hub ({type(error).__name__})"
-        ) from None
+    """The local copy of a hub repository's config and weights. Raises OSError or ValueError when it cannot be fetched."""
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"], **hub))
