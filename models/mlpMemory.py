@@ -111,7 +111,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
     @knn_temp.setter
     def knn_temp(self, value: float) -> None:
         if not 0.0 < value < math.inf:
-            raise ValueError(f"memory temperature {value:g}: expected a number above 0")
+            raise ValueError(f"memory temperature {value}: expected a number above 0")
         self.config.knn_temp = value
 
     @property
