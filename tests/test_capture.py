@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from tiny_models import CONTEXT, some_ids, tiny_base
+from tiny_models import some_ids, tiny_base
 from torch import nn
 
 from models.capture import (
@@ -130,10 +130,3 @@ def test_checkpointed_blocks_change_no_state_and_lose_no_gradient_silently(famil
             assert torch.equal(hidden_and_head_input(base, ids, positions)[0], expected.flatten(0, 1))
     with pytest.raises(RuntimeError, match="use_reentrant"):
         hidden_and_head_input(base, ids, positions)
-
-
-def test_states_keep_the_models_dtype_and_carry_no_gradient():
-    base = tiny_base("llama").to(torch.bfloat16)
-    hidden = hidden_states(base, some_ids(1, CONTEXT))
-    assert hidden.dtype == torch.bfloat16
-    assert not hidden.requires_grad

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_models import HIDDEN, VOCABULARY, letter_tokenizer, some_ids, tiny_base, tiny_joint, tiny_memory
+from tiny_models import letter_tokenizer, some_ids, tiny_base, tiny_joint, tiny_memory
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from models import MLPMemory, load_memory
@@ -76,14 +76,6 @@ def test_logits_to_keep_are_the_full_logits_there(keep):
         kept = joint(some_ids(), logits_to_keep=keep).logits
     full = log_probs(joint)
     torch.testing.assert_close(kept, full[:, keep if isinstance(keep, torch.Tensor) else slice(-keep, None)])
-
-
-def test_outputs_are_those_of_any_decoder():
-    joint = tiny_joint()
-    output = joint(some_ids(), use_cache=True, output_hidden_states=True)
-    assert output.past_key_values.get_seq_length() == 12
-    assert output.hidden_states[-1].shape == (2, 12, HIDDEN)
-    assert joint(some_ids(), labels=some_ids(), return_dict=False)[1].shape == (2, 12, VOCABULARY)
 
 
 # Settings
@@ -173,15 +165,6 @@ def test_auto_classes_open_a_saved_folder(joint, tmp_path):
     assert tokenizer.pad_token == tokenizer.eos_token == "<eos>"
 
 
-def test_the_base_can_be_put_inside_and_the_folder_moved(joint, tmp_path):
-    joint.save_pretrained(tmp_path / "here", include_base=True)
-    shutil.move(tmp_path / "here", tmp_path / "there")
-    config = json.loads((tmp_path / "there" / "config.json").read_text())
-    config["base_model_name_or_path"] = "/no/such/base"
-    (tmp_path / "there" / "config.json").write_text(json.dumps(config))
-    assert torch.equal(log_probs(MLPMemory.from_pretrained(tmp_path / "there")), log_probs(joint))
-
-
 def test_a_failed_save_leaves_the_folder_as_it_was(joint, tmp_path, monkeypatch):
     joint.save_pretrained(tmp_path)
     before = log_probs(joint)
@@ -218,17 +201,6 @@ def test_a_base_inside_its_folder_is_not_lost_by_saving_again(files, joint, tmp_
     shutil.rmtree(tmp_path / "joint")
     assert torch.equal(log_probs(MLPMemory.from_pretrained(tmp_path / "elsewhere")), log_probs(joint))
     assert AutoTokenizer.from_pretrained(tmp_path / "elsewhere" / "base").eos_token == "<eos>"
-
-
-def test_a_base_opened_by_a_relative_path_is_found_from_everywhere(files, tmp_path, monkeypatch):
-    monkeypatch.chdir(files)
-    joint = MLPMemory.from_pretrained("base", "memory")
-    (tmp_path / "far").mkdir()
-    monkeypatch.chdir(tmp_path / "far")
-    joint.save_pretrained("joint")
-    monkeypatch.chdir(tmp_path)
-    assert not (tmp_path / "far" / "joint" / "base").exists()
-    assert torch.equal(log_probs(MLPMemory.from_pretrained("far/joint")), log_probs(joint))
 
 
 @pytest.mark.parametrize("where", ["source", "inside"])
