@@ -73,7 +73,7 @@ def export(
     rows = [row for each in read for row in (each if isinstance(each, list) else [each])]
     logging.disable_progress_bar()
     joint = MLPMemory.from_pretrained(base, memory, knn_temp=memory_temp, **settings)
-    joint.save_pretrained(folder, include_base=include_base, base_reference=base, results=rows)
+    joint.save_pretrained(folder, include_base=include_base or None, results=rows)
     print(f"{folder}: AutoModelForCausalLM.from_pretrained opens it with trust_remote_code=True")
     if os.path.isdir(base) and not include_base:
         print(f"its base stays in {os.path.abspath(base)}; --include_base copies it into the folder")

@@ -169,7 +169,6 @@ def save_joint(
     state_dict: dict[str, torch.Tensor] | None = None,
     *,
     include_base: bool | None = None,
-    base_reference: str | None = None,
     tokenizer: Any = None,
     results: dict[str, Any] | list[dict[str, Any]] | None = None,
     max_shard_size: int | str = "5GB",
@@ -181,7 +180,6 @@ def save_joint(
         state_dict: weights to save in place of the model's own, under its names.
         include_base: save the base in `base/`. None: if it has no name, has parameters that require gradients, or is a
             part of another joint folder.
-        base_reference: name or folder of the base to record; default: that which it was loaded from.
         tokenizer: default: the base's.
         results: rows of results.json for the model card.
 
@@ -189,15 +187,17 @@ def save_joint(
     again.
     """
     folder = Path(folder)
-    if problem := _taken(folder):
-        raise ValueError(problem)
-    named = joint.config.base_model_name_or_path
-    if base_reference is None and not include_base and (reason := _why_included(joint, named)):
+    present = [name for name in ("config.json", MEMORY, INSIDE) if (folder / name).exists()]
+    if present and read_joint_config(folder) is None:
+        raise ValueError(
+            f"{folder}: its {present[0]} is not a joint model's and would be overwritten; use another folder"
+        )
+    reference = joint.config.base_model_name_or_path
+    if not include_base and (reason := _why_included(joint, reference)):
         if include_base is False:
-            raise ValueError(f"{reason}: pass base_reference= or include_base=True")
+            raise ValueError(f"{reason}: pass include_base=True")
         logger.warning("%s: it is saved in %s", reason, folder / INSIDE)
         include_base = True
-    reference = absolute(base_reference) or named
     opened = joint.name_or_path if joint.name_or_path and read_joint_config(joint.name_or_path) else None
     tokenizer = tokenizer or tokenizer_of(opened, joint) or tokenizer_of(reference, joint.base_lm)
     if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is not None:
@@ -229,11 +229,8 @@ def save_joint(
         (new / "README.md").write_text(model_card(joint, config, bool(include_base)), encoding="utf-8")
         custom_object_save(joint, new, config)
         config.save_pretrained(new)
-        mode = (
-            (new / "README.md").stat().st_mode
-        )  # as the umask has it; safetensors writes files that only the owner reads
-        for file in filter(Path.is_file, new.rglob("*")):
-            file.chmod(mode)
+        for file in filter(Path.is_file, new.rglob("*")):  # safetensors ignores the umask
+            file.chmod((new / "README.md").stat().st_mode)
         _replace(new, folder)
 
 
@@ -247,14 +244,6 @@ def _why_included(joint: PreTrainedModel, named: str | None) -> str | None:
     if inside and read_joint_config(os.path.dirname(inside)) is not None:
         return f"the base is a part of the folder {os.path.dirname(inside)}"
     return None
-
-
-def _taken(folder: Path) -> str | None:
-    """Why a joint model cannot be saved in `folder`: it would overwrite something else; None where it can."""
-    present = [name for name in ("config.json", MEMORY, INSIDE) if (folder / name).exists()]
-    if not present or read_joint_config(folder) is not None:
-        return None
-    return f"{folder}: its {present[0]} is not a joint model's and would be overwritten; save to another folder"
 
 
 def _save_part(

@@ -136,7 +136,8 @@ def exported(joint, tmp_path):
 
 @pytest.mark.parametrize("name", ["someone/a-base", "/no/such/base"])
 def test_a_folder_without_its_base_names_it_and_takes_another(joint, sources, tmp_path, name):
-    joint.save_pretrained(tmp_path, base_reference=name)
+    joint.config.base_model_name_or_path = name
+    joint.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"{name}.*base_model_name_or_path="):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     for opener in (AutoModelForCausalLM, MLPMemory):
