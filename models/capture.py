@@ -24,8 +24,8 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     if len(found) != 1:
         family = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
         raise ValueError(
-            f"model family '{family}': found {len(found)} lists of decoder blocks with an .mlp module, expected one; use a "
-            "plain decoder (gpt2, llama, mistral, qwen2, …)"
+            f"model family '{family}': found {len(found)} lists of decoder blocks with an .mlp module, expected one; "
+            "use a plain decoder (gpt2, llama, mistral, qwen2, …)"
         )
     return found[0]
 
@@ -72,10 +72,10 @@ class _CapturedError(Exception):
 
 
 class HiddenCapture:
-    """A forward pre-hook that keeps a module's input, such as that of one block's `.mlp`, in `.hidden` (batch, time, hidden).
+    """A forward pre-hook that keeps a module's input, such as one block's MLP input (batch, time, hidden), in `.hidden`.
 
-    It is active until its `with` block ends, in forward passes of the thread that created it: other threads may use the
-    same base model. With `stop` the `with` block ends there: neither the module nor anything after it is computed.
+    It is active in its `with` block, in forward passes of the thread that created it: other threads may use the same
+    base model. With `stop` the block ends there: neither the module nor anything after it is computed.
     """
 
     def __init__(self, module: nn.Module, *, stop: bool = False) -> None:
@@ -117,7 +117,7 @@ class HiddenCapture:
 def hidden_states(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, layer_position: int = -1
 ) -> torch.Tensor:
-    """Captured hidden states (batch, time, hidden) of `input_ids` (batch, time), in the model's dtype, without gradient.
+    """Hidden states (batch, time, hidden) of `input_ids` (batch, time), in the model's dtype, without gradient.
 
     That block's MLP, later blocks and the head are not computed. Raises ValueError as `captured_module` does.
     """

@@ -63,7 +63,7 @@ def load_memory(
 
 
 def base_id(path: str | os.PathLike, *, trust_remote_code: bool = False) -> str:
-    """The id of a base model: SHA-256 of its config with the names and sizes of its weight files (on the hub: the commit).
+    """The id of a base: SHA-256 of its config with the names and sizes of its weight files (hub names: the commit).
 
     Raises OSError or ValueError where there is no readable config.
     """

@@ -1,9 +1,9 @@
 """Adaptive lambda: a small network that gives each token its own weight of the memory.
 
-For a position with captured state x, base distribution b and memory distribution m, the gate sees nine features: entropy
-and largest log-probability of b and of m, KL(m ‖ b), whether their top-1 tokens agree, each one's log-probability of the
-other's top-1 token, and the log Mahalanobis distance of x to the training corpus (Lee et al. 2018), which detects
-out-of-domain text:
+For a position with captured state x, base distribution b and memory distribution m, the gate sees nine features:
+entropy and largest log-probability of b and of m, KL(m ‖ b), whether their top-1 tokens agree, each one's
+log-probability of the other's top-1 token, and the log Mahalanobis distance of x to the training corpus (Lee et al.
+2018), which detects out-of-domain text:
 
     lambda = σ(w₂ · SiLU(W₁ features + c₁) + c₂),     p = (1 - lambda) · b + lambda · m.
 
@@ -79,7 +79,7 @@ class LambdaGate(nn.Module):
         return torch.cat(features, -1).nan_to_num(LARGEST).clamp(-LARGEST, LARGEST), base_total, memory_total
 
     def distance(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Log of the squared Mahalanobis distance of states (…, hidden) to the corpus, divided by their width: (…, 1)."""
+        """Log of the squared Mahalanobis distance of states (…, hidden) to the corpus, over their width: (…, 1)."""
         whitened = (hidden.to(self.corpus_mean.dtype) - self.corpus_mean) @ self.whitening
         return whitened.square().mean(-1, keepdim=True).clamp(min=1e-6).log()
 
@@ -117,7 +117,7 @@ class LambdaGate(nn.Module):
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> LambdaGate | None:
-        """The gate in a memory's folder; None where there is none (or no folder). Raises ValueError if it cannot be read."""
+        """The gate in a memory's folder, None where there is none. Raises ValueError if it cannot be read."""
         path = Path(folder, WEIGHTS)
         if not folder or not path.is_file():
             return None
@@ -128,8 +128,8 @@ class LambdaGate(nn.Module):
             gate = cls(len(state["corpus_mean"]), len(state["inner.weight"]), memory_temp)
             gate.load_state_dict(state)
         except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            told = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path}: cannot be read ({told}); train it again: python -m training.gate") from None
+            message = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path}: cannot be read ({message}); train it again: python -m training.gate") from None
         return gate.eval().requires_grad_(False)
 
 

@@ -19,8 +19,8 @@ ADAPTIVE = "adaptive"  # lambda by token, from the memory's gate
 PLAIN = ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "hidden_size", "max_position_embeddings")
 if int(transformers.__version__.split(".")[0]) < OLDEST_MAJOR:
     raise ImportError(
-        f"this model needs transformers {OLDEST_MAJOR} or newer; {transformers.__version__} is installed and would give "
-        f"wrong numbers: pip install -U 'transformers>={OLDEST_MAJOR}'"
+        f"this model needs transformers {OLDEST_MAJOR} or newer, {transformers.__version__} would give wrong numbers: "
+        f"pip install -U 'transformers>={OLDEST_MAJOR}'"
     )
 
 

@@ -1,8 +1,8 @@
 """The folder of a joint model: opening its parts and saving it.
 
-Layout: `config.json` (base, lambda, temperature, layer), `memory/` (the memory in the published layout), the tokenizer,
-`README.md` (the model card), the code that `auto_map` names and, where it is included, the base in `base/`. `config.json`
-is written last, so a folder that has one is complete.
+Layout: `config.json` (base, lambda, temperature, layer), `memory/` (in the published layout), the tokenizer,
+`README.md` (the model card), the code that `auto_map` names and, if it is included, the base in `base/`. `config.json` is
+written last, so a folder that has one is complete.
 """
 
 from __future__ import annotations
@@ -102,16 +102,16 @@ def open_base(name: str, arguments: dict[str, Any], joint_folder: Path | None = 
     try:
         base, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
     except OSError as error:
-        told = f"base {name}: cannot be loaded ({' '.join(str(error).split())[:200]})"
+        message = f"base {name}: cannot be loaded ({' '.join(str(error).split())[:200]})"
         hint = "; to use another base: from_pretrained(folder, base_model_name_or_path=…)" if joint_folder else ""
-        raise ValueError(told + hint) from None
+        raise ValueError(message + hint) from None
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"base {name}: its checkpoint lacks {len(missing)} weights ({missing[0]}, …)")
     return base.requires_grad_(False)
 
 
 def id_of(base: str, arguments: dict[str, Any]) -> str | None:
-    """`base_id` of a base; None where it cannot be told."""
+    """`base_id` of a base; None where it cannot be message."""
     try:
         return base_id(base, trust_remote_code=bool(arguments.get("trust_remote_code")))
     except (OSError, ValueError):
@@ -235,7 +235,7 @@ def save_joint(
 
 
 def _why_included(joint: PreTrainedModel, named: str | None) -> str | None:
-    """Why the base goes into the folder: `named`, its folder or hub name, is not known to hold it as it is; else None."""
+    """Why the base must be saved inside: `named`, its folder or hub name, may not hold it as it is. None: it does."""
     if not named:
         return "the base has no name to load it from"
     if any(parameter.requires_grad for parameter in joint.base_lm.parameters()):

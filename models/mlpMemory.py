@@ -1,7 +1,7 @@
 """The joint model: base and memory as one causal language model.
 
-p(y|x) = (1 - lambda) · p_base(y|x) + lambda · p_memory(y|x), paper section 3.4. The memory reads the base's captured hidden
-states position by position, so the only cache is the base's.
+p(y|x) = (1 - lambda) · p_base(y|x) + lambda · p_memory(y|x), paper section 3.4. The memory reads the base's captured
+hidden states position by position, so the only cache is the base's.
 """
 
 from __future__ import annotations
@@ -134,19 +134,16 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         layer_position: int | None = None,
         *,
         config: MLPMemoryConfig | None = None,
-        device: torch.device | str | None = None,
         memory_dtype: torch.dtype | None = None,
-        memory_device: torch.device | str | None = None,
         **base_arguments: Any,
     ) -> MLPMemory:
         """Join a base and a memory, each a folder, a hub name or a loaded model; in eval mode.
 
         Args:
-            base: without `memory`: a folder that `save_pretrained` wrote. A base that is loaded here is frozen
-                (`model.base_lm.requires_grad_()` undoes it) and resized to its tokenizer if the memory was made for that.
+            base: without `memory`: a folder of `save_pretrained`. A base that is loaded here is frozen (undo with
+                `model.base_lm.requires_grad_()`) and resized to its tokenizer if the memory was made for that.
             lmbda, knn_temp, layer_position: default to those of such a folder, else to 0.25, 1 and -1.
-            device: of the base; the memory goes to the captured block's device, in the base's dtype, unless
-                `memory_device` or `memory_dtype` are given.
+            memory_dtype: default: the base's. The memory goes to the device of the captured block.
             base_arguments: of the base's own `from_pretrained` (`dtype`, `device_map`, `quantization_config`, …).
 
         Raises ValueError when the base's checkpoint is incomplete, the memory does not fit the base or was trained for
@@ -164,14 +161,12 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
             settings[name] = getattr(config or MLPMemoryConfig(), name) if value is None else value
         base_found = None
         if not isinstance(base, nn.Module):
-            if device is not None and torch.device(device).type != "cpu":  # load straight onto the device
-                base_arguments = {"device_map": {"": torch.device(device)}, **base_arguments}
             base = open_base(reference, base_arguments, opened)
             base_found = id_of(reference, base_arguments)
         if not isinstance(memory, nn.Module):
             weight = next(captured_module(base, settings["layer_position"]).parameters())
             place = base.device if weight.is_meta else weight.device  # meta: offloaded by accelerate
-            memory = load_memory(absolute(memory), dtype=memory_dtype or base.dtype, device=memory_device or place)
+            memory = load_memory(absolute(memory), dtype=memory_dtype or base.dtype, device=place)
             base_recorded = recorded_base(memory.name_or_path, config)
             if base_found and base_recorded and base_found != base_recorded:
                 problem = f"{memory.name_or_path}: was trained for another base than {reference}"
@@ -208,7 +203,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
     def push_to_hub(
         self, repo_id: str, commit_message: str = "Upload MLP Memory", private: bool | None = None, **options: Any
     ) -> Any:
-        """Upload a folder of `save_pretrained`, in which a base that is not on the hub is included. Returns the commit."""
+        """Upload a folder of `save_pretrained`, with a base that is not on the hub inside. Returns the commit."""
         api = HfApi(token=options.get("token"))
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         named = self.config.base_model_name_or_path
@@ -305,7 +300,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """`GenerationMixin.generate` on the joint distribution.
 
-        A limit beyond the base's context is lowered with a warning. Raises ValueError for an empty prompt and one longer
+        A limit beyond the base's context is lowered with a warning. Raises ValueError for empty prompts and ones longer
         than the context.
         """
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
@@ -345,7 +340,7 @@ def room_after(prompts: torch.Tensor, attention_mask: torch.Tensor | None, conte
 
 
 def refusal(reason: str) -> ValueError:
-    """The error for a prompt that cannot be continued; `transformers serve` answers it with status 400 and the reason."""
+    """The error for a prompt that cannot be continued; `transformers serve` answers with status 400 and `reason`."""
     web = sys.modules.get("starlette.exceptions")
     if web is None:
         return ValueError(reason)

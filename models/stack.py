@@ -1,11 +1,11 @@
 """The memory: a stack of MLP blocks from captured hidden states to next-token logits, and its files.
 
 A stack is `layers × (x + MLP(norm(x)))`, a final norm and a head of its own (paper section 3.2), built from the base
-family's MLP and norm modules. It is attention-free: each position is computed by itself, without mask, positions or cache.
+family's MLP and norm modules. It is attention-free: each position is computed by itself, without mask or cache.
 
-Files: `config.json` (the base's, with the layer count changed) beside `model.safetensors`, sharded safetensors, or a `.bin`
-of tensors. They may lie in the original trainers' `epoch_n/` and `epoch_n/knn_generator/` (also as a joint state with keys
-`base_lm.*` and `knn_generator.*`) or in a folder of `MLPMemory.save_pretrained`.
+Files: `config.json` (the base's, with the layer count changed) beside `model.safetensors`, sharded safetensors, or a
+`.bin` of tensors. They may lie in the original trainers' `epoch_n/` and `epoch_n/knn_generator/` (also as a joint state
+with keys `base_lm.*` and `knn_generator.*`) or in a folder of `MLPMemory.save_pretrained`.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class MLPStack:
     ) -> CausalLMOutput:
         """Next-token logits (…, vocabulary) of captured hidden states (…, input_dim).
 
-        `position_ids` is ignored. With `labels` (…, time), the token ids, `.loss` is the mean negative log-likelihood of
-        the shifted labels (position t predicts label t+1), ignoring -100.
+        `position_ids` is ignored. With `labels` (…, time), token ids or -100, `.loss` is the mean negative
+        log-likelihood of the shifted labels (position t predicts label t+1).
         """
         logits = self.lm_head(self.hidden(inputs_embeds))
         loss = None if labels is None else shifted_nll(logits.log_softmax(-1, dtype=torch.float32), labels)
@@ -126,8 +126,8 @@ class MLPStack:
     ) -> MLPStack:
         """Load a memory of this class from a folder or the hub, in eval mode.
 
-        `config`: in place of the one that lies there. `dtype` None keeps the stored one. Raises ValueError when there is
-        no memory, several, one of another family, or weights are missing, unexpected or of other shapes.
+        `config`: in place of the stored one. `dtype` None keeps the stored one. Raises ValueError when there is no
+        memory, several, one of another family, or weights are missing, unexpected or of other shapes.
         """
         folder = find_memory(path)
         config = AutoConfig.from_pretrained(folder) if config is None else config
@@ -238,5 +238,5 @@ def find_memory(path: str | os.PathLike) -> Path:
 
 
 def download(name: str, **hub: Any) -> Path:
-    """The local copy of a hub repository's config and weights. Raises OSError or ValueError when it cannot be fetched."""
+    """The local copy of a hub repository's config and weights. Raises OSError or ValueError if there is none."""
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"], **hub))

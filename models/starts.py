@@ -1,7 +1,7 @@
 """Initial weights of a memory: the base's head and final norm, or close to the base model itself; and neuron dropout.
 
-Initialization from the base. Let h be the residual stream before the captured block's MLP, x = norm(h) the captured state,
-with norm(h) = w ⊙ h/rms(h) (for a LayerNorm: w ⊙ (h - mean(h))/std(h) + b). The base goes on to
+Initialization from the base. Let h be the residual stream before the captured block's MLP, x = norm(h) the captured
+state, with norm(h) = w ⊙ h/rms(h) (for a LayerNorm: w ⊙ (h - mean(h))/std(h) + b). The base goes on to
 head(norm_f(h + MLP(x))). The memory sees only x, but x - b is w ⊙ h up to a factor, so its first block computes
 
     x + [w/r ⊙ MLP(x) - b]  =  w/r ⊙ (h + MLP(x)),     r the typical rms(h),
@@ -29,7 +29,7 @@ SMALLEST_WEIGHT = 1e-3  # norm weights are divided by: smaller ones, relative to
 
 @dataclass
 class Affine:
-    """A norm: `weight` ⊙ (normalized input) + `bias`, both (hidden,) float32 on the CPU; `centred`: it subtracts the mean."""
+    """A norm: `weight` ⊙ normalized input + `bias`, each (hidden,) float32, CPU; `centred`: it subtracts the mean."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -48,8 +48,8 @@ class Affine:
 class BaseScale:
     """Typical sizes around the captured block, from `measure_scale`: medians over the positions of a small sample.
 
-    `before`: the norm before the MLP (identity if the family has none). `hidden_rms`: of its input h, the residual stream
-    (1 without a norm). `input_rms`, `input_mean`: of x. `final_ratio`: rms(w ⊙ y)/rms(y), and `final_mean`:
+    `before`: the norm before the MLP (identity if the family has none). `hidden_rms`: of its input h, the residual
+    stream (1 without a norm). `input_rms`, `input_mean`: of x. `final_ratio`: rms(w ⊙ y)/rms(y), and `final_mean`:
     mean(w ⊙ y)/std(w ⊙ y), of the block's output y. `output_gain` (hidden,): how much of the MLP's output reaches the
     residual stream; 1 unless the family scales or normalizes it.
     """
@@ -80,7 +80,7 @@ def init_lm_head(memory: nn.Module, base: nn.Module) -> None:
 def init_from_base(memory: nn.Module, base: nn.Module, scale: BaseScale, layer_position: int = -1) -> None:
     """Initialize `memory` from the base's MLP, final norm and head, in place (see the module's docstring).
 
-    `scale`: of the same block, from `measure_scale`. Raises ValueError when shapes differ (another family, hidden size or
+    `scale`: of the same block, from `measure_scale`. Raises ValueError when shapes differ (another family, hidden or
     intermediate size) or the family's MLP has no output projection.
     """
     init_lm_head(memory, base)
@@ -107,7 +107,7 @@ def init_from_base(memory: nn.Module, base: nn.Module, scale: BaseScale, layer_p
 
 @torch.no_grad()
 def measure_scale(base: nn.Module, input_ids: torch.Tensor, layer_position: int = -1) -> BaseScale:
-    """Typical sizes around the captured block over `input_ids` (batch, time); a few hundred tokens of real text suffice."""
+    """Typical sizes around the captured block over `input_ids` (batch, time); a few hundred tokens suffice."""
     block = captured_block(base, layer_position)
     passed: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}  # module: (input, output)
 

@@ -1,4 +1,4 @@
-"""Any decoder whose blocks have `.mlp`: a memory from its config alone, saved, loaded, joined, trained and generating."""
+"""Any decoder whose blocks have `.mlp`: a memory from its config, saved, loaded, joined, trained and generating."""
 
 import json
 

@@ -58,7 +58,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_left_padded_batch_gives_row_by_row_what_single_prompts_give(joint, way):
+def test_a_left_padded_batch_gives_what_single_prompts_give(joint, way):
     ids, mask = left_padded(PROMPTS)
     settings = {"eos_token_id": EOS, **WAYS[way]}
     together = greedy(joint, ids, attention_mask=mask, **settings)

@@ -258,7 +258,7 @@ def test_a_memory_trained_for_another_base_is_refused(files, tmp_path):
         MLPMemory.from_pretrained(tmp_path / "other", tmp_path / "joint")
 
 
-def test_a_padded_base_is_resized_to_its_tokenizer_for_a_memory_made_so(joint, files, tmp_path):
+def test_a_padded_base_is_resized_to_its_tokenizer(joint, files, tmp_path):
     padded = tiny_base("llama", vocab_size=128)
     padded.save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="128"):

@@ -1,4 +1,4 @@
-"""The memory stacks and their files: published layouts load, what is saved loads again, what does not fit is refused."""
+"""The memory stacks and their files: published layouts load, saved ones load again, what does not fit is refused."""
 
 import json
 import shutil

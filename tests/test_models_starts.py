@@ -40,7 +40,7 @@ def test_head_and_final_norm_are_the_bases(setup):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3", "gemma2", "gpt_neox", "gpt_bigcode", "granite"])
-def test_a_memory_initialized_from_the_base_predicts_nearly_the_same(family):
+def test_a_memory_initialized_from_the_base_predicts_like_it(family):
     setup = setup_of(family)
 
     def divergence():

@@ -27,7 +27,8 @@ import importlib.util, json, sys
 sys.modules["accelerate"] = sys.modules["datasets"] = None  # as if they were not installed
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-found = {{"project": [name for name in ("models", "utils", "accelerate", "datasets") if importlib.util.find_spec(name)]}}
+names = ("models", "utils", "accelerate", "datasets")
+found = {{"project": [name for name in names if importlib.util.find_spec(name)]}}
 for folder in sys.argv[1:]:
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -41,7 +42,7 @@ for folder in sys.argv[1:]:
     generator = pipeline("text-generation", model=folder, trust_remote_code=True)
     chat = generator([{{"role": "user", "content": "hi"}}], max_new_tokens=5, do_sample=False)
     found[folder] = {{
-        "class": f"{{type(model).__module__.split('.')[0]}} {{type(model).__name__}} {{type(generator.model).__name__}}",
+        "class": [type(model).__module__.split(".")[0], type(model).__name__, type(generator.model).__name__],
         "greedy": model.generate(**batch, max_new_tokens=8, do_sample=False).tolist(),
         "beams": model.generate(**batch, max_new_tokens=8, do_sample=False, num_beams=3).tolist(),
         "again": again.generate(**batch, max_new_tokens=8, do_sample=False).tolist(),
@@ -69,7 +70,7 @@ def sources(tmp_path_factory):
     return folder
 
 
-def test_every_family_generates_the_same_where_only_transformers_is(sources, tmp_path):
+def test_every_family_generates_the_same_with_transformers_alone(sources, tmp_path):
     folders, expected = [], {}
     for family in FAMILIES:
         lmbda = "adaptive" if family == "mistral" else 0.5
@@ -86,7 +87,7 @@ def test_every_family_generates_the_same_where_only_transformers_is(sources, tmp
         answer = joint.generate(**chat, max_new_tokens=5, do_sample=False)[0, chat["input_ids"].shape[1] :]
         greedy = joint.generate(**batch, max_new_tokens=8, do_sample=False).tolist()
         expected[str(folder)] = {
-            "class": "transformers_modules MLPMemory MLPMemory",
+            "class": ["transformers_modules", "MLPMemory", "MLPMemory"],
             "greedy": greedy,
             "beams": joint.generate(**batch, max_new_tokens=8, do_sample=False, num_beams=3).tolist(),
             "again": greedy,
