@@ -72,7 +72,7 @@ class _CapturedError(Exception):
 
 
 class HiddenCapture:
-    """A forward pre-hook that keeps a module's input, such as one block's MLP input (batch, time, hidden), in `.hidden`.
+    """A forward pre-hook that keeps a module's input in `.hidden`, such as one block's MLP input (batch, time, hidden).
 
     It is active in its `with` block, in forward passes of the thread that created it: other threads may use the same
     base model. With `stop` the block ends there: neither the module nor anything after it is computed.

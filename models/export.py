@@ -27,7 +27,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument(
         "--lmbda",
         type=number_or_adaptive,
-        help="weight of the memory: 0 to 1, or adaptive if the memory has a gate (default: the memory's own, else 0.25)",
+        help="weight of the memory: 0 to 1, or adaptive if the memory has a gate (default: the memory's, else 0.25)",
     )
     parser.add_argument(
         "--memory_temp",

@@ -1,8 +1,8 @@
 """The folder of a joint model: opening its parts and saving it.
 
 Layout: `config.json` (base, lambda, temperature, layer), `memory/` (in the published layout), the tokenizer,
-`README.md` (the model card), the code that `auto_map` names and, if it is included, the base in `base/`. `config.json` is
-written last, so a folder that has one is complete.
+`README.md` (the model card), the code that `auto_map` names and, if it is included, the base in `base/`. `config.json`
+is written last, so a folder that has one is complete.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def test_a_pass_of_another_thread_is_not_captured():
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_checkpointed_blocks_change_no_state_and_lose_no_gradient_silently(family):
+def test_checkpointed_blocks_change_no_state_and_lose_no_gradient(family):
     base, ids = tiny_base(family).train(), some_ids()
     expected = hidden_states(base, ids)
     positions = torch.ones_like(ids, dtype=torch.bool)
