@@ -15,7 +15,6 @@ from models.capture import (
     final_norm,
     hidden_and_head_input,
     hidden_states,
-    logit_scale,
 )
 
 pytestmark = pytest.mark.unit
@@ -38,15 +37,6 @@ def test_states_equal_those_of_a_full_forward_bit_by_bit(base, layer_position):
     ids = some_ids()
     expected = captured_by_a_full_forward(base, layer_position, input_ids=ids)
     assert torch.equal(hidden_states(base, ids, layer_position=layer_position), expected)
-
-
-def test_states_equal_those_of_a_padded_full_forward(base):
-    ids = some_ids()
-    for padded in (slice(0, 4), slice(8, 12)):
-        mask = torch.ones_like(ids)
-        mask[1, padded] = 0
-        expected = captured_by_a_full_forward(base, -1, input_ids=ids, attention_mask=mask)
-        assert torch.equal(hidden_states(base, ids, mask)[mask.bool()], expected[mask.bool()])
 
 
 def test_nothing_after_the_captured_input_runs(base):
@@ -75,13 +65,6 @@ def test_states_and_logits_at_positions_are_those_of_a_full_forward(family, chan
     hidden, head_input = hidden_and_head_input(base, ids, positions)
     assert torch.equal(hidden, captured_by_a_full_forward(base, -1, input_ids=ids)[positions])
     torch.testing.assert_close(base_logits(base, head_input), base(ids).logits[positions], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("family", "changes", "scale"), [("gemma2", {}, 1), ("granite", {"logits_scaling": 6.0}, 1 / 6)]
-)
-def test_the_factor_on_the_logits_is_found_in_bfloat16(family, changes, scale):
-    assert logit_scale(tiny_base(family, **changes).to(torch.bfloat16)) == pytest.approx(scale, rel=1e-3)
 
 
 def test_a_family_that_does_something_else_to_its_logits_is_refused():

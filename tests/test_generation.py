@@ -1,7 +1,6 @@
 """`MLPMemory.generate`: every way of generating on the joint distribution, and what it refuses."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -90,14 +89,6 @@ def test_tokens_guessed_ahead_change_nothing(llama):
     expected = greedy(llama, prompt)
     assert torch.equal(greedy(llama, prompt, prompt_lookup_num_tokens=3), expected)
     assert torch.equal(greedy(llama, prompt, assistant_model=llama.base_lm), expected)
-
-
-def test_base_and_joint_may_generate_at_the_same_time(llama):
-    prompt, models = some_ids(1, 5), (llama, llama.base_lm)
-    alone = [greedy(model, prompt, 30) for model in models]
-    with ThreadPoolExecutor(2) as pool:
-        together = list(pool.map(lambda model: greedy(model, prompt, 30), models))
-    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
 def test_a_text_ends_with_a_stop_string_or_end_of_sequence(llama):

@@ -69,13 +69,12 @@ def test_rows_without_a_label_weigh_nothing():
     assert shifted_nll(impossible, torch.tensor([[-100, 1, -100]])) == 0
 
 
-@pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 4, 11])])
-def test_logits_to_keep_are_the_full_logits_there(keep):
+def test_logits_to_keep_are_the_full_logits_there():
     joint = tiny_joint()
-    with torch.no_grad():
-        kept = joint(some_ids(), logits_to_keep=keep).logits
     full = log_probs(joint)
-    torch.testing.assert_close(kept, full[:, keep if isinstance(keep, torch.Tensor) else slice(-keep, None)])
+    for keep, positions in ((3, slice(-3, None)), (torch.tensor([0, 4, 11]), [0, 4, 11])):
+        with torch.no_grad():
+            torch.testing.assert_close(joint(some_ids(), logits_to_keep=keep).logits, full[:, positions])
 
 
 # Settings
