@@ -164,7 +164,7 @@ def evaluate(base: Any, windows: Any, arguments: StageArguments, training: Any) 
 
         about |= {"k": arguments.k, "index": arguments.index_file, "probe": arguments.probe}
         made_from["index"] = made_id(arguments.index_file)
-        layer = stored.settings["layer_position"] if stored else arguments.layer_position
+        layer = arguments.layer_position
         search = {"k": arguments.k, "probe": arguments.probe, "knn_gpu": arguments.knn_gpu, "layer_position": layer}
         neighbours = Neighbours(arguments.index_file, arguments.val_file, **search)
         require(arguments.index_file, neighbours.searcher.made, base=base_id, layer_position=layer)

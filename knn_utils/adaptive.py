@@ -47,9 +47,7 @@ class Buckets:
         """The buckets that `train_base --knn --lmbda adaptive` wrote into a results.json. Raises InputError."""
         found = read_json(path).get("adaptive", {})
         if "edges" not in found:
-            raise InputError(
-                f"--choose_on {path}: has no adaptive lambda; make it with train_base --knn --lmbda {ADAPTIVE}"
-            )
+            raise InputError(f"--choose_on {path}: was not made with train_base --knn --lmbda {ADAPTIVE}")
         return cls(np.array(found["edges"], np.float64), np.array(found["lmbda"], np.float64), found["knn_temp"])
 
 
@@ -159,9 +157,7 @@ def adaptive_score(arguments: Any, windows: Any, neighbours: Any) -> AdaptiveSco
             return None
         buckets = Buckets.read(path)
         if index and found["index"] != index:
-            raise InputError(
-                f"--choose_on {path}: its lambdas were chosen with another index than {arguments.index_file}"
-            )
+            raise InputError(f"--choose_on {path}: was chosen with another index than {arguments.index_file}")
         return AdaptiveScore(arguments.knn_temp, buckets, index=index, chosen_on=found["chosen_on"])
     if ADAPTIVE not in arguments.lmbda:
         return None
