@@ -50,8 +50,7 @@ def evaluate(arguments: JointArguments) -> None:
     import torch
 
     from knn_utils.scored_rows import scored_rows
-    from training.gate import gate_rows
-    from utils.evaluation import MixtureScore, check_token_ids, label_log_probabilities
+    from utils.evaluation import MixtureScore, check_token_ids, gate_rows, label_log_probabilities
     from utils.loading import check_windows, load_windows, made_id, quiet_libraries
     from utils.memories import open_joint, open_memory_of
     from utils.results import report_scores
@@ -60,7 +59,7 @@ def evaluate(arguments: JointArguments) -> None:
     started, split, batch_size = time.time(), arguments.dataset_split_name, arguments.per_device_eval_batch_size
     windows = load_windows(arguments.dataset_name, split, arguments.max_eval_samples)
     dtype, path, gate = arguments.dtype(bf16=arguments.bf16, fp16=arguments.fp16), arguments.knn_generator_path, None
-    score = MixtureScore(arguments.fixed_lambdas(), arguments.memory_temp)
+    score = MixtureScore([value for value in arguments.lmbda if value != ADAPTIVE], arguments.memory_temp)
     if arguments.dstore_path:
         base, memory = None, open_memory_of(arguments, path, dtype=dtype)
     else:
@@ -86,15 +85,10 @@ def evaluate(arguments: JointArguments) -> None:
                 score.add_adaptive(*scored.mixture(gate))
     about = {"model": arguments.model_name_or_path, "memory": path, "dataset": arguments.dataset_name, "split": split}
     about["dtype"] = str(dtype).removeprefix("torch.")
-    made_from = {
-        "base": arguments.base_id(),
-        "memory": made_id(memory.name_or_path),
-        "windows": made_id(arguments.dataset_name),
-    }
-    adaptive = {"memory_temp": gate.memory_temp} if gate else None
-    report_scores(
-        score, arguments.output_dir, about, made_from, mixture="base + memory", adaptive=adaptive, started=started
-    )
+    made_from = {"base": arguments.base_id(), "memory": made_id(memory.name_or_path)}
+    made_from["windows"] = made_id(arguments.dataset_name)
+    mixture = {"mixture": "base + memory", "adaptive": {"memory_temp": gate.memory_temp} if gate else None}
+    report_scores(score, arguments.output_dir, about, made_from, **mixture, started=started)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 from utils.cli import command, flag, make_parser, note_unused, parse
 from utils.errors import InputError, check_at_least
-from utils.results import ScoreArguments
+from utils.results import ADAPTIVE, ScoreArguments
 
 DESCRIPTION = "Fine-tune, score or embed with a base language model."
 
@@ -105,8 +105,7 @@ def check_arguments(arguments: StageArguments, training: Any) -> None:
         raise InputError("--knn: needs --val_file and --index_file")
     note_unused(("block_size", "stride"), "here: they are those of the windows in --dataset_name")
     if not arguments.knn:
-        names = ("knn_gpu", "val_file", "index_file", "lmbda", "k", "knn_temp", "choose_on", "probe")
-        note_unused(names, "without --knn")
+        note_unused(("lmbda", "knn_temp", "val_file", "index_file"), "without --knn")
     if not arguments.save_knnlm_dstore:
         note_unused(("dstore_dir", "save_logprob"), "without --save_knnlm_dstore")
 
@@ -128,18 +127,14 @@ def save(base: Any, windows: Any, arguments: StageArguments, training: Any, dtyp
         "layer_position": arguments.layer_position,
         "logprob": arguments.save_logprob,
     }
-    made_from = {"base": arguments.base_id(), "windows": made_id(arguments.dataset_name)}
-    made = save_datastore(
-        base,
-        windows,
-        path,
-        settings=settings,
-        made_from=made_from,
-        batch_size=training.per_device_eval_batch_size,
-        layer_position=arguments.layer_position,
-        with_logprob=arguments.save_logprob,
-        overwrite=arguments.overwrite,
-    )
+    options = {
+        "made_from": {"base": arguments.base_id(), "windows": made_id(arguments.dataset_name)},
+        "batch_size": training.per_device_eval_batch_size,
+        "layer_position": arguments.layer_position,
+        "with_logprob": arguments.save_logprob,
+        "overwrite": arguments.overwrite,
+    }
+    made = save_datastore(base, windows, path, settings=settings, **options)
     say(f"datastore {path}: {made.rows} rows of {dim}")
 
 
@@ -156,7 +151,8 @@ def evaluate(base: Any, windows: Any, arguments: StageArguments, training: Any) 
     base_id = stored.made_from.get("base") if stored else arguments.base_id()
     made_from = {"base": base_id, "windows": made_id(arguments.dataset_name)}
     about = {"model": arguments.model_name_or_path, "memory": None, "dataset": arguments.dataset_name, "split": split}
-    score = MixtureScore(arguments.fixed_lambdas(), arguments.knn_temp, "knn_temp")
+    fixed = [value for value in arguments.lmbda if value != ADAPTIVE]
+    score = MixtureScore(fixed, arguments.knn_temp, "knn_temp")
     neighbours = adaptive = None
     if arguments.knn:
         from knn_utils.adaptive import adaptive_score
@@ -178,15 +174,8 @@ def evaluate(base: Any, windows: Any, arguments: StageArguments, training: Any) 
                 adaptive.add(logprob, other[:, [temperatures.index(each) for each in adaptive.knn_temp]], nearest)
             other = other[:, : len(arguments.knn_temp)].log()
         score.add(logprob, other)
-    report_scores(
-        score,
-        training.output_dir or "trainer_output",
-        about,
-        made_from,
-        mixture="kNN-LM" if arguments.knn else None,
-        adaptive=adaptive and adaptive.finish(score),
-        started=started,
-    )
+    mixture = {"mixture": "kNN-LM", "adaptive": adaptive and adaptive.finish(score)} if arguments.knn else {}
+    report_scores(score, training.output_dir or "trainer_output", about, made_from, **mixture, started=started)
 
 
 if __name__ == "__main__":

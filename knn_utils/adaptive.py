@@ -110,12 +110,12 @@ def mixed(base: np.ndarray, knn: np.ndarray, lmbda: np.ndarray) -> torch.Tensor:
 class AdaptiveScore:
     """Scores a split with the given `buckets`, or with those that fit its own rows best.
 
-    `knn_temp`: the temperatures whose probabilities `add` takes. `about`: what else the results say of the choice.
+    `knn_temp`: the temperatures whose probabilities `add` takes. `index`: the id of the index, for the results.
     """
 
-    def __init__(self, knn_temp: Sequence[float], buckets: Buckets | None = None, **about: Any) -> None:
-        self.knn_temp = list(knn_temp) if buckets is None else [buckets.knn_temp]
-        self.buckets, self.about, self.rows = buckets, about, []
+    def __init__(self, knn_temp: Sequence[float], buckets: Buckets | None, index: str | None) -> None:
+        self.knn_temp = [buckets.knn_temp] if buckets else list(knn_temp)
+        self.buckets, self.index, self.rows = buckets, index, []
 
     def add(self, base: torch.Tensor, knn: torch.Tensor, nearest: np.ndarray) -> None:
         """Add rows: tensors base (rows,) and knn (rows, temperatures), and `nearest`, as in `choose_buckets`."""
@@ -130,39 +130,32 @@ class AdaptiveScore:
         if self.buckets is None:
             columns = zip(*gather_object(self.rows), strict=True)
             self.buckets = choose_buckets(*map(np.concatenate, columns), self.knn_temp)
-        chosen = self.buckets
+        edges, values, knn_temp = self.buckets.edges, self.buckets.lmbda, self.buckets.knn_temp
         for base, knn, nearest in self.rows:
-            lmbda = chosen.lambdas(nearest)
-            likelihood = mixed(base, knn[:, self.knn_temp.index(chosen.knn_temp)], lmbda)
+            lmbda = self.buckets.lambdas(nearest)
+            likelihood = mixed(base, knn[:, self.knn_temp.index(knn_temp)], lmbda)
             score.add_adaptive(likelihood, torch.from_numpy(lmbda))
-        lists = {"edges": chosen.edges.tolist(), "lmbda": chosen.lmbda.tolist()}
-        return {"knn_temp": chosen.knn_temp, **lists, **self.about}
+        return {"knn_temp": knn_temp, "edges": edges.tolist(), "lmbda": values.tolist(), "index": self.index}
 
 
 def adaptive_score(arguments: Any, windows: Any, neighbours: Any) -> AdaptiveScore | None:
-    """The adaptive lambda that `--lmbda` or `--choose_on` asks for, if any.
+    """The adaptive lambda that `--lmbda` asks for, chosen on the scored split, or that of `--choose_on`; None if neither.
 
-    With `--choose_on` the buckets are read from that results.json, else they are chosen on the scored split.
-
-    Raises:
-        InputError: the choice would be made on tested or indexed text, or was made with another index.
+    Raises InputError where the choice would be made on tested or indexed text, or was made with another index.
     """
     from utils.evaluation import check_held_out
 
-    split, path, index = arguments.eval_subset, arguments.choose_on, neighbours.searcher.made
-    index = index and index.id
-    if path:
-        found = read_json(path).get("adaptive", {})
-        if not found and ADAPTIVE not in arguments.lmbda:
-            return None
-        buckets = Buckets.read(path)
-        if index and found["index"] != index:
-            raise InputError(f"--choose_on {path}: was chosen with another index than {arguments.index_file}")
-        return AdaptiveScore(arguments.knn_temp, buckets, index=index, chosen_on=found["chosen_on"])
-    if ADAPTIVE not in arguments.lmbda:
+    split, path, made, buckets = arguments.eval_subset, arguments.choose_on, neighbours.searcher.made, None
+    if ADAPTIVE not in arguments.lmbda and not (path and "adaptive" in read_json(path)):
         return None
-    if split == "test":
+    index = made and made.id
+    if path:
+        buckets = Buckets.read(path)
+        if index and read_json(path)["adaptive"]["index"] != index:
+            raise InputError(f"--choose_on {path}: was chosen with another index than {arguments.index_file}")
+    elif split == "test":
         raise InputError(f"--lmbda {ADAPTIVE}: choose it with --eval_subset validation, then test with --choose_on")
-    checked = f"--lmbda {ADAPTIVE}: split {split} of {arguments.dataset_name}"
-    check_held_out(windows, neighbours.values, checked, "indexed")
-    return AdaptiveScore(arguments.knn_temp, index=index, chosen_on={"dataset": arguments.dataset_name, "split": split})
+    else:
+        checked = f"--lmbda {ADAPTIVE}: split {split} of {arguments.dataset_name}"
+        check_held_out(windows, neighbours.values, checked, "indexed")
+    return AdaptiveScore(arguments.knn_temp, buckets, index)

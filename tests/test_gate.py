@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from models import MLPMemory
 from models.gate import FEATURES, WEIGHTS, LambdaGate
-from training.gate import GateRows, cut_anew, fit
+from training.gate import cut_anew, fit
 from utils.artefact import read_made
+from utils.evaluation import GateRows
 
 pytestmark = pytest.mark.unit
 

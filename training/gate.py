@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from utils.cli import command, flag, parse, required, say
 from utils.errors import InputError, check_at_least, check_positive
 from utils.loading import BaseArguments
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from models.gate import LambdaGate
+    from utils.evaluation import GateRows
 
 WEIGHT_DECAY = 0.01
 FARTHER = 0.5, 2.0  # what is added to the log distance of held-out rows to get rows where lambda is to be 0
@@ -46,54 +44,6 @@ class GateArguments(BaseArguments):
     learning_rate: float = flag(0.01, "learning rate of the first step; it falls linearly to 0")
     per_device_eval_batch_size: int = flag(8, "windows per batch")
     seed: int = flag(42, "seed of the gate's weights and of the cuts of training windows")
-
-
-class GateRows(NamedTuple):
-    """The gate's features (rows, FEATURES) and the labels' log-probabilities (rows,) under base and memory, float32."""
-
-    features: Tensor
-    base: Tensor
-    memory: Tensor
-
-    @classmethod
-    def concatenate(cls, rows: list[GateRows]) -> GateRows:
-        import torch
-
-        return cls(*map(torch.cat, zip(*rows, strict=True)))
-
-    def mixture(self, gate: LambdaGate) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (rows,) of the labels under the gate's mixture, and lambda (rows,)."""
-        from models.mixture import gate_log_weights, log_mixture
-
-        weights = gate_log_weights(gate.logit(self.features)[:, 0])
-        return log_mixture((self.base, self.memory), weights), weights[1].exp()
-
-
-def gate_rows(
-    joint: Any, gate: LambdaGate, windows: Any, batch_size: int, description: str
-) -> Iterator[tuple[Tensor, GateRows, Tensor]]:
-    """This process's batches of windows: captured states (rows, hidden), their `GateRows`, and labels (rows,)."""
-    import torch
-
-    from models.capture import base_logits, hidden_and_head_input
-    from utils.evaluation import block_rows, own_batches
-
-    device = joint.get_input_embeddings().weight.device
-    block = block_rows(device, 16 * joint.config.vocab_size)  # four float32 copies of the logits at a time
-    for ids, positions, labels in own_batches(windows, batch_size, description):
-        with torch.inference_mode():
-            inputs = joint.base_lm, ids.to(device), positions.to(device), joint.layer_position
-            states, final = hidden_and_head_input(*inputs)  # (rows, hidden) each
-            scored = []
-            for start in range(0, len(labels), block):
-                rows = slice(start, start + block)
-                base = base_logits(joint.base_lm, final[rows]).float()  # (block, V)
-                memory = joint.memory_logits(states[rows]).to(base.device).float() / gate.memory_temp
-                features, base_total, memory_total = gate.features(base, memory, states[rows])
-                label = labels[rows, None].to(base.device)
-                base, memory = base.gather(-1, label) - base_total, memory.gather(-1, label) - memory_total
-                scored.append(GateRows(features, base[:, 0], memory[:, 0]))
-        yield states, GateRows.concatenate(scored), labels
 
 
 def cut_anew(windows: Any, seed: int, bos: int | None = None) -> Any:
@@ -155,7 +105,7 @@ def train(arguments: GateArguments) -> LambdaGate:
 
     from models.gate import WEIGHTS, LambdaGate
     from utils.artefact import Made, record_path
-    from utils.evaluation import check_held_out
+    from utils.evaluation import GateRows, check_held_out, gate_rows
     from utils.files import atomic, ensure_folder, remove
     from utils.loading import check_windows, load_windows, made_id, quiet_libraries
     from utils.memories import open_joint

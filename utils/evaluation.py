@@ -8,14 +8,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.mixture import fixed_log_weights, log_mixture
+from models.capture import base_logits, hidden_and_head_input
+from models.mixture import fixed_log_weights, gate_log_weights, log_mixture
 from utils.errors import InputError
 
 PRODUCT_BYTES, GPU_PRODUCT_BYTES = 64 << 20, 512 << 20  # logits of one matrix product on a CPU, on a GPU
@@ -187,8 +188,6 @@ class Scorer:
 
     def score(self, input_ids: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Captured hidden states (rows, hidden) and base log-probabilities (rows,) of `labels` (rows,)."""
-        from models.capture import base_logits, hidden_and_head_input
-
         base, ids, positions = self.base, input_ids.to(self.device), positions.to(self.device)
         captured, final = hidden_and_head_input(base, ids, positions, self.layer_position)  # (rows, hidden) each
         labels = labels.to(final.device)
@@ -200,6 +199,45 @@ class Scorer:
         """This process's (captured hidden states (rows, hidden), base log-probabilities (rows,), labels (rows,))."""
         for ids, positions, labels in own_batches(windows, batch_size, description):
             yield *self.score(ids, positions, labels), labels
+
+
+class GateRows(NamedTuple):
+    """The gate's features (rows, FEATURES) and the labels' log-probabilities (rows,) under base and memory, float32."""
+
+    features: Tensor
+    base: Tensor
+    memory: Tensor
+
+    @classmethod
+    def concatenate(cls, rows: list[GateRows]) -> GateRows:
+        return cls(*map(torch.cat, zip(*rows, strict=True)))
+
+    def mixture(self, gate: Any) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (rows,) of the labels under the gate's mixture, and lambda (rows,)."""
+        weights = gate_log_weights(gate.logit(self.features)[:, 0])
+        return log_mixture((self.base, self.memory), weights), weights[1].exp()
+
+
+@torch.inference_mode()
+def gate_rows(
+    joint: Any, gate: Any, windows: Any, batch_size: int, description: str
+) -> Iterator[tuple[Tensor, GateRows, Tensor]]:
+    """This process's batches of windows: captured states (rows, hidden), their `GateRows`, and labels (rows,)."""
+    device = joint.get_input_embeddings().weight.device
+    block = block_rows(device, 16 * joint.config.vocab_size)  # four float32 copies of the logits at a time
+    for ids, positions, labels in own_batches(windows, batch_size, description):
+        inputs = joint.base_lm, ids.to(device), positions.to(device), joint.layer_position
+        states, final = hidden_and_head_input(*inputs)  # (rows, hidden) each
+        scored = []
+        for start in range(0, len(labels), block):
+            rows = slice(start, start + block)
+            base = base_logits(joint.base_lm, final[rows]).float()  # (block, V)
+            memory = joint.memory_logits(states[rows]).to(base.device).float() / gate.memory_temp
+            features, base_total, memory_total = gate.features(base, memory, states[rows])
+            label = labels[rows, None].to(base.device)
+            base, memory = base.gather(-1, label) - base_total, memory.gather(-1, label) - memory_total
+            scored.append(GateRows(features, base[:, 0], memory[:, 0]))
+        yield states, GateRows.concatenate(scored), labels
 
 
 def check_held_out(windows: Any, corpus: np.ndarray, flag: str, kind: str) -> None:

@@ -96,17 +96,13 @@ class BaseArguments:
         config_name: str | None = None,
         from_scratch: bool = False,
     ) -> Any:
-        """The base in evaluation mode: any decoder that `AutoModelForCausalLM` loads.
+        """The base in evaluation mode: any decoder that `AutoModelForCausalLM` loads. Raises InputError.
 
         Args:
             tokenizer: the embeddings are resized to its vocabulary, as the original does everywhere.
-            dtype: of the weights, by default that of the flags. The compute dtype of a quantized base.
-            device: where to put it, by default this process's; --device_map has precedence.
-            config_name: config to use in place of the base's own.
-            from_scratch: random weights from the config instead of the checkpoint's.
-
-        Raises:
-            InputError: no complete causal language model there, or it cannot be loaded as the flags say.
+            dtype: of the weights (of a quantized base: of its arithmetic), by default that of the flags.
+            device: by default this process's; --device_map has precedence.
+            config_name: config in place of the base's own; from_scratch: random weights in place of the checkpoint's.
         """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig

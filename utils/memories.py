@@ -16,12 +16,10 @@ if TYPE_CHECKING:
 def open_memory_of(
     arguments: BaseArguments, path: str | os.PathLike, base: Any = None, *, dtype: torch.dtype | None = None
 ) -> Any:
-    """The memory at `path` (any published layout) in evaluation mode, in `dtype` (default: that of the flags).
+    """The memory at `path` (any published layout) in evaluation mode, in `dtype` (default: that of the flags), on the
+    device of the captured block of `base`, or this process's.
 
-    It goes to the device of the block of `base` that it reads from, without an open base to this process's device.
-
-    Raises:
-        InputError: no such block, no memory at `path`, or one of another base or block than the flags name.
+    Raises InputError where there is no such block, no memory, or one of another base or block than the flags name.
     """
     from models.families import load_memory
 

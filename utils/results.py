@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import platform
 import time
@@ -21,28 +20,16 @@ if TYPE_CHECKING:
     from utils.evaluation import MixtureScore
 
 ADAPTIVE = "adaptive"
-PACKAGES = {
-    "torch",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "faiss",
-    "faiss-cpu",
-    "faiss-gpu-cu12",
-    "numpy",
-    "pyarrow",
-}
+FAISS = "faiss", "faiss-cpu", "faiss-gpu-cu12"
+PACKAGES = "torch", "transformers", "datasets", "accelerate", *FAISS, "numpy", "pyarrow"
 
 
 class Lambda(float):
-    """The type of a flag for the weight of what is mixed into the base: a number, or `ADAPTIVE` for a weight that differs
-    from token to token. Gives a plain float or str; `check_lambda` checks the range."""
+    """The type of a flag for the weight of what is mixed into the base: gives a float, or `ADAPTIVE` for a weight that
+    differs from token to token. `check_lambda` checks the range."""
 
     def __new__(cls, text: str | float) -> Any:
-        try:
-            return ADAPTIVE if text == ADAPTIVE else float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to 1, or {ADAPTIVE}") from None
+        return ADAPTIVE if text == ADAPTIVE else float(text)
 
 
 def check_lambda(flag: str, value: float | str) -> float | str:
@@ -81,10 +68,6 @@ class ScoreArguments(BaseArguments):
             check_positive(f"--{name}", value)
         check_at_least(1, self, "max_eval_samples")
 
-    def fixed_lambdas(self) -> list[float]:
-        """The numbers among --lmbda."""
-        return [value for value in self.lmbda if value != ADAPTIVE]
-
 
 def chosen(path: str, *, knn: bool) -> tuple[list[float | str], list[float]]:
     """Best lambda (or `ADAPTIVE`) and temperature in a results.json of the kNN-LM (`knn`) or of a memory, as lists of one.
@@ -114,13 +97,12 @@ def report_scores(
     base), base_perplexity, tokens, grid (a row for each fixed mixture), adaptive, and `about`.
 
     Args:
-        about: what was scored: model, dataset, split and so on.
-        made_from: the ids of base, windows and so on.
+        about: what was scored: model, dataset, split and so on; made_from: the ids of base, windows and so on.
         mixture: what was mixed into the base, as "kNN-LM"; None where the base was scored alone.
-        adaptive: settings of the adaptive lambda, with its temperature; None where there is none.
-        started: `time.time()` at the command's start.
+        adaptive: settings of the adaptive lambda, with its temperature, if there is one.
 
-    Raises InputError where there is no token to score, or the base's log-probabilities are not finite.
+    Raises:
+        InputError: no token to score, or log-probabilities of the base that are not finite.
     """
     from accelerate import PartialState
 
