@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from utils.cli import command, flag, note_unused, parse, required
+from utils.cli import command, flag, parse, required, say
 from utils.errors import InputError, check_at_least
 from utils.results import ADAPTIVE, ScoreArguments
 
@@ -41,7 +41,8 @@ def main() -> None:
     check_at_least(1, arguments, "per_device_eval_batch_size")
     if ADAPTIVE in arguments.lmbda and arguments.dstore_path:
         raise InputError(f"--lmbda {ADAPTIVE}: the gate needs the base's whole distribution; leave --dstore_path out")
-    note_unused(("report_to",), "here: results go to results.json")
+    if arguments.report_to != "none":
+        say(f"--report_to {arguments.report_to}: ignored here: results go to results.json")
     evaluate(arguments)
 
 

@@ -31,8 +31,8 @@ class StageArguments(ScoreArguments):
     from_scratch: bool = flag(False, "initialize random weights from the config")
     eval_subset: str = flag("validation", "split to score, to embed, or to evaluate on during fine-tuning")
     max_train_samples: int | None = flag(None, "train on at most this many windows")
-    block_size: int | None = flag(None, "accepted for the original's command line, and ignored")
-    stride: int | None = flag(None, "accepted for the original's command line, and ignored")
+    block_size: int = flag(1024, "accepted for the original's command line, and ignored")
+    stride: int = flag(512, "accepted for the original's command line, and ignored")
     patience: int | None = flag(None, "fine-tuning: stop after this many evaluations without improvement")
     knn: bool = flag(False, "score the kNN-LM (needs --val_file and --index_file)")
     knn_gpu: bool = flag(False, "search on the GPU")
@@ -105,7 +105,10 @@ def check_arguments(arguments: StageArguments, training: Any) -> None:
         raise InputError("--knn: needs --val_file and --index_file")
     note_unused(("block_size", "stride"), "here: they are those of the windows in --dataset_name")
     if not arguments.knn:
-        note_unused(("lmbda", "knn_temp", "val_file", "index_file"), "without --knn")
+        names = ("knn_gpu", "val_file", "index_file", "lmbda", "k", "knn_temp", "choose_on", "probe")
+        note_unused(names, "without --knn")
+    if not training.do_train:
+        note_unused(("patience", "max_train_samples"), "without --do_train")
     if not arguments.save_knnlm_dstore:
         note_unused(("dstore_dir", "save_logprob"), "without --save_knnlm_dstore")
 

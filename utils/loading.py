@@ -167,7 +167,7 @@ def from_pretrained(call: Callable[..., Any], path: str | os.PathLike, flag: str
     try:
         return call(str(path), **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
-        raise InputError(f"{flag} {path}: cannot be loaded ({one_line(error, 300)})") from error
+        raise InputError(f"{flag} {path}: cannot be loaded ({one_line(error)})") from error
 
 
 def quiet_libraries() -> None:
