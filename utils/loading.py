@@ -226,11 +226,7 @@ def load_windows(path: str | os.PathLike, split: str, at_most: int | None = None
     """
     import datasets
 
-    source = f"--dataset_name {path}"
-    try:
-        splits = datasets.load_from_disk(str(path))
-    except Exception as error:
-        raise InputError(f"{source}: cannot be read as windows ({one_line(error, 200)})") from None
+    source, splits = f"--dataset_name {path}", from_pretrained(datasets.load_from_disk, path, "--dataset_name")
     splits = {split: splits} if isinstance(splits, datasets.Dataset) else splits
     if split not in splits:
         raise InputError(f"{source}: has no split {split}; it has {', '.join(splits)}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.artefact import read_made, require
 from utils.errors import InputError, one_line
-from utils.loading import BaseArguments, default_device
+from utils.loading import BaseArguments, default_device, from_pretrained
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +28,8 @@ def open_memory_of(
         device = next(arguments.captured(base).parameters()).device
         # Weights that accelerate offloads are on "meta" between uses.
         device = base.device if device.type == "meta" else device
-    try:
-        memory = load_memory(path, dtype=arguments.dtype() if dtype is None else dtype, device=device)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise InputError(f"--knn_generator_path {path}: {one_line(error, 300)}") from None
+    dtype = arguments.dtype() if dtype is None else dtype
+    memory = from_pretrained(load_memory, path, "--knn_generator_path", dtype=dtype, device=device)
     base_id = arguments.base_id() if arguments.model_name_or_path else None
     require(path, read_made(memory.name_or_path), base=base_id, layer_position=arguments.layer_position)
     return memory
