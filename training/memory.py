@@ -1,4 +1,4 @@
-"""A new memory: its size from a preset or the flags, its weights at random or from the base."""
+"""A new memory: its size, its initial weights, and the module of memory and loss that is trained."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from models.families import memory_class
 from models.stack import memory_config as config_of_layers
 from models.starts import drop_neurons, init_from_base, init_lm_head, measure_scale
 from training.arguments import TrainerArguments
+from training.rows import Rows
+from utils.cal_loss import fused_linear_distillation_loss, sparse_distillation_loss
 from utils.errors import InputError, one_line
+from utils.evaluation import label_log_probabilities
 
 # The paper's memories: family, number of layers, and what else differs from the base's config.
 PRESETS: dict[str, tuple[str, int, dict[str, int]]] = {
@@ -70,3 +74,27 @@ def build_memory(arguments: TrainerArguments, config: Any, open_base: Callable[[
     if arguments.memory_dropout:
         drop_neurons(memory, arguments.memory_dropout)
     return memory
+
+
+class MemoryWithLoss(nn.Module):
+    """Memory, head and loss as one module, so that wrappers (DDP, FSDP, autocast) see a single forward."""
+
+    def __init__(self, memory: nn.Module, alpha: float, loss: str = "fused") -> None:
+        super().__init__()
+        self.memory, self.alpha, self.loss = memory, alpha, loss
+
+    def forward(self, rows: Rows, num_rows: float | None = None) -> Any:
+        """(total, kl, ce) of `rows`, each a sum over these rows divided by `num_rows`.
+
+        Without `num_rows`, for validation: log-probabilities (n, 1) of the labels, in the weights' own precision.
+        """
+        weight = self.memory.lm_head.weight  # (vocabulary, hidden)
+        inputs = rows.hidden.to(weight.device, non_blocking=True).to(weight.dtype)  # (n, dim)
+        if num_rows is None:
+            with torch.autocast(inputs.device.type, enabled=False):
+                return label_log_probabilities(self.memory.hidden(inputs), weight, rows.label.to(weight.device))
+        hidden = self.memory.hidden(inputs)  # (n, hidden)
+        targets = rows.label, rows.id_cnt, rows.token_id, rows.prob, self.alpha
+        if self.loss == "plain":
+            return sparse_distillation_loss(self.memory.lm_head(hidden), *targets, num_rows=num_rows)
+        return fused_linear_distillation_loss(hidden, weight, *targets, num_rows=num_rows)

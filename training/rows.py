@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knn_utils.datastore import Datastore, KNNTargets
+from knn_utils.datastore import Datastore, KNNTargets, check_rows
 from training.arguments import TrainerArguments
 from utils.artefact import require
 from utils.errors import InputError
@@ -33,6 +33,11 @@ class Rows:
     id_cnt: Tensor
     token_id: Tensor
     prob: Tensor
+
+    @classmethod
+    def zeros(cls, count: int, dim: int) -> Rows:
+        """`count` rows of zeros with no target entries."""
+        return cls.without_target(torch.zeros(count, dim), torch.zeros(count, dtype=torch.int64))
 
     @classmethod
     def without_target(cls, hidden: Tensor, label: Tensor) -> Rows:
@@ -78,8 +83,9 @@ class WindowRows:
         self.counts = count_rows(windows)  # (windows,)
         self.ends = np.cumsum(self.counts)
         self.targets = KNNTargets.open(arguments.knn_save_path)
-        made_from = {"windows": arguments.windows_id(), "layer_position": self.layer_position}
-        require(self.targets.path, self.targets.made, **made_from)
+        check_rows(self.targets, int(self.ends[-1]))
+        record, windows_id = self.targets.made, arguments.windows_id()
+        require(self.targets.path, record, windows=windows_id, layer_position=self.layer_position)
         self.check_labels(self.targets.path, self.targets.labels)
 
     def check_labels(self, path: object, read: Callable[[int, int], np.ndarray]) -> None:
@@ -120,8 +126,9 @@ class OfflineRows(WindowRows):
     def __init__(self, windows: Any, config: Any, arguments: TrainerArguments, dstore_path: str) -> None:
         super().__init__(windows, config, arguments)
         self.datastore = Datastore.open(dstore_path)
-        made_from = {"base": arguments.base_id(), "windows": arguments.windows_id(), "dim": config.hidden_size}
-        require(dstore_path, self.datastore.made, **made_from, layer_position=self.layer_position)
+        check_rows(self.datastore, int(self.ends[-1]))
+        expected = {"base": arguments.base_id(), "windows": arguments.windows_id(), "dim": config.hidden_size}
+        require(dstore_path, self.datastore.made, **expected, layer_position=self.layer_position)
         self.check_labels(dstore_path, self.datastore.vals)
 
     def read(self, windows: np.ndarray) -> list[Tensor]:

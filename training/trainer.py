@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,12 @@ from transformers import AutoConfig, get_scheduler, set_seed
 
 from models.stack import vocabulary_size
 from training.arguments import STATE, STATE_RECORD, TrainerArguments
-from training.memory import build_memory, memory_config
+from training.memory import MemoryWithLoss, build_memory, memory_config
 from training.rows import Rows, WindowRows, epoch_order
 from training.validation import Validation, open_validation
 from utils.artefact import COMPLETE, Made, begin, differences
-from utils.cal_loss import fused_linear_distillation_loss, sparse_distillation_loss
 from utils.cli import say
 from utils.errors import InputError, one_line
-from utils.evaluation import label_log_probabilities
 from utils.files import TEMPORARY_PREFIX, atomic, read_json, remove, write_json
 from utils.loading import RUN_RECORD, check_windows, from_pretrained, load_windows, quiet_libraries
 
@@ -133,30 +131,6 @@ def checkpoints(output: Path) -> list[Path]:
     return [path for kind in ("epoch", "step") for path in output.glob(f"{kind}_[0-9]*") if path.is_dir()]
 
 
-class MemoryWithLoss(nn.Module):
-    """Memory, head and loss as one module, so that wrappers (DDP, FSDP, autocast) see a single forward."""
-
-    def __init__(self, memory: nn.Module, alpha: float, loss: str = "fused") -> None:
-        super().__init__()
-        self.memory, self.alpha, self.loss = memory, alpha, loss
-
-    def forward(self, rows: Rows, num_rows: float | None = None) -> Any:
-        """(total, kl, ce) of `rows`, each a sum over these rows divided by `num_rows`.
-
-        Without `num_rows`, for validation: log-probabilities (n, 1) of the labels, in the weights' own precision.
-        """
-        weight = self.memory.lm_head.weight  # (vocabulary, hidden)
-        inputs = rows.hidden.to(weight.device, non_blocking=True).to(weight.dtype)  # (n, dim)
-        if num_rows is None:
-            with torch.autocast(inputs.device.type, enabled=False):
-                return label_log_probabilities(self.memory.hidden(inputs), weight, rows.label.to(weight.device))
-        hidden = self.memory.hidden(inputs)  # (n, hidden)
-        targets = rows.label, rows.id_cnt, rows.token_id, rows.prob, self.alpha
-        if self.loss == "plain":
-            return sparse_distillation_loss(self.memory.lm_head(hidden), *targets, num_rows=num_rows)
-        return fused_linear_distillation_loss(hidden, weight, *targets, num_rows=num_rows)
-
-
 def rows_that_fit(module: MemoryWithLoss, accelerator: Any) -> int:
     """Rows per forward pass, the same on all ranks: CPU_ROWS, on a GPU as many as fit beside AdamW's moments."""
     device = accelerator.device
@@ -169,9 +143,8 @@ def rows_that_fit(module: MemoryWithLoss, accelerator: Any) -> int:
 
     @find_executable_batch_size(starting_batch_size=GPU_ROWS)
     def attempt(rows: int) -> int:
-        hidden = torch.zeros(rows, module.memory.input_dim)
         with accelerator.autocast():
-            total, _, _ = module(Rows.without_target(hidden, torch.zeros(rows, dtype=torch.int64)), rows)
+            total, _, _ = module(Rows.zeros(rows, module.memory.input_dim), rows)
         total.backward()
         return rows
 
@@ -181,39 +154,30 @@ def rows_that_fit(module: MemoryWithLoss, accelerator: Any) -> int:
     return int(accelerator.gather(rows).min())
 
 
+@dataclass(eq=False)
 class MemoryTrainer:
-    """Trains a memory (float32 weights) on the rows of windows.
+    """Trains a memory on the rows of windows."""
 
-    Args:
-        memory: on the CPU; `source`: its training rows; `arguments`: the flags, with a seed.
-        made: the memory's record, which a resumed run must share.
-        validation: scored at the end of each epoch.
-        subfolder: of a checkpoint, where the memory is saved; the tokenizer is saved in the checkpoint itself.
-    """
+    memory: nn.Module  # float32, on the CPU
+    source: WindowRows
+    arguments: TrainerArguments  # with a seed
+    made: Made  # the memory's record, which a resumed run must share
+    accelerator: Any
+    validation: Validation | None = None  # scored at the end of each epoch
+    subfolder: str = ""  # of a checkpoint, for the memory
+    tokenizer: Any = None  # saved in each checkpoint
 
-    def __init__(
-        self,
-        memory: nn.Module,
-        source: WindowRows,
-        arguments: TrainerArguments,
-        made: Made,
-        accelerator: Any,
-        validation: Validation | None = None,
-        subfolder: str = "",
-        tokenizer: Any = None,
-    ) -> None:
-        self.memory, self.source, self.arguments, self.made = memory, source, arguments, made
-        self.accelerator, self.validation, self.tokenizer = accelerator, validation, tokenizer
-        self.subfolder, self.output = subfolder, Path(arguments.output_dir)
+    def __post_init__(self) -> None:
+        arguments, accelerator, self.output = self.arguments, self.accelerator, Path(self.arguments.output_dir)
         self.batch_size, self.checkpoint_steps = arguments.per_device_train_batch_size, arguments.checkpoint_steps()
         self.windows_per_step = self.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
-        self.filled = np.flatnonzero(source.counts)  # a last window of one token has no row
+        self.filled = np.flatnonzero(self.source.counts)  # a last window of one token has no row
         self.steps_per_epoch = math.ceil(len(self.filled) / self.windows_per_step)
         self.total_steps = arguments.max_train_steps or self.steps_per_epoch * arguments.num_train_epochs
         self.log: list[dict[str, Any]] = []
         self.step, self.training_seconds = 0, 0.0
 
-        module = MemoryWithLoss(memory, arguments.alpha, arguments.loss)
+        module = MemoryWithLoss(self.memory, arguments.alpha, arguments.loss)
         self.micro_rows = arguments.micro_batch_rows or rows_that_fit(module, accelerator)
         groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
         for name, weight in module.named_parameters():
@@ -310,7 +274,7 @@ class MemoryTrainer:
                 sums += self._forward_backward(rows, num_rows, last=left == 0)
         for later in reversed(range(left)):
             # No rows left, but the other ranks need this one to gather weights and reduce gradients.
-            zero = Rows.without_target(torch.zeros(1, self.memory.input_dim), torch.zeros(1, dtype=torch.int64))
+            zero = Rows.zeros(1, self.memory.input_dim)
             self._forward_backward(zero, num_rows, last=later == 0, weight=0.0)
         return self._update(sums, windows, num_rows)
 

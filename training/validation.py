@@ -13,7 +13,6 @@ from torch import Tensor
 
 from knn_utils.scored_rows import SCORED_ROWS, open_scored_datastore, stored_rows
 from training.arguments import TrainerArguments
-from utils.artefact import require
 from utils.cli import say
 from utils.evaluation import MixtureScore, Scorer
 from utils.loading import load_windows
@@ -64,9 +63,8 @@ def open_validation(
     """
     path, split = arguments.validation_dstore_path, arguments.validation_split_name
     if path:
-        datastore = open_scored_datastore(path)
-        made_from = {"base": arguments.base_id(), "windows": arguments.windows_id(), "dim": dim}
-        require(path, datastore.made, **made_from, layer_position=arguments.layer_position)
+        expected = {"base": arguments.base_id(), "windows": arguments.windows_id(), "dim": dim}
+        datastore = open_scored_datastore(path, **expected, layer_position=arguments.layer_position)
         passes = math.ceil(math.ceil(datastore.rows / SCORED_ROWS) / processes)
         return Validation(lambda: stored_rows(datastore), passes, dim)
     if split == "none":
@@ -74,10 +72,8 @@ def open_validation(
     if not (Path(str(arguments.dataset_name)) / split).is_dir():
         say(f"--validation_split_name {split}: the windows have no such split; no validation during training")
         return None
-    windows, batch_size = (
-        load_windows(arguments.dataset_name, split, arguments.max_eval_samples),
-        arguments.per_device_eval_batch_size,
-    )
+    windows = load_windows(arguments.dataset_name, split, arguments.max_eval_samples)
+    batch_size = arguments.per_device_eval_batch_size
     batches = Scorer(open_base(), arguments.layer_position).batches(windows, batch_size)
     scored = [(hidden.half().cpu(), log_probs.cpu(), labels) for hidden, log_probs, labels in batches]
     return Validation(lambda: scored, math.ceil(math.ceil(len(windows) / batch_size) / processes), dim)

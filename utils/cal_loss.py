@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,24 +31,17 @@ MINIMUM_CHUNK_ROWS = 128
 BLOCK_BYTES, MINIMUM_BLOCK_ROWS = 16 << 20, 256
 
 
-@dataclass(frozen=True)
-class _Targets:
-    """Targets on the device of the hidden states."""
+def _on_device(device, labels, id_cnt, token_id, prob) -> tuple[Tensor, ...]:
+    """The targets on `device`: labels and id_cnt (rows,) int64, token_id (entries,) integer, prob (entries,) float.
 
-    labels: Tensor  # (rows,) int64, -100: none
-    id_cnt: Tensor  # (rows,) int64
-    token_id: Tensor  # (entries,) int32 or int64
-    prob: Tensor  # (entries,) any float
-    alpha: float
-    divisor: float  # of sums over rows
-
-    @classmethod
-    def on(cls, device, labels, id_cnt, token_id, prob, alpha, num_rows) -> _Targets:
-        """Copies on `device`. They become int64 there: a widened copy in the host's memory would not be pinned."""
-        labels, id_cnt, token_id, prob = (
-            each.to(device, non_blocking=True) for each in (labels.reshape(-1), id_cnt.reshape(-1), token_id, prob)
-        )
-        return cls(labels.long(), id_cnt.long(), token_id, prob, alpha, float(num_rows or len(labels) or 1))
+    Raises ValueError where id_cnt does not add up to the number of entries.
+    """
+    if (total := int(id_cnt.sum())) != len(token_id):
+        raise ValueError(f"id_cnt adds up to {total}, but there are {len(token_id)} target entries")
+    # Widened on the device: a widened copy in the host's memory would not be pinned.
+    moved = (each.to(device, non_blocking=True) for each in (labels.reshape(-1), id_cnt.reshape(-1), token_id, prob))
+    labels, id_cnt, token_id, prob = moved
+    return labels.long(), id_cnt.long(), token_id, prob
 
 
 def sparse_distillation_loss(
@@ -82,18 +74,19 @@ def sparse_distillation_loss(
     """
     vocabulary = logits.shape[-1]
     logits = logits.reshape(-1, vocabulary)  # (rows, vocabulary)
-    targets = _Targets.on(logits.device, labels, id_cnt, token_id, prob, alpha, num_rows)
+    labels, id_cnt, token_id, prob = _on_device(logits.device, labels, id_cnt, token_id, prob)
+    divisor = num_rows or len(labels) or 1
 
     log_probs = logits.to(_accurate(logits.dtype)).log_softmax(-1).reshape(-1)  # (rows · vocabulary,)
     row_start = torch.arange(len(logits), device=logits.device) * vocabulary
     # (entries,): the student's log-probability of each entry's token
-    entry_start = row_start.repeat_interleave(targets.id_cnt, output_size=len(targets.token_id))
-    entry_log_probs = log_probs[entry_start + targets.token_id]
-    p = targets.prob.to(log_probs.dtype)
-    kl = (torch.xlogy(p, p) - p * entry_log_probs).sum() / targets.divisor
+    entry_start = row_start.repeat_interleave(id_cnt, output_size=len(token_id))
+    entry_log_probs = log_probs[entry_start + token_id]
+    p = prob.to(log_probs.dtype)
+    kl = (torch.xlogy(p, p) - p * entry_log_probs).sum() / divisor
 
-    labelled = targets.labels != IGNORED_LABEL
-    ce = -log_probs[row_start + targets.labels.clamp_min(0)].where(labelled, 0.0).sum() / targets.divisor
+    label_log_probs = log_probs[row_start + labels.clamp_min(0)]  # (rows,)
+    ce = -label_log_probs.where(labels != IGNORED_LABEL, 0.0).sum() / divisor
     return alpha * kl + (1 - alpha) * ce, kl.detach(), ce.detach()
 
 
@@ -140,7 +133,7 @@ def fused_linear_distillation_loss(
     row_bounds = _row_bounds(rows, vocabulary * product_dtype.itemsize, chunk_size)
     ends = nn.functional.pad(id_cnt.reshape(-1).cumsum(0), (1, 0))  # (rows + 1,)
     bounds = row_bounds, ends[row_bounds].tolist()
-    targets = _Targets.on(hidden.device, labels, id_cnt, token_id, prob, alpha, num_rows)
+    targets = *_on_device(hidden.device, labels, id_cnt, token_id, prob), alpha, num_rows or rows or 1
 
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _FusedLinearDistillation.apply(hidden, weight, targets, bounds, product_dtype)
@@ -181,11 +174,11 @@ class _FusedLinearDistillation(torch.autograd.Function):
 def _chunked(hidden, weight, targets, bounds, product_dtype, want_hidden, want_weight) -> tuple[Tensor | None, ...]:
     """(total, kl, ce, gradient of hidden or None, gradient of weight or None), both gradients in float32 or float64.
 
-    `bounds`: of the chunks, in rows and in target entries.
+    `targets`: as `_on_device` returns them, with alpha and the divisor; `bounds`: of the chunks, in rows and in entries.
     """
     (rows, width), vocabulary = hidden.shape, weight.shape[0]
     device, accurate = hidden.device, _accurate(product_dtype)
-    alpha, divisor = targets.alpha, targets.divisor
+    labels, id_cnt, token_id, prob, alpha, divisor = targets
     row_bounds, entry_bounds = bounds
     largest = max((stop - start for start, stop in itertools.pairwise(row_bounds)), default=0)
 
@@ -202,12 +195,12 @@ def _chunked(hidden, weight, targets, bounds, product_dtype, want_hidden, want_w
             logits = torch.mm(inputs, head.t(), out=buffer[:count])  # (count, vocabulary)
 
             entry_row = torch.arange(count, device=device).repeat_interleave(
-                targets.id_cnt[start:stop], output_size=last - first
+                id_cnt[start:stop], output_size=last - first
             )  # (last - first,)
-            entry_position = entry_row * vocabulary + targets.token_id[first:last]
+            entry_position = entry_row * vocabulary + token_id[first:last]
             entry_logit = logits.view(-1)[entry_position].to(accurate)
-            p = targets.prob[first:last].to(accurate)
-            label = targets.labels[start:stop]
+            p = prob[first:last].to(accurate)
+            label = labels[start:stop]
             labelled, label = (label != IGNORED_LABEL).to(accurate), label.clamp_min(0)  # (count,) each
             label_logit = logits.gather(1, label[:, None]).squeeze(1).to(accurate)
 
