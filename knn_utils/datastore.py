@@ -120,9 +120,8 @@ class _Rows:
         self._files, counts, self.made = _find_files(path, self.kind)
         self._map = functools.lru_cache(OPEN_FILES)(_map_file)
         self._views = functools.lru_cache(OPEN_BATCHES)(self._read_views)
-        self._opened: dict[int, tuple[pa.Schema, np.ndarray, np.ndarray]] = {}
-        if counts is None:
-            counts = [int(self._headers(number)[2][-1]) for number in range(len(self._files))]
+        self._headers = functools.cache(self._read_headers)
+        counts = counts or [int(self._headers(number)[2][-1]) for number in range(len(self._files))]
         self._starts = np.cumsum([0, *counts])
         self.rows = int(self._starts[-1])
         found = self._headers(0)[0]
@@ -141,25 +140,23 @@ class _Rows:
     def __len__(self) -> int:
         return self.rows
 
-    def _headers(self, number: int) -> tuple[pa.Schema, np.ndarray, np.ndarray]:
+    def _read_headers(self, number: int) -> tuple[pa.Schema, np.ndarray, np.ndarray]:
         """Columns of a file; of its record batches: positions (batches,) in bytes, first rows (batches + 1,)."""
-        if number not in self._opened:
-            counts = [0]
-            try:
-                content = self._map(self._files[number])
-                source = pa.BufferReader(content)
-                reader = pa.ipc.open_stream(source)
-                positions = [source.tell()]
-                for batch in reader:
-                    positions.append(source.tell())
-                    counts.append(batch.num_rows)
-                # A stream whose writer was killed may end after a batch, but without this mark.
-                if content[-len(END_OF_STREAM) :] != END_OF_STREAM:
-                    raise ValueError("it does not end with the end-of-stream mark")
-            except (pa.ArrowException, OSError, ValueError) as error:
-                raise _unreadable(self._files[number], error) from None
-            self._opened[number] = reader.schema, np.array(positions[:-1]), np.cumsum(counts)
-        return self._opened[number]
+        counts = [0]
+        try:
+            content = self._map(self._files[number])
+            source = pa.BufferReader(content)
+            reader = pa.ipc.open_stream(source)
+            positions = [source.tell()]
+            for batch in reader:
+                positions.append(source.tell())
+                counts.append(batch.num_rows)
+            # A stream whose writer was killed may end after a batch, but without this mark.
+            if content[-len(END_OF_STREAM) :] != END_OF_STREAM:
+                raise ValueError("it does not end with the end-of-stream mark")
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise _unreadable(self._files[number], error) from None
+        return reader.schema, np.array(positions[:-1]), np.cumsum(counts)
 
     def _read_views(self, number: int, batch: int) -> dict[str, Any]:
         """Column → its `_view` in a record batch of file `number`."""
@@ -189,8 +186,7 @@ class _Rows:
         while True:
             views, begin, end = self._find(min(row, self.rows - 1))
             yield views, row - begin, min(stop, end) - begin
-            row = end
-            if row >= stop:
+            if (row := end) >= stop:
                 return
 
     def _column(self, name: str, start: int, stop: int | None) -> np.ndarray:

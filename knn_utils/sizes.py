@@ -1,7 +1,4 @@
-"""Resource requirements: rows, disk, memory and time of each stage for given sizes (formulas: docs/scale.md).
-
-python -m knn_utils.sizes --tokens 117000000 --model_name_or_path gpt2-large --layers 54
-"""
+"""Resource requirements: rows, disk, memory and time of each stage for given sizes (formulas: docs/scale.md)."""
 
 from __future__ import annotations
 
@@ -109,7 +106,7 @@ def make_table(sizes: Sizes) -> list[tuple[str, int, float, float, float | None]
 
 @command
 def main() -> None:
-    (sizes,) = parse(Sizes, description=__doc__.split("\n")[0])
+    (sizes,) = parse(Sizes, description=__doc__)
     if sizes.model_name_or_path:
         read_config(sizes)
     print("| stage | rows | disk | memory of a process | time |\n| --- | --- | --- | --- | --- |")
