@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from harness import ROOT, command, refused, refused_here, run
+from harness import Command, command, refused, refused_here
 from safetensors.torch import load_file
 from tiny_models import tiny_base, tiny_memory
 
 from knn_utils.datastore import Datastore, datastore_schema
 from knn_utils.parts import datastore_batch, write_stream
+from training.arguments import TrainerArguments
 from training.memory import MemoryWithLoss
 from training.rows import epoch_order
-from training.trainer import GPU_ROWS, rows_that_fit
+from training.trainer import MemoryTrainer, rows_that_fit
 from utils.artefact import read_made
 
 
@@ -106,18 +105,17 @@ def test_the_number_of_steps_overrides_the_epochs(llama_world, tmp_path):
     assert found["checkpoint"] == "epoch_6" and found["log"][-1]["learning_rate"] == pytest.approx(5e-5 / 12)
 
 
-def test_biases_do_not_decay(tmp_path_factory):
-    from conftest import World
+@pytest.mark.unit
+def test_biases_do_not_decay(tmp_path):
+    from accelerate import Accelerator
 
-    world = World("gpt2", tmp_path_factory.mktemp("gpt2_world"))
-    folder = tmp_path_factory.mktemp("decay")
-    start = ("--max_train_steps", 1, "--num_warmup_steps", 1, "--validation_split_name", "none", "--init_from_base")
-    ends = {}
-    for decay in (0, 1e6):  # times a rate of 5e-5
-        offline(world, folder / str(decay), *start[:2], *start[4:], "--weight_decay", decay)
-        ends[decay] = load_file(folder / str(decay) / "epoch_1" / "model.safetensors")
-    for name, value in ends[0].items():
-        assert torch.equal(value, ends[1e6][name]) == ("bias" in name), name
+    memory = tiny_memory(tiny_base("gpt2"))
+    biases = sum(name.endswith("bias") for name, _ in memory.named_parameters())
+    arguments = TrainerArguments(weight_decay=0.1, output_dir=str(tmp_path), seed=0)
+    source = SimpleNamespace(counts=np.array([3]))
+    trainer = MemoryTrainer(memory, source, arguments, None, Accelerator(cpu=True, mixed_precision="no"))
+    counts = {group["weight_decay"]: len(group["params"]) for group in trainer.optimizer.param_groups}
+    assert counts == {0.1: len(list(memory.parameters())) - biases, 0.0: biases} and biases
 
 
 def test_a_stored_datastore_validates_as_the_base_does(llama_world, tmp_path):
@@ -144,20 +142,18 @@ def test_a_killed_run_continues_to_the_same_losses_and_weights(llama_world, tmp_
     more += ("--memory_dropout", 0.2)
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     command("train_mlpmem_offline", *llama_world.trainer(undisturbed, *more))
-    arguments = [sys.executable, "-m", "train_mlpmem_offline", *map(str, llama_world.trainer(killed, *more))]
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None and not any(killed.glob("step_[48]")):
+    words = llama_world.trainer(killed, *more)
+    process = Command(tmp_path / "log", "train_mlpmem_offline", *words)
+    while process.process.is_alive() and not any(killed.glob("step_[48]")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not record(killed)["complete"]
-    assert "continuing from" in run(*arguments[1:]).stdout
-    # Another process may round otherwise; one step moves a weight by about fifty times the tolerance.
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not record(killed)["complete"]
+    assert "continuing from" in Command(tmp_path / "log", "train_mlpmem_offline", *words).done()
     assert losses(killed) == pytest.approx(losses(undisturbed), abs=1e-6)
+    # Another process may round otherwise; one step moves a weight by about fifty times the tolerance.
     found, expected = (load_file(folder / "epoch_4" / "model.safetensors") for folder in (killed, undisturbed))
     assert all(torch.allclose(found[name], expected[name], rtol=0, atol=1e-6) for name in expected)
-    assert "nothing to do" in run(*arguments[1:]).stdout
+    assert "nothing to do" in Command(tmp_path / "log", "train_mlpmem_offline", *words).done()
 
 
 def test_a_last_window_of_one_token_is_skipped(llama_world, tmp_path):
@@ -189,24 +185,25 @@ class Card(str):
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize("most", [GPU_ROWS, 300])
+@pytest.mark.parametrize("most", [1000, 300])
 def test_the_rows_per_forward_pass_are_those_that_fit(most, monkeypatch):
     module = MemoryWithLoss(tiny_memory(tiny_base("llama")), 0.5)
-    forward, monkeyed = module.memory.hidden, []
+    forward, tried = module.memory.hidden, []
 
     def hidden(inputs):
-        monkeyed.append(len(inputs))
+        tried.append(len(inputs))
         if len(inputs) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         return forward(inputs)
 
     monkeypatch.setattr(module.memory, "hidden", hidden)
     monkeypatch.setattr("training.trainer.GPU_RESERVE", 1)
+    monkeypatch.setattr("training.trainer.GPU_ROWS", 1000)
     accelerator = SimpleNamespace(device=Card("cpu"), distributed_type="NO", num_processes=2)
-    accelerator.autocast, accelerator.gather = torch.no_grad, lambda rows: torch.stack([rows, rows - 8])
     accelerator.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    accelerator.gather = lambda rows: torch.stack([rows, rows - 8])  # another rank fits 8 fewer
     found = rows_that_fit(module, accelerator)
-    assert found == monkeyed[-1] - 8 and 0.85 * most < monkeyed[-1] <= most
+    assert found == tried[-1] - 8 and 0.85 * most < tried[-1] <= most
     assert all(weight.grad is None for weight in module.parameters())
 
 

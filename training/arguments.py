@@ -77,11 +77,6 @@ class TrainerArguments(BaseArguments):
                 ("report_to",) * (self.report_to != "none") + ("run_name", "project_name"), "without --with_tracking"
             )
 
-    def windows_id(self) -> str | None:
-        """The id of the windows; None for those of the original."""
-        made = read_made(str(self.dataset_name))
-        return made.id if made else None
-
     def checkpoint_steps(self) -> int | None:
         """Steps between checkpoints within an epoch; None for one at the end of each epoch only."""
         return None if self.checkpointing_steps in (None, "epoch") else int(self.checkpointing_steps)

@@ -19,11 +19,11 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from utils.artefact import Made, begin, read_made
+from utils.artefact import Made, begin
 from utils.cli import say
 from utils.errors import InputError
 from utils.evaluation import count_rows, predicted_positions
-from utils.loading import check_windows, load_windows
+from utils.loading import check_windows, load_windows, made_id
 
 # Flags that decide the model. The rest (logging, saving, loaders) may change between two starts.
 SETTINGS = (
@@ -74,8 +74,7 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
 
     settings = {name: value for name, value in training.to_dict().items() if name in SETTINGS}
     settings |= {name: getattr(data, name, None) for name in DATA_SETTINGS} | {"processes": state.num_processes}
-    of_windows = read_made(data.dataset_name)
-    made_from = {"base": data.base_id(), "windows": of_windows and of_windows.id}
+    made_from = {"base": data.base_id(), "windows": made_id(data.dataset_name)}
     output, made = Path(training.output_dir), Made("model", settings, len(windows), made_from)
     with contextlib.closing(begin(output, made, overwrite=overwrite, state=state)) as making:
         if making.done:

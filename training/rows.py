@@ -16,6 +16,7 @@ from training.arguments import TrainerArguments
 from utils.artefact import require
 from utils.errors import InputError
 from utils.evaluation import count_rows, predicted_positions
+from utils.loading import made_id
 
 CHECKED_WINDOWS = 2048  # whose labels are compared at a time
 
@@ -84,7 +85,7 @@ class WindowRows:
         self.ends = np.cumsum(self.counts)
         self.targets = KNNTargets.open(arguments.knn_save_path)
         check_rows(self.targets, int(self.ends[-1]))
-        record, windows_id = self.targets.made, arguments.windows_id()
+        record, windows_id = self.targets.made, made_id(arguments.dataset_name)
         require(self.targets.path, record, windows=windows_id, layer_position=self.layer_position)
         self.check_labels(self.targets.path, self.targets.labels)
 
@@ -127,7 +128,7 @@ class OfflineRows(WindowRows):
         super().__init__(windows, config, arguments)
         self.datastore = Datastore.open(dstore_path)
         check_rows(self.datastore, int(self.ends[-1]))
-        expected = {"base": arguments.base_id(), "windows": arguments.windows_id(), "dim": config.hidden_size}
+        expected = {"base": arguments.base_id(), "windows": made_id(arguments.dataset_name), "dim": config.hidden_size}
         require(dstore_path, self.datastore.made, **expected, layer_position=self.layer_position)
         self.check_labels(dstore_path, self.datastore.vals)
 

@@ -38,7 +38,7 @@ from utils.artefact import COMPLETE, Made, begin, differences
 from utils.cli import say
 from utils.errors import InputError, one_line
 from utils.files import TEMPORARY_PREFIX, atomic, read_json, remove, write_json
-from utils.loading import RUN_RECORD, check_windows, from_pretrained, load_windows, quiet_libraries
+from utils.loading import RUN_RECORD, check_windows, from_pretrained, load_windows, made_id, quiet_libraries
 
 LENGTH = ("num_train_epochs", "max_train_steps")  # a run may be continued in another folder for longer
 SETTINGS = (  # flags that decide the memory
@@ -114,7 +114,11 @@ def made_of(arguments: TrainerArguments, source: WindowRows, config: Any, accele
     settings |= {"layers": config.num_hidden_layers, "windows_per_step": windows}
     settings |= {"mixed_precision": accelerator.mixed_precision}
     targets = source.targets.made
-    made_from = {"base": arguments.base_id(), "windows": arguments.windows_id(), "targets": targets and targets.id}
+    made_from = {
+        "base": arguments.base_id(),
+        "windows": made_id(arguments.dataset_name),
+        "targets": targets and targets.id,
+    }
     return Made("memory", settings, int(source.counts.sum()), made_from)
 
 

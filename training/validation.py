@@ -15,7 +15,7 @@ from knn_utils.scored_rows import SCORED_ROWS, open_scored_datastore, stored_row
 from training.arguments import TrainerArguments
 from utils.cli import say
 from utils.evaluation import MixtureScore, Scorer
-from utils.loading import load_windows
+from utils.loading import load_windows, made_id
 
 LAMBDAS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
@@ -63,7 +63,7 @@ def open_validation(
     """
     path, split = arguments.validation_dstore_path, arguments.validation_split_name
     if path:
-        expected = {"base": arguments.base_id(), "windows": arguments.windows_id(), "dim": dim}
+        expected = {"base": arguments.base_id(), "windows": made_id(arguments.dataset_name), "dim": dim}
         datastore = open_scored_datastore(path, **expected, layer_position=arguments.layer_position)
         passes = math.ceil(math.ceil(datastore.rows / SCORED_ROWS) / processes)
         return Validation(lambda: stored_rows(datastore), passes, dim)
