@@ -119,7 +119,7 @@ def sources(tmp_path_factory):
         tokenizer.save_pretrained(folder / family / "base")
         tiny_memory(base).save_pretrained(folder / family / "memory")
     torch.manual_seed(0)
-    LambdaGate(32, knn_temp=2.0).save(folder / "mistral" / "memory")
+    LambdaGate(32, memory_temp=2.0).save(folder / "mistral" / "memory")
     return folder
 
 
