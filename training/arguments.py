@@ -51,7 +51,7 @@ class TrainerArguments(BaseArguments):
     )
     seed: int | None = flag(None, "seed of initialization and data order; drawn and recorded where none is given")
     checkpointing_steps: str | None = flag(None, "a number: save a checkpoint every so many steps, too; default: epoch")
-    resume_from_checkpoint: str | None = flag(None, "checkpoint to continue from; default: the latest in --output_dir")
+    resume_from_checkpoint: str | None = flag(None, "checkpoint to start from where --output_dir has none of its own")
     logging_steps: int = flag(1, "log every so many steps")
     init_lm_head: bool = flag(False, "initialize the head and the final norm from the base")
     init_from_base: bool = flag(False, "initialize from the base's MLP, final norm and head")
@@ -73,18 +73,16 @@ class TrainerArguments(BaseArguments):
         counts = ("num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "logging_steps")
         check_at_least(1, self, *counts, "per_device_train_batch_size", "per_device_eval_batch_size")
         if not self.with_tracking:
-            note_unused(
-                ("report_to",) * (self.report_to != "none") + ("run_name", "project_name"), "without --with_tracking"
-            )
+            names = ("report_to", "run_name", "project_name")
+            note_unused(names[self.report_to == "none" :], "without --with_tracking")
 
     def checkpoint_steps(self) -> int | None:
         """Steps between checkpoints within an epoch; None for one at the end of each epoch only."""
         return None if self.checkpointing_steps in (None, "epoch") else int(self.checkpointing_steps)
 
     def named_checkpoint(self) -> Path | None:
-        """The folder that --resume_from_checkpoint names; None for the latest in the output folder."""
-        named = self.resume_from_checkpoint
-        return None if named in (None, "", "latest", "auto", "True", "true") else Path(named)
+        """The folder that --resume_from_checkpoint names, if any."""
+        return Path(self.resume_from_checkpoint) if self.resume_from_checkpoint else None
 
     def settings_before(self) -> dict[str, Any]:
         """The settings of the run that is continued; {} for a new one."""

@@ -32,8 +32,7 @@ from transformers import AutoConfig, get_scheduler, set_seed
 from models.stack import vocabulary_size
 from training.arguments import STATE, STATE_RECORD, TrainerArguments
 from training.memory import MemoryWithLoss, build_memory, memory_config
-from training.rows import Rows, WindowRows, epoch_order
-from training.validation import Validation, open_validation
+from training.rows import Rows, Validation, WindowRows, epoch_order, open_validation
 from utils.artefact import COMPLETE, Made, begin, differences
 from utils.cli import say
 from utils.errors import InputError, one_line
@@ -111,14 +110,10 @@ def made_of(arguments: TrainerArguments, source: WindowRows, config: Any, accele
     """The record of the memory: all that decides it."""
     windows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
     settings = {name: getattr(arguments, name) for name in SETTINGS} | source.settings
-    settings |= {"layers": config.num_hidden_layers, "windows_per_step": windows}
-    settings |= {"mixed_precision": accelerator.mixed_precision}
-    targets = source.targets.made
-    made_from = {
-        "base": arguments.base_id(),
-        "windows": made_id(arguments.dataset_name),
-        "targets": targets and targets.id,
-    }
+    settings |= {"layers": config.num_hidden_layers, "mixed_precision": accelerator.mixed_precision}
+    settings["windows_per_step"] = windows
+    made_from = {"base": arguments.base_id(), "windows": made_id(arguments.dataset_name)}
+    made_from["targets"] = source.targets.made and source.targets.made.id
     return Made("memory", settings, int(source.counts.sum()), made_from)
 
 
@@ -131,8 +126,8 @@ def check_checkpoint(folder: Path, made: Made) -> None:
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """Complete checkpoint folders of a run."""
-    return [path for kind in ("epoch", "step") for path in output.glob(f"{kind}_[0-9]*") if path.is_dir()]
+    """The checkpoint folders of a run."""
+    return [*output.glob("epoch_*"), *output.glob("step_*")]
 
 
 def rows_that_fit(module: MemoryWithLoss, accelerator: Any) -> int:
@@ -190,13 +185,11 @@ class MemoryTrainer:
         decay = {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay}
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], **decay, fused=fused)
         self.model, self.optimizer = accelerator.prepare(module, optimizer)
-        schedule = get_scheduler(
-            arguments.lr_scheduler_type, optimizer, arguments.num_warmup_steps, max(self.total_steps, 1)
-        )
+        schedule = get_scheduler(arguments.lr_scheduler_type, optimizer, arguments.num_warmup_steps, self.total_steps)
         self.rate_factor: Callable[[int], float] = schedule.lr_lambdas[0]
 
     def train(self) -> dict[str, Any]:
-        """Train to the end, from the checkpoint that is named or else the output's latest. Returns the run's record.
+        """Train to the end, continuing from a checkpoint where there is one. Returns the run's record.
 
         Raises InputError for a loss that is not finite, and for a checkpoint that cannot be written.
         """
@@ -339,10 +332,9 @@ class MemoryTrainer:
         Raises InputError where it cannot be written, as on a full disk.
         """
         final, is_main = self.output / name, self.accelerator.is_main_process
+        same_path = contextlib.nullcontext(final.with_name(TEMPORARY_PREFIX + name))  # as `atomic` yields it
         try:
-            with (
-                atomic(final) if is_main else contextlib.nullcontext(final.with_name(TEMPORARY_PREFIX + name)) as folder
-            ):
+            with atomic(final) if is_main else same_path as folder:
                 if is_main:
                     (folder / STATE).mkdir(parents=True)
                 self.accelerator.wait_for_everyone()
@@ -372,10 +364,10 @@ class MemoryTrainer:
         write_json(folder / STATE_RECORD, self._record() | {"made": asdict(self.made)})
 
     def _resume(self) -> None:
-        """Continue from the checkpoint that --resume_from_checkpoint names, else from the output's latest."""
-        found = [path / STATE_RECORD for path in checkpoints(self.output) if (path / STATE_RECORD).exists()]
-        latest = max(found, key=lambda path: read_json(path)["step"], default=None)
-        folder = self.arguments.named_checkpoint() or (latest and latest.parent.parent)
+        """Continue from the output's latest checkpoint, else from the one that --resume_from_checkpoint names."""
+        whole = [path for path in checkpoints(self.output) if (path / STATE_RECORD).exists()]
+        found = {read_json(path / STATE_RECORD)["step"]: path for path in whole}
+        folder = found[max(found)] if found else self.arguments.named_checkpoint()
         if folder is None:
             return
         saved = read_json(folder / STATE_RECORD)
