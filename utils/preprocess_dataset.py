@@ -9,6 +9,7 @@ text of each split is written too, to `raw/<split>.jsonl`. `utils/text_files.py`
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from utils.artefact import BEGUN, Made, begin, record_path
 from utils.cli import command, flag, parse, required, say
 from utils.errors import InputError
 from utils.files import ensure_folder, remove, sync, write_json
+from utils.text_files import open_source, select_documents, split_documents
+from utils.windows import WindowSizes, padding_token, windows_of_split
 
 SIZES = ("block_size", "stride", "padding_index", "group_rows", "by_document")
 FRACTIONS = ("test_fraction", "validation_fraction")
@@ -50,18 +53,15 @@ class Arguments:
     stride: int = flag(512, "tokens from one window to the next; the tokens before them are context without labels")
     group_rows: bool = flag(
         False,
-        "windows continue from row to row, and the last one of each 50,000 rows is padded; by default, tokens at the end "
-        "of each 1,000 rows that do not fill a window are left out, as in the original",
+        "windows continue from row to row, and the last one of each 50,000 rows is padded: no token is left out; by "
+        "default, tokens at the end of each 1,000 rows that do not fill a window are left out, as in the original",
     )
     by_document: bool = flag(
-        False,
-        "each document (each .txt file) starts a new window and its last window is padded, so that a memory learns it "
-        "without another document before it",
+        False, "each document (each .txt file) starts a new window, and its last window is padded; no token is left out"
     )
     window_bos: bool = flag(
         False,
-        "begin each window with the tokenizer's BOS token, without a label, and add no special tokens to rows; by "
-        "default, the tokenizer adds its special tokens to each row, as in the original",
+        "begin each window with an unlabelled BOS token, in place of the special tokens that rows have by default",
     )
     padding_index: int = flag(-100, "label of positions that predict nothing; the other commands expect -100")
     num_proc: int = flag(1, "number of processes; the windows do not depend on it")
@@ -77,14 +77,11 @@ def tokenize_and_group_text(
     padding_index: int = -100,
     num_process: int = 1,
 ) -> Any:
-    """Windows of every split, in memory, as the original makes them (`utils.windows.windows_of_split`): a DatasetDict.
+    """A DatasetDict with the windows of every split, in memory, as the original makes them (`windows_of_split`).
 
-    The text of {split: Dataset} is in the column `text`, or else in the first column. Raises InputError for sizes that
-    make no windows, and where there is no token to pad with.
+    The text of {split: Dataset} is in the column `text`, or else in the first column. Raises InputError.
     """
     import datasets
-
-    from utils.windows import WindowSizes, windows_of_split
 
     sizes = WindowSizes(block_size, stride, padding_index)
     windows = {}
@@ -98,7 +95,6 @@ def tokenize_and_group_text(
 def settings_of(arguments: Arguments, tokenizer: Any) -> dict[str, Any]:
     """What decides the windows. Local text is identified by the names and sizes of its files, not by its path."""
     from utils.loading import vocabulary_digest
-    from utils.windows import padding_token
 
     source = Path(arguments.dataset_name).expanduser()
     files = sorted(file for file in source.rglob("*") if file.is_file()) if source.is_dir() else [source]
@@ -115,8 +111,6 @@ def settings_of(arguments: Arguments, tokenizer: Any) -> dict[str, Any]:
 
 def read_text(arguments: Arguments, work: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The text that the flags ask for: {split: Dataset}, and {split: characters left out}. Raises InputError."""
-    from utils.text_files import open_source, select_documents, split_documents
-
     name, limits = arguments.dataset_name, [getattr(arguments, limit) for limit in LIMITS]
     fractions = {flag.split("_")[0]: getattr(arguments, flag) for flag in FRACTIONS}
     whole_files = arguments.by_document or any(limits) or any(fractions.values())
@@ -126,17 +120,15 @@ def read_text(arguments: Arguments, work: Path) -> tuple[dict[str, Any], dict[st
         splits[split], left_out[split] = select_documents(rows, *limits, work / f"documents-{split}.arrow")
     if any(fractions.values()):
         if "train" not in splits or any(fractions.get(split) for split in splits):
-            there = f"{name} has the splits {', '.join(splits)}"
-            raise InputError(f"--validation_fraction, --test_fraction: {there}; expected train, and not those to make")
+            there = f"--dataset_name {name}: has the splits {', '.join(splits)}"
+            raise InputError(f"{there}; --validation_fraction and --test_fraction need train, and make new ones only")
         splits = split_documents(splits.pop("train"), fractions, arguments.seed) | splits
     return splits, left_out
 
 
-def make_windows(arguments: Arguments, sizes: Any, tokenizer: Any, output: Path, work: Path) -> None:
+def make_windows(arguments: Arguments, sizes: WindowSizes, tokenizer: Any, output: Path, work: Path) -> None:
     """Read and cut the text, and write everything but the record into `output`. Raises InputError before it writes."""
     import datasets
-
-    from utils.windows import windows_of_split
 
     splits, left_out = read_text(arguments, work)
     windows, summary = {}, {}
@@ -154,7 +146,6 @@ def make_windows(arguments: Arguments, sizes: Any, tokenizer: Any, output: Path,
         rows.to_json(ensure_folder(output / "raw") / f"{split}.jsonl", force_ascii=False)
     write_json(output / "dstore_summary.json", summary)
     datasets.DatasetDict(windows).save_to_disk(str(output))
-    sync(output)
     for split, counts in summary.items():
         say(
             f"{split}: {counts['rows']:,} rows of text ({counts['characters_left_out']:,} characters left out), "
@@ -163,11 +154,9 @@ def make_windows(arguments: Arguments, sizes: Any, tokenizer: Any, output: Path,
         )
 
 
-@command
 def main() -> None:
     (arguments,) = parse(Arguments, description="Tokenize text and cut it into windows.")
     from utils.loading import load_tokenizer, quiet_libraries
-    from utils.windows import WindowSizes
 
     quiet_libraries()
     tokenizer = load_tokenizer(arguments.tokenizer_path, required=True, trust_remote_code=arguments.trust_remote_code)
@@ -180,18 +169,20 @@ def main() -> None:
     if making.done:
         say(f"{output}: these windows are there already; --overwrite makes them again")
         return
+    os.register_at_fork(after_in_child=making.close)  # workers must not keep the lock when this process is killed
     work = output / ".work"
     remove(work)  # of a run that was killed
     try:
         make_windows(arguments, sizes, tokenizer, output, ensure_folder(work))
-        making.finish()
     except InputError:  # nothing is written yet: the next run may have other settings
         remove(record_path(output, BEGUN))
+        making.close()
         raise
     finally:
         remove(work)
-        making.close()
+    sync(output)
+    making.finish()
 
 
 if __name__ == "__main__":
-    main()
+    command(main)()

@@ -11,24 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from utils.errors import InputError, one_line
+from utils.errors import InputError
 
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-SPLIT_NAMES = {name: name for name in ("train", "validation", "test")}
-SPLIT_NAMES |= dict.fromkeys(("valid", "val", "dev"), "validation")
+SPLIT_NAMES = {"train": "train", "test": "test", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation")}
 
 
 def open_source(name: str, config_name: str | None, text_column: str, whole_files: bool, work: Path) -> dict[str, Any]:
-    """Open `--dataset_name` as {split: Dataset with one column, `text`}.
+    """Open `--dataset_name` as {split: Dataset with one column, `text`}, memory-mapped from files in the folder `work`.
 
-    Args:
-        name: see the flag's help. A single file and a folder of .txt files, one row each, are the split `train`.
-        config_name: the dataset's configuration, or the subfolder of that name.
-        whole_files: a .txt file is one row; otherwise each of its lines is one, with its newline.
-        work: folder for the Arrow files that `datasets` prepares; the result is memory-mapped from them.
-
-    Raises:
-        InputError: nothing there, it cannot be loaded, or it has no such column.
+    A single file is the split `train`, and so are the .txt files of a folder, one row each. Otherwise each line of a .txt
+    file is a row, with its newline, unless `whole_files`. Raises InputError if nothing is there, it cannot be loaded, or
+    it has no such column.
     """
     import datasets
 
@@ -50,19 +44,17 @@ def open_source(name: str, config_name: str | None, text_column: str, whole_file
             splits = _load(str(path) if path.exists() else name, config_name, whole_files, work)
     except Exception as error:
         missing = "" if path.exists() else "no such file or folder, and as a hub dataset it "
-        reason = one_line(error.__cause__ or error, 300)
-        raise InputError(f"--dataset_name {name}: {missing}cannot be loaded ({reason})") from None
+        raise InputError(f"--dataset_name {name}: {missing}cannot be loaded ({error.__cause__ or error})") from None
     for split, rows in splits.items():
         if text_column not in rows.column_names:
-            columns = ", ".join(rows.column_names)
-            raise InputError(f"--text_column {text_column}: split {split} of {name} has the columns {columns}")
+            raise InputError(f"--text_column {text_column}: split {split} of {name} has {rows.column_names}")
         rows = rows.with_format(None).select_columns([text_column])
         splits[split] = rows if text_column == "text" else rows.rename_column(text_column, "text")
     return splits
 
 
 def _builder_of(path: Path) -> str | None:
-    """The builder in `datasets` that reads a file, by its suffix, or the one before a compression's."""
+    """The builder in `datasets` that reads a file, compressed or not."""
     return next((BUILDERS[suffix] for suffix in path.suffixes[-2:] if suffix in BUILDERS), None)
 
 

@@ -31,8 +31,7 @@ class WindowSizes:
         padding_index: label of positions that predict nothing.
         bos: a token that begins each window, as one of its block_size tokens; the rows then have no special tokens.
 
-    Raises:
-        InputError: these sizes make no windows.
+    Raises InputError for sizes that make no windows.
     """
 
     block_size: int = 1024
@@ -94,13 +93,12 @@ def cut_windows(
 
     Args:
         tokens: (tokens,) int32.
-        pad_token: None is an error only if a window is short.
 
     Yields:
         (input_ids, labels), each int32 (windows, block_size), a few million tokens at a time.
 
     Raises:
-        InputError: a window must be padded and there is no token for it.
+        InputError: a window must be padded and `pad_token` is None.
     """
     width, ignored = sizes.width, np.int32(sizes.padding_index)
     stride, total = min(sizes.stride, width), sizes.kept(len(tokens))
