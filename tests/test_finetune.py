@@ -93,13 +93,6 @@ def test_a_killed_run_continues_to_the_same_losses_and_weights(ground, tmp_path)
     assert "nothing to do" in Command(tmp_path / "log", "train_base", *flags(ground, killed, *more)).done()
 
 
-def test_a_named_checkpoint_is_continued_from(ground, tmp_path):
-    command("train_base", *flags(ground, tmp_path / "first", "--save_steps", 4))
-    checkpoint = tmp_path / "first" / "checkpoint-4"
-    command("train_base", *flags(ground, tmp_path / "second", "--resume_from_checkpoint", checkpoint))
-    assert logged(tmp_path / "second", "loss") == pytest.approx(logged(tmp_path / "first", "loss"), abs=1e-6)
-
-
 def test_patience_stops_early_and_keeps_the_best(ground, tmp_path):
     more = ("--patience", 1, "--learning_rate", 0.2, "--num_train_epochs", 12, "--eval_subset", "validation")
     command("train_base", *flags(ground, tmp_path / "tuned", *more))

@@ -5,13 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from types import SimpleNamespace
 
-import pytest
-import torch
 from harness import Command, refused_here, run
-
-from training.arguments import TrainerArguments
 
 
 def flags(world, output, *more):
@@ -19,24 +14,6 @@ def flags(world, output, *more):
     words = world.trainer(output, "--knn_dstore_path", world.dstore("train"), "--checkpointing_steps", 1, *more)
     at = words.index("--mixed_precision")
     return [*words[:at], *words[at + 2 :]]
-
-
-@pytest.mark.unit
-@pytest.mark.parametrize(
-    ("capability", "given", "sharded", "chosen"),
-    [
-        *(((8, 0), None, "", "bf16"), ((7, 5), None, "", "fp16"), ((7, 0), None, "true", "no")),
-        ((7, 5), "bf16", "", "bf16"),
-    ],
-)
-def test_the_launchers_bf16_becomes_fp16_on_a_gpu_without_it(capability, given, sharded, chosen, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.arguments.default_device", lambda: torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr("accelerate.Accelerator", lambda **given: SimpleNamespace(state=None, **given))
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
-    arguments = TrainerArguments(output_dir=str(tmp_path), mixed_precision=given)
-    assert arguments.make_accelerator().mixed_precision == chosen
 
 
 def test_a_continued_run_keeps_its_precision(llama_world, tmp_path):
@@ -96,8 +73,6 @@ def test_code_in_a_models_repository_runs_only_where_asked_for(llama_world, tmp_
     scored = ("train_base", "--model_name_or_path", base, "--dataset_name", llama_world.windows, "--do_eval")
     scored += ("--eval_subset", "test", "--max_eval_samples", 1, "--output_dir", tmp_path / "scored")
     assert str(base) in refused_here(*scored)
-    words = llama_world.trainer(tmp_path / "memory", "--model_name_or_path", base, "--validation_split_name", "none")
-    assert str(base) in refused_here("train_mlpmem_online", *words)
     assert not mark.exists()
     run("-m", *scored, "--trust_remote_code", **cache)
     assert mark.exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import shutil
@@ -11,11 +10,6 @@ import pytest
 import torch
 from conftest import make_text
 from harness import command, refused_here
-
-from train_mlpmem_offline import OfflineArguments
-from train_mlpmem_online import OnlineArguments
-from training.arguments import TrainerArguments
-from training.trainer import LENGTH
 
 # Another value of each flag that decides the memory, and the name under which it is refused.
 DECISIVE = {
@@ -40,14 +34,6 @@ DECISIVE = {
     "dataset_split_name": ("test", "rows"),
     "layer_position": (0, "layer_position"),
 }
-# Flags that may change between two starts; the base's dtype and quantisation are the online trainer's.
-FREE = {
-    *("output_dir", "overwrite", "resume_from_checkpoint", "checkpointing_steps", "logging_steps", "loss"),
-    *("micro_batch_rows", "per_device_eval_batch_size", "base_batch_size", "max_eval_samples"),
-    *("validation_split_name", "validation_dstore_path", "with_tracking", "report_to", "run_name", "project_name"),
-    *("device_map", "trust_remote_code", "base_model_name", "tokenizer_name"),
-    *("torch_dtype", "load_in_4bit", "load_in_8bit", "round_hidden_states"),
-}
 
 
 def flags(world, output, **changes):
@@ -69,13 +55,6 @@ def begun(llama_world, tmp_path_factory):
     stores = ("--dstore_path", llama_world.dstore("train"), "--index_path", llama_world.index)
     command("knn_utils.saveKNNMulti", *stores, "--output_path", folder / "targets", "--k", 9)
     return folder / "run", folder
-
-
-@pytest.mark.unit
-def test_every_flag_of_the_trainers_is_looked_at():
-    kinds = (TrainerArguments, OfflineArguments, OnlineArguments)
-    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    assert names == DECISIVE.keys() | FREE | set(LENGTH) | {"mixed_precision"}  # tests/test_precision.py
 
 
 def test_a_run_is_not_continued_with_other_settings(llama_world, begun, tmp_path):
@@ -122,11 +101,3 @@ def test_a_seed_is_drawn_and_kept_where_none_is_given(llama_world, tmp_path):
     seed = json.loads((tmp_path / "training.json").read_text())["settings"]["seed"]
     command("train_mlpmem_offline", *words)
     assert json.loads((tmp_path / "training.json").read_text())["settings"]["seed"] == seed
-
-
-def test_rounded_hidden_states_are_not_continued_with_whole_ones(llama_world, tmp_path):
-    words = flags(llama_world, tmp_path, max_train_steps=1)
-    at = words.index("--knn_dstore_path")
-    del words[at : at + 2]
-    command("train_mlpmem_online", *words, "--round_hidden_states")
-    assert "round_hidden_states" in refused_here("train_mlpmem_online", *words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from types import SimpleNamespace
@@ -86,17 +87,6 @@ def test_dropout_changes_training_and_not_validation(llama_world, tmp_path):
     assert ends[0] == pytest.approx(ends[1], rel=1e-6)
 
 
-def test_plain_and_fused_losses_train_to_the_same_weights(llama_world, tmp_path):
-    ends = {}
-    for name in ("plain", "fused"):
-        offline(llama_world, tmp_path / name, "--loss", name, "--learning_rate", 1e-3)
-        ends[name] = load_file(tmp_path / name / "epoch_1" / "model.safetensors")
-    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "fused"), rel=1e-5)
-    for name, value in ends["fused"].items():
-        # Six steps move a weight by up to 6e-3.
-        assert (value - ends["plain"][name]).norm() < 1e-4 * value.numel() ** 0.5
-
-
 def test_the_number_of_steps_overrides_the_epochs(llama_world, tmp_path):
     few = ("--per_device_train_batch_size", 48, "--num_train_epochs", 3, "--max_train_steps", 12)
     offline(llama_world, tmp_path, *few, "--validation_split_name", "none")
@@ -127,8 +117,6 @@ def test_a_stored_datastore_validates_as_the_base_does(llama_world, tmp_path):
 
 
 def test_without_validation_offline_training_opens_no_base(llama_world, tmp_path):
-    import shutil
-
     base = shutil.copytree(llama_world.base, tmp_path / "base")
     weights = base / "model.safetensors"
     weights.write_bytes(bytes(weights.stat().st_size))  # of the same name and size, but no weights
@@ -171,13 +159,6 @@ def test_a_last_window_of_one_token_is_skipped(llama_world, tmp_path):
     assert len(losses(tmp_path / "out")) == 1
 
 
-@pytest.mark.unit
-def test_order_of_windows_depends_on_seed_and_epoch_alone():
-    assert (epoch_order(50, 1, 0) == epoch_order(50, 1, 0)).all()
-    assert (epoch_order(50, 1, 0) != epoch_order(50, 1, 1)).any()
-    assert sorted(epoch_order(50, 1, 3)) == list(range(50))
-
-
 class Card(str):
     """The CPU's device, which says that it is a GPU."""
 
@@ -185,7 +166,7 @@ class Card(str):
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize("most", [1000, 300])
+@pytest.mark.parametrize("most", [400, 300])
 def test_the_rows_per_forward_pass_are_those_that_fit(most, monkeypatch):
     module = MemoryWithLoss(tiny_memory(tiny_base("llama")), 0.5)
     forward, tried = module.memory.hidden, []
@@ -198,7 +179,7 @@ def test_the_rows_per_forward_pass_are_those_that_fit(most, monkeypatch):
 
     monkeypatch.setattr(module.memory, "hidden", hidden)
     monkeypatch.setattr("training.trainer.GPU_RESERVE", 1)
-    monkeypatch.setattr("training.trainer.GPU_ROWS", 1000)
+    monkeypatch.setattr("training.trainer.GPU_ROWS", 400)
     accelerator = SimpleNamespace(device=Card("cpu"), distributed_type="NO", num_processes=2)
     accelerator.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
     accelerator.gather = lambda rows: torch.stack([rows, rows - 8])  # another rank fits 8 fewer
@@ -228,21 +209,6 @@ class TestRefused:
         path = tmp_path / "other.arrow"
         write_stream(path, datastore_schema(32), [datastore_batch(keys, vals)])
         assert named in self.refuse(llama_world, tmp_path, knn_dstore_path=path)
-
-    @pytest.mark.parametrize(
-        ("name", "value"), [("layer_position", 0), ("model_name_or_path", "other"), ("dataset_name", "other")]
-    )
-    def test_a_datastore_of_another_block_base_or_windows(self, llama_world, tmp_path, name, value):
-        import shutil
-
-        kind = {"model_name_or_path": "base", "dataset_name": "windows"}.get(name)
-        if kind:
-            value = shutil.copytree(getattr(llama_world, kind), tmp_path / "other")
-            path = value / ("config.json" if kind == "base" else "made.json")
-            text = json.loads(path.read_text())
-            changed = {"rope_theta": 5.0} if kind == "base" else {"settings": text["settings"] | {"stride": 5}}
-            path.write_text(json.dumps(text | changed))
-        assert (kind or name) in self.refuse(llama_world, tmp_path, **{name: value})
 
     def test_a_diverging_loss_keeps_the_last_good_checkpoint(self, llama_world, tmp_path):
         changes = {"learning_rate": 1e30, "max_grad_norm": 1e30, "checkpointing_steps": 1}

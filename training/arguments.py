@@ -11,7 +11,7 @@ from utils.artefact import BEGUN, read_made
 from utils.cli import flag, note_unused, say, started_together
 from utils.errors import InputError, check_at_least, check_fraction
 from utils.files import read_json
-from utils.loading import BaseArguments, default_device, fastest_dtype, prepare_device
+from utils.loading import BaseArguments, default_device, fastest_dtype, made_id, prepare_device
 
 STATE = "state"  # subfolder of a checkpoint with what resuming needs
 STATE_RECORD = f"{STATE}/trainer_state.json"
@@ -75,6 +75,10 @@ class TrainerArguments(BaseArguments):
         if not self.with_tracking:
             names = ("report_to", "run_name", "project_name")
             note_unused(names[self.report_to == "none" :], "without --with_tracking")
+
+    def made_from(self) -> dict[str, str | None]:
+        """The ids of base and windows; None for windows of the original."""
+        return {"base": self.base_id(), "windows": made_id(self.dataset_name)}
 
     def checkpoint_steps(self) -> int | None:
         """Steps between checkpoints within an epoch; None for one at the end of each epoch only."""

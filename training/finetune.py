@@ -1,8 +1,7 @@
 """Fine-tuning of a base model on windows, with the Hugging Face `Trainer`.
 
-The labels in the windows say what is predicted, so overlapping windows count no token twice. The output folder holds the
-Trainer's checkpoints and, at the end, the model, the tokenizer, trainer_state.json and made.json; the same command again
-continues an interrupted run.
+The labels in the windows say what is predicted, so overlapping windows count no token twice. The same command continues an
+interrupted run in its output folder.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -43,17 +42,15 @@ class FinetuneArguments(TrainingArguments):
 
 
 def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: bool = False) -> Path:
-    """Train `base` on the train split of `data.dataset_name`; returns the folder that holds the result.
+    """Train `base` on the train split of `data.dataset_name`; returns the folder of the model.
 
     Args:
         base: a causal language model in float32; `--bf16` and `--fp16` compute in half precision over these weights.
         tokenizer: saved beside the model; None saves none.
         data: flags `dataset_name`, `eval_subset`, `max_eval_samples`, those in DATA_SETTINGS, and `base_id()`.
         training: `FinetuneArguments`; without `resume_from_checkpoint` the output's latest checkpoint is continued.
-        overwrite: start again where the folder holds another run.
 
-    Raises:
-        InputError: windows that do not fit the model, an output folder with another run, a loss that is not finite.
+    Raises InputError for windows that do not fit the model, an output folder of another run, a loss that is not finite.
     """
     windows = load_windows(data.dataset_name, "train", data.max_train_samples)
     check_windows(data.dataset_name, windows, base.config, tokenizer)
@@ -63,7 +60,7 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
         held_out = load_windows(data.dataset_name, data.eval_subset, data.max_eval_samples)
     training.prediction_loss_only = True  # the logits of a whole split would not fit in memory
     training.logging_nan_inf_filter = False
-    callbacks = [FiniteLoss()]
+    callbacks = []
     if data.patience is not None:  # what early stopping needs
         strategy = "epoch" if training.eval_strategy == "no" else training.eval_strategy.value
         training.eval_strategy, training.save_strategy = IntervalStrategy(strategy), SaveStrategy(strategy)
@@ -87,17 +84,12 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
             resume = max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
         if resume:
             say(f"fine-tuning: continuing from {resume}")
-        if training.gradient_checkpointing:
-            base.config.use_cache = False
         columns = {"type": "torch", "columns": ["input_ids", "labels"]}  # padding is on the right and needs no mask
+        data_of = {"train_dataset": windows.with_format(**columns), "data_collator": default_data_collator}
+        if held_out:
+            data_of["eval_dataset"] = held_out.with_format(**columns)
         trainer = TokenWeightedTrainer(
-            model=base.train(),
-            args=training,
-            train_dataset=windows.with_format(**columns),
-            eval_dataset=held_out and held_out.with_format(**columns),
-            data_collator=default_data_collator,
-            processing_class=tokenizer,
-            callbacks=callbacks,
+            base.train(), training, **data_of, processing_class=tokenizer, callbacks=callbacks
         )
         trainer.held_out_tokens = int(count_rows(held_out).sum()) if held_out else 0
         trainer.train(resume_from_checkpoint=resume and str(resume))
@@ -110,20 +102,17 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
     return output
 
 
-class FiniteLoss(TrainerCallback):
-    """Raises InputError when the logged loss is not finite."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not math.isfinite(float((logs or {}).get("loss", 0))):
-            raise InputError(
-                f"step {state.global_step}: the loss is not finite; lower --learning_rate, or use --bf16 instead of --fp16"
-            )
-
-
 class TokenWeightedTrainer(Trainer):
     """Its `eval_loss` is the mean over all `held_out_tokens` predicted tokens; the Trainer's depends on the batches."""
 
     held_out_tokens: int
+
+    def log(self, logs, start_time=None):
+        """Raise InputError for a loss that is not finite."""
+        if not math.isfinite(float(logs.get("loss", 0))):
+            remedy = "lower --learning_rate, or use --bf16 instead of --fp16"
+            raise InputError(f"step {self.state.global_step}: the loss is not finite; {remedy}")
+        super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """A batch's loss, scaled so that the Trainer's mean over windows is the mean over tokens."""

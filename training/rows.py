@@ -137,8 +137,8 @@ class OfflineRows(WindowRows):
         super().__init__(windows, config, arguments)
         self.datastore = Datastore.open(dstore_path)
         check_rows(self.datastore, int(self.ends[-1]))
-        expected = {"base": arguments.base_id(), "windows": made_id(arguments.dataset_name), "dim": config.hidden_size}
-        require(dstore_path, self.datastore.made, **expected, layer_position=self.layer_position)
+        expected = {**arguments.made_from(), "dim": config.hidden_size, "layer_position": self.layer_position}
+        require(dstore_path, self.datastore.made, **expected)
         self.check_labels(dstore_path, self.datastore.vals)
 
     def read(self, windows: np.ndarray) -> list[Tensor]:
@@ -190,8 +190,8 @@ def open_validation(
     """
     path, split = arguments.validation_dstore_path, arguments.validation_split_name
     if path:
-        expected = {"base": arguments.base_id(), "windows": made_id(arguments.dataset_name), "dim": dim}
-        datastore = open_scored_datastore(path, **expected, layer_position=arguments.layer_position)
+        expected = {**arguments.made_from(), "dim": dim, "layer_position": arguments.layer_position}
+        datastore = open_scored_datastore(path, **expected)
         passes = math.ceil(math.ceil(datastore.rows / SCORED_ROWS) / processes)
         return Validation(lambda: stored_rows(datastore), passes, dim)
     if split == "none":

@@ -37,7 +37,7 @@ from utils.artefact import COMPLETE, Made, begin, differences
 from utils.cli import say
 from utils.errors import InputError, one_line
 from utils.files import TEMPORARY_PREFIX, atomic, read_json, remove, write_json
-from utils.loading import RUN_RECORD, check_windows, from_pretrained, load_windows, made_id, quiet_libraries
+from utils.loading import RUN_RECORD, check_windows, from_pretrained, load_windows, quiet_libraries
 
 LENGTH = ("num_train_epochs", "max_train_steps")  # a run may be continued in another folder for longer
 SETTINGS = (  # flags that decide the memory
@@ -112,8 +112,7 @@ def made_of(arguments: TrainerArguments, source: WindowRows, config: Any, accele
     settings = {name: getattr(arguments, name) for name in SETTINGS} | source.settings
     settings |= {"layers": config.num_hidden_layers, "mixed_precision": accelerator.mixed_precision}
     settings["windows_per_step"] = windows
-    made_from = {"base": arguments.base_id(), "windows": made_id(arguments.dataset_name)}
-    made_from["targets"] = source.targets.made and source.targets.made.id
+    made_from = arguments.made_from() | {"targets": source.targets.made and source.targets.made.id}
     return Made("memory", settings, int(source.counts.sum()), made_from)
 
 
@@ -234,11 +233,9 @@ class MemoryTrainer:
 
     def forward_passes(self, windows: np.ndarray) -> int:
         """Forward passes of a step: those of the rank with the most rows, since each pass gathers sharded weights."""
+        counts, size = self.source.counts, self.micro_rows
         return max(
-            sum(
-                math.ceil(self.source.counts[each].sum() / self.micro_rows)
-                for each in self.micro_batches(windows, rank)
-            )
+            sum(math.ceil(counts[batch].sum() / size) for batch in self.micro_batches(windows, rank))
             for rank in range(self.accelerator.num_processes)
         )
 
@@ -249,11 +246,8 @@ class MemoryTrainer:
 
     def _inputs(self) -> Iterator[list[Tensor]]:
         """What this rank's micro-batches read, from the current step on. The next one is read in the background."""
-        batches = (
-            batch
-            for step in range(self.step, self.total_steps)
-            for batch in self.micro_batches(self.windows_of_step(step), self.accelerator.process_index)
-        )
+        steps, rank = range(self.step, self.total_steps), self.accelerator.process_index
+        batches = (batch for step in steps for batch in self.micro_batches(self.windows_of_step(step), rank))
         with ThreadPoolExecutor(1) as pool:
             futures = (pool.submit(self.read, batch) for batch in batches)
             for future, _ in itertools.pairwise(itertools.chain(futures, [None])):
@@ -271,8 +265,7 @@ class MemoryTrainer:
                 sums += self._forward_backward(rows, num_rows, last=left == 0)
         for later in reversed(range(left)):
             # No rows left, but the other ranks need this one to gather weights and reduce gradients.
-            zero = Rows.zeros(1, self.memory.input_dim)
-            self._forward_backward(zero, num_rows, last=later == 0, weight=0.0)
+            self._forward_backward(Rows.zeros(1, self.memory.input_dim), num_rows, last=later == 0, weight=0.0)
         return self._update(sums, windows, num_rows)
 
     def _forward_backward(self, rows: Rows, num_rows: int, last: bool, weight: float = 1.0) -> Tensor:
@@ -291,10 +284,9 @@ class MemoryTrainer:
         loss, kl, ce, norm = torch.cat([self.accelerator.reduce(sums, "sum"), norm.to(sums).view(1)]).tolist()
         scaled = self.accelerator.mixed_precision == "fp16"  # its scaler skips steps with infinite gradients
         if not math.isfinite(loss if scaled else loss + norm):
-            names = ", ".join(map(str, windows[:4])) + (", …" if len(windows) > 4 else "")
             raise InputError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm} on windows {names}; the last good checkpoint is "
-                "kept. Lower --learning_rate, or look for NaN in the datastore and the targets of these windows"
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm} on windows {windows[:8].tolist()}…; the last good "
+                "checkpoint is kept. Lower --learning_rate, or look for NaN in the datastore of these windows"
             )
         rate = self.arguments.learning_rate * self.rate_factor(self.step)
         for group in self.optimizer.param_groups:
