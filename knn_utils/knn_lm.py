@@ -1,6 +1,6 @@
-"""The kNN-LM (Khandelwal et al., 2020): what MLP Memory imitates, as a baseline.
+"""The kNN-LM (Khandelwal et al., 2020), the baseline that MLP Memory imitates.
 
-`Neighbours` searches and scores labels for perplexity; `KNNLM` puts the mixture on a model's logits for a while.
+`Neighbours` searches and scores labels for perplexity; `KNNLM` mixes the kNN distribution into a model's logits.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from knn_utils.adaptive import Buckets
-from knn_utils.belonging import check_values
-from knn_utils.datastore import Datastore
 from knn_utils.distribution import dense_probability, hit_tokens, label_probability
-from knn_utils.faiss_files import load_values
-from knn_utils.search import KNNSearcher
+from knn_utils.search import open_index
+from models.capture import HiddenCapture, captured_module
+from models.mixture import fixed_log_weights, log_mixture
+from utils.artefact import require
 from utils.errors import check_fraction, check_positive
-from utils.legacy import check_made
 
 
 class Neighbours:
@@ -32,7 +31,7 @@ class Neighbours:
         val_file: values of the indexed rows (a datastore, .npy, or the original's .pkl name).
         k: neighbours; at most the number of indexed rows.
         probe: inverted lists searched.
-        layer_position: the block whose MLP input is searched; must be the datastore's.
+        layer_position: the block whose MLP input is searched; must be the index's.
     """
 
     def __init__(
@@ -45,20 +44,14 @@ class Neighbours:
         knn_gpu: bool = False,
         layer_position: int | None = None,
     ) -> None:
-        self.values = load_values(val_file)
-        datastore = None if Path(val_file).suffix in (".npy", ".pkl") else Datastore.open(val_file)
-        if datastore is not None:
-            check_made(val_file, datastore.settings, layer_position=layer_position)
-        self.searcher = KNNSearcher(index_file, probe=probe, gpu=knn_gpu, datastore=datastore)
-        if datastore is None:
-            check_values(self.searcher, self.values, val_file)
+        self.searcher, self.values = open_index(index_file, val_file, probe=probe, gpu=knn_gpu)
         self.searcher.check_k(k)
         self.k = k
+        require(index_file, self.searcher.made, layer_position=layer_position)
 
     def search(self, hidden: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """(squared distances, row numbers), each (rows, k), of `hidden` (rows, dim)."""
-        queries = hidden.detach().to(torch.float16).cpu().numpy()
-        return self.searcher.search(queries, self.k)
+        return self.searcher.search(hidden.detach().to(torch.float16).cpu().numpy(), self.k)
 
     def probability(self, hidden: Tensor, labels: Tensor, knn_temp: Sequence[float]) -> tuple[Tensor, np.ndarray]:
         """From one search at `hidden` (rows, dim): the kNN probability (rows, temperatures) float64 of `labels` (rows,),
@@ -69,13 +62,13 @@ class Neighbours:
 
 
 class KNNLM(Neighbours):
-    """A kNN-LM as a wrapper: two hooks, one that captures the query, one that mixes the kNN into the logits.
+    """A kNN-LM as a wrapper: one hook captures the query, another mixes the kNN distribution into the logits.
 
         with KNNLM(index, values, k=1024, probe=32, lmbda=0.25, knn_temp=10.0).on(model):
             model.generate(...)
 
-    While it is on, the model's logits are log-probabilities of the mixture; afterwards nothing is left of it. `lmbda` is
-    a number, or `Buckets` of numbers by the nearest neighbour's distance.
+    Inside the block the model's logits are log-probabilities of the mixture. `lmbda` is a number, or `Buckets` of numbers
+    by the nearest neighbour's distance.
     """
 
     def __init__(
@@ -90,15 +83,17 @@ class KNNLM(Neighbours):
         """log((1-lambda)·softmax(logits) + lambda·p_kNN): (rows, V) float64 of hidden (rows, dim), logits (rows, V)."""
         distances, ids = self.search(hidden)  # (rows, k) each
         knn = dense_probability(distances, hit_tokens(ids, self.values), logits.shape[-1], self.knn_temp)
-        base = torch.softmax(logits.double(), dim=-1)  # (rows, V)
-        lmbda = self.lmbda.of(distances[:, 0]) if isinstance(self.lmbda, Buckets) else np.array([self.lmbda])
-        lmbda = torch.from_numpy(lmbda).to(base.device)[:, None]  # (rows or 1, 1)
-        return base.mul_(1 - lmbda).add_(torch.from_numpy(knn).to(base.device).mul_(lmbda)).log_()
+        if isinstance(self.lmbda, Buckets):
+            lmbda = torch.from_numpy(self.lmbda.of(distances[:, 0])).to(logits.device)[:, None]  # (rows, 1)
+            weights = [torch.log1p(-lmbda), lmbda.log()]
+        else:
+            weights = fixed_log_weights(self.lmbda)
+        base = logits.double().log_softmax(-1)  # (rows, V)
+        return log_mixture([base, torch.from_numpy(knn).to(base.device).log_()], weights)
 
     @contextlib.contextmanager
     def on(self, model: Any) -> Iterator[KNNLM]:
-        """Put the mixture on the logits of `model`; after the block it is off again."""
-        from models.capture import HiddenCapture, captured_module
+        """Mix into the logits of `model` until the end of the block."""
 
         def mix(_module: Any, _inputs: Any, logits: Tensor) -> Tensor:
             query = capture.hidden[:, -logits.shape[1] :]  # (batch, positions, hidden)
