@@ -139,7 +139,9 @@ def test_the_indexed_rows_are_recognised_without_records(files: Files, tmp_path:
 
 def test_places_that_the_searched_lists_leave_empty_are_no_hits(files: Files, tmp_path: Path) -> None:
     index = tmp_path / "ivf.index"
-    command("knn_utils.build_index", "--dstore_path", files.train, "--index_factory", "IVF16,Flat", "--index_path", index)
+    command(
+        "knn_utils.build_index", "--dstore_path", files.train, "--index_factory", "IVF16,Flat", "--index_path", index
+    )
     distances, ids = KNNSearcher(index, probe=1).search(files.keys, 200)
     assert (ids < 0).any()
     targets = save(files.train, index, tmp_path / "t", "--k", 200, "--probe", 1)
@@ -167,9 +169,7 @@ def test_a_run_stopped_at_any_rename_is_continued(files: Files, tmp_path: Path, 
     number, stopped = 0, True
     while stopped:
         output = tmp_path / str(number)
-        stopped = stops_at_rename(
-            monkeypatch, lambda output=output: save(files.train, files.index, output), number
-        )
+        stopped = stops_at_rename(monkeypatch, lambda output=output: save(files.train, files.index, output), number)
         finished = {path: path.stat().st_mtime_ns for path in output.glob("part-*")}
         save(files.train, files.index, output)
         assert files_of(output) == files_of(tmp_path / "whole")
