@@ -5,7 +5,7 @@
 #   MODEL            base model: folder or hub name               (default: mistralai/Mistral-7B-v0.3)
 #   KNN_PATH         MLP memory: folder or hub name               (default: Rubin-Wei/MLPMemory-Mistral-wikipedia)
 #   USE_NEURAL_KNN   1: base + memory; 0: the base alone          (default: 1)
-#   LAMBDA KNN_TEMP  weight and temperature of the memory         (default: 0.50 and 1)
+#   LAMBDA MEMORY_TEMP  weight and temperature of the memory         (default: 0.50 and 1)
 #   TASK             nq hotpotqa triviaqa webqa truthfulqa halueval halueval_plain halueval_judge   (default: nq)
 #   DATASET          questions: file, folder or hub name          (default: the task's dataset on the hub)
 #   DATASET_CONFIG SUBSET                                         (default: the task's)
@@ -22,11 +22,14 @@ TASK="${TASK:-nq}"
 options=()
 if [ "${USE_NEURAL_KNN:-1}" = 1 ]; then
     options+=(--use_neural_knn --knn_generator_path "${KNN_PATH:-Rubin-Wei/MLPMemory-Mistral-wikipedia}")
-    options+=(--lmbda "${LAMBDA:-0.50}" --knn_temp "${KNN_TEMP:-1}")
+    options+=(--lmbda "${LAMBDA:-0.50}" --memory_temp "${MEMORY_TEMP:-1}")
     OUTPUT_DIR="${OUTPUT_DIR:-results/qa/$TASK}"
 fi
-add_given --dataset_name DATASET --dataset_config_name DATASET_CONFIG --eval_subset SUBSET --prompt_file PROMPT_FILE \
-    --start START --max_eval_samples MAX_EVAL_SAMPLES --torch_dtype TORCH_DTYPE --device_map DEVICE_MAP
+for pair in dataset_name=DATASET dataset_config_name=DATASET_CONFIG eval_subset=SUBSET prompt_file=PROMPT_FILE start=START \
+    max_eval_samples=MAX_EVAL_SAMPLES torch_dtype=TORCH_DTYPE device_map=DEVICE_MAP; do
+    name="${pair#*=}"
+    [ -z "${!name:-}" ] || options+=("--${pair%=*}" "${!name}")
+done
 
 run "evaluate $TASK" "$PYTHON" -m downstream.eval_qa \
     --model_name_or_path "${MODEL:-mistralai/Mistral-7B-v0.3}" \

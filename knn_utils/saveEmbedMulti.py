@@ -1,8 +1,7 @@
-"""Capture and save: windows in, a datastore of (hidden state, next token) out.
+"""Windows in, a datastore of (hidden state, next token) out.
 
-The base runs only up to the captured input: no head, no loss, nothing of the block after it. Each process writes its
-own parts, in the order of the windows; the same command continues an interrupted run. Windows that were added after
-those of a complete datastore become further parts of it.
+The base runs up to the captured input: no head, no loss, nothing of the block after it. Each process writes its own
+parts; the same command continues an interrupted run, with any number of processes.
 """
 
 from __future__ import annotations
@@ -17,14 +16,13 @@ import torch
 from tqdm import tqdm
 
 from knn_utils.datastore import datastore_schema
-from knn_utils.manifest import MANIFEST_NAME, plan_of, read_manifest
-from knn_utils.parts import PartedOutput, datastore_batch, write_single_file
+from knn_utils.parts import datastore_batch, write_stream
+from utils.artefact import Made, begin
 from utils.errors import InputError
 from utils.evaluation import Scorer, check_token_ids, count_rows, predicted_positions, window_batches
-from utils.loading import windows_fingerprint
 
-PART_BYTES = 1 << 30
-SMALLEST_PARTS = 16
+PART_BYTES = 1 << 30  # of keys in a part, at most about so many
+LEAST_PARTS = 16  # also of a small datastore, so that an interruption loses little
 
 
 def datastore_name(model_type: str, subset: str, dim: int) -> str:
@@ -32,57 +30,22 @@ def datastore_name(model_type: str, subset: str, dim: int) -> str:
     return f"dstore_{model_type}_{subset}_{dim}.arrow"
 
 
-def plan_windows(window_rows: np.ndarray, dim: int, batch_size: int) -> list[int]:
-    """Rows of the parts, each of whole windows (rows of each: `window_rows`).
-
-    A part holds at most about a gibibyte of keys, and a small datastore still gets several parts, so that an
-    interruption loses little. The plan depends on the data alone, not on the number of processes.
-    """
-    windows, rows = len(window_rows), int(window_rows.sum())
-    parts = max(SMALLEST_PARTS, math.ceil(rows * dim * 2 / PART_BYTES))
-    size = math.ceil(windows / parts / batch_size) * batch_size
-    planned = [int(window_rows[start : start + size].sum()) for start in range(0, windows, size)]
-    return [rows for rows in planned if rows]
-
-
-def continued_plan(
-    path: str | Path, windows: Any, window_rows: np.ndarray, dim: int, batch_size: int, extend: bool
-) -> tuple[list[int], bool]:
-    """Rows of the parts: as in the datastore at `path` where it is of these windows, else by `plan_windows`.
-
-    The second value tells whether further parts follow those of a shorter datastore. Raises InputError where `extend`
-    is given and the datastore is not one of the first of these windows.
-    """
-    fresh = plan_windows(window_rows, dim, batch_size)
-    if not (Path(path) / MANIFEST_NAME).is_file():
-        return fresh, False
-    manifest = read_manifest(path, "datastore")
-    there, total = plan_of(manifest), int(window_rows.sum())
-    held, count = sum(there), manifest["info"].get("windows", 0)
-    if held == total and np.isin(np.cumsum(there), np.cumsum(window_rows)).all():
-        return there, False
-    if not extend:
-        return fresh, False  # PartedOutput says what differs
-    is_first = held < total and int(window_rows[:count].sum()) == held
-    if not (is_first and windows_fingerprint(windows.select(range(count))) == manifest["settings"].get("dataset")):
-        raise InputError(
-            f"--extend: {path} holds {held} rows, which are not the first windows' of these {len(windows)} "
-            f"({total} rows); new documents come after the old ones (preprocess_dataset --append_to)"
-        )
-    return there + plan_windows(window_rows[count:], dim, batch_size), True
-
-
-def windows_of(part_rows: list[int], window_rows: np.ndarray) -> list[tuple[int, int]]:
-    """(first, past-last) window of each part."""
-    window_ends, part_ends = np.cumsum(window_rows), np.cumsum(part_rows)
-    first = np.searchsorted(window_ends, part_ends - part_rows, side="right")
-    return list(zip(first.tolist(), (np.searchsorted(window_ends, part_ends) + 1).tolist(), strict=True))
+def plan_parts(window_rows: np.ndarray, dim: int) -> list[range]:
+    """The windows of each part, given the rows of each window (windows,). The plan depends on the data alone."""
+    windows = len(window_rows)
+    parts = max(LEAST_PARTS, math.ceil(int(window_rows.sum()) * dim * 2 / PART_BYTES))
+    size = max(1, windows // parts)
+    return [range(first, min(first + size, windows)) for first in range(0, windows, size)]
 
 
 def capture_rows(
     base: Any, windows: Any, first: int, last: int, batch_size: int, layer_position: int, with_logprob: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-    """Run the base over windows [first, last) and yield (keys float16, values int32, log-probabilities) by batch.
+    """Run the base over windows [first, last), `batch_size` at a time.
+
+    Yields:
+        keys float16 (rows, hidden), values int32 (rows,), and `with_logprob` the base's log-probabilities of the
+        values, float32 (rows,), else None.
 
     Raises:
         InputError: a hidden state is not finite in float16.
@@ -91,8 +54,7 @@ def capture_rows(
 
     device = base.get_input_embeddings().weight.device
     scorer = Scorer(base, layer_position)
-    piece = windows.select(range(first, last)) if (first, last) != (0, len(windows)) else windows
-    for start, batch in window_batches(piece, batch_size):
+    for start, batch in window_batches(windows.select(range(first, last)), batch_size):
         mask, values = predicted_positions(batch["labels"])
         if not values.numel():
             continue
@@ -117,77 +79,47 @@ def save_datastore(
     path: str | Path,
     *,
     settings: dict[str, Any],
-    info: dict[str, Any] | None = None,
+    made_from: dict[str, str | None],
     batch_size: int = 8,
     layer_position: int = -1,
     with_logprob: bool = False,
     overwrite: bool = False,
-    extend: bool = False,
-    single_file: bool = False,
-) -> dict[str, Any]:
-    """Write the datastore of `windows` to `path`.
+) -> Made:
+    """Write the datastore of `windows` to the folder `path`, all processes together; returns its record.
 
     Args:
         base: the base model, on its device.
-        windows: a split of a windows folder.
-        path: the folder (or, with `single_file`, the Arrow stream) to write.
-        settings: what made it, recorded in the manifest; a run with other settings is refused.
-        with_logprob: also run the head and keep the base's log-probability of each value (a third column), which
-            validation during training and the choice of a temperature read.
-        extend: a datastore of the first of these windows is kept and gets further parts.
-
-    Returns:
-        the manifest.
+        windows: a split of a windows folder, in NumPy format.
+        settings: what decides the rows (`dim`, `layer_position`, …); `part_rows` is added.
+        made_from: ids of base and windows.
+        with_logprob: also run the head and keep the base's log-probability of each value as a third column.
 
     Raises:
-        InputError: hidden states that are not finite, token ids beyond the vocabulary, a folder made with other
-            settings, or a folder that another run is writing.
+        InputError: hidden states that are not finite, token ids beyond the vocabulary, labels that do not agree with
+            `dstore_range`; a folder that was made with other settings, or that another run is writing.
     """
     from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
 
     state = PartialState()
-    check_token_ids(windows, base.get_input_embeddings().weight.shape[0], settings.get("dataset", "windows"))
+    check_token_ids(windows, base.get_input_embeddings().weight.shape[0], settings.get("subset", "windows"))
     window_rows, dim = count_rows(windows), int(settings["dim"])
-    schema = datastore_schema(dim, with_logprob)
-    settings = settings | {"rows": int(window_rows.sum())}
+    parts = plan_parts(window_rows, dim)
+    part_rows = [int(window_rows[part.start : part.stop].sum()) for part in parts]
+    made = Made("datastore", {**settings, "part_rows": part_rows}, sum(part_rows), made_from)
+    making = begin(path, made, overwrite=overwrite, state=state)
+    own_parts = making.own_parts(len(parts))
+    total, quiet = sum(part_rows[number] for number in own_parts), None if state.is_main_process else True
 
-    def batches(first: int, last: int) -> Iterator[Any]:
-        for rows in capture_rows(base, windows, first, last, batch_size, layer_position, with_logprob):
-            yield datastore_batch(*rows)
+    def batches(number: int) -> Iterator[Any]:
+        part, rows = parts[number], 0
+        for captured in capture_rows(base, windows, part.start, part.stop, batch_size, layer_position, with_logprob):
+            yield datastore_batch(*captured)
+            bar.update(len(captured[0]))
+            rows += len(captured[0])
+        if rows != part_rows[number]:
+            raise InputError(f"windows {part.start} to {part.stop - 1}: labels do not agree with their dstore_range")
 
-    if single_file:
-        if extend:
-            raise InputError("--extend: adds parts to a folder; leave --single_file out")
-        if state.num_processes > 1:
-            raise InputError("--single_file: is written by one process; run without accelerate launch")
-        rows = write_single_file(path, schema, batches(0, len(windows)))
-        return {"rows": rows, "settings": settings, "complete": True}
-    plan, grows = None, False
-    if state.is_main_process:
-        plan, grows = continued_plan(path, windows, window_rows, dim, batch_size, extend and not overwrite)
-    plan, grows = broadcast_object_list([plan, grows])
-    ranges = windows_of(plan, window_rows)
-    output = PartedOutput(
-        path,
-        kind="datastore",
-        settings=settings,
-        part_rows=plan,
-        schema=schema,
-        info=(info or {}) | {"batch_size": batch_size, "windows": len(windows)},
-        overwrite=overwrite,
-        extend=grows,
-        growing=("rows", "dataset"),
-        process_index=state.process_index,
-        num_processes=state.num_processes,
-        wait_for_everyone=state.wait_for_everyone,
-    )
-    rows = sum(plan[number] for number in output.mine())
-    quiet = None if state.is_main_process else True
-    with tqdm(total=rows, desc="embed", unit="row", unit_scale=True, disable=quiet) as bar:
-        for number in output.mine():
-            with output.write(number) as part:
-                for batch in batches(*ranges[number]):
-                    part.write(batch)
-                    bar.update(batch.num_rows)
-    return output.finish()
+    with tqdm(total=total, desc="embed", unit="row", unit_scale=True, disable=quiet) as bar:
+        for number in own_parts:
+            write_stream(making.part(number), datastore_schema(dim, with_logprob), batches(number))
+    return making.finish()

@@ -7,7 +7,7 @@
 #   MODEL            base model: folder or hub name               (default: mistralai/Mistral-7B-v0.3)
 #   KNN_PATH         MLP memory: folder or hub name               (default: Rubin-Wei/MLPMemory-Mistral-wikipedia)
 #   USE_NEURAL_KNN   1: base + memory; 0: the base alone          (default: 1)
-#   LAMBDA KNN_TEMP  weight and temperature of the memory         (default: 0.50 and 1)
+#   LAMBDA MEMORY_TEMP  weight and temperature of the memory         (default: 0.50 and 1)
 #   TASKS            tasks or groups, with commas between them    (default: mlpmem_general)
 #   INCLUDE_PATH     folder of task files                         (default: downstream/general_tasks)
 #   LIMIT            rows of each task at most                    (default: all)
@@ -23,13 +23,11 @@ MODEL="${MODEL:-mistralai/Mistral-7B-v0.3}"
 if [ "${USE_NEURAL_KNN:-1}" = 1 ]; then
     OUTPUT_DIR="${OUTPUT_DIR:-results/general}"
     run "export" "$PYTHON" -m models.export "$MODEL" "${KNN_PATH:-Rubin-Wei/MLPMemory-Mistral-wikipedia}" \
-        "$OUTPUT_DIR/model" --lmbda "${LAMBDA:-0.50}" --knn_temp "${KNN_TEMP:-1}"
+        "$OUTPUT_DIR/model" --lmbda "${LAMBDA:-0.50}" --memory_temp "${MEMORY_TEMP:-1}"
     MODEL="$OUTPUT_DIR/model,trust_remote_code=True"
 fi
-options=()
-add_given --limit LIMIT
 run "evaluate general tasks" "$PYTHON" -m lm_eval --model hf \
     --model_args "pretrained=$MODEL${TORCH_DTYPE:+,dtype=$TORCH_DTYPE}${DEVICE_MAP:+,device_map=$DEVICE_MAP}" \
     --tasks "${TASKS:-mlpmem_general}" \
     --include_path "${INCLUDE_PATH:-downstream/general_tasks}" --batch_size "${BATCH_SIZE_EVAL:-8}" \
-    --output_path "${OUTPUT_DIR:-results/general-base}" ${options[@]+"${options[@]}"} "$@"
+    --output_path "${OUTPUT_DIR:-results/general-base}" ${LIMIT:+--limit "$LIMIT"} "$@"

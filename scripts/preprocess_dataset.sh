@@ -7,11 +7,8 @@
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 find_python
 
-DATASET="${DATASET:-Salesforce/wikitext}"
-DATASET_CONFIG="${DATASET_CONFIG-wikitext-103-raw-v1}"
-options=()
-add_given --dataset_config_name DATASET_CONFIG
-run "preprocess" "$PYTHON" utils/preprocess_dataset.py \
-    --dataset_name "$DATASET" ${options[@]+"${options[@]}"} --tokenizer_path "${TOKENIZER:-gpt2}" \
+: "${DATASET_CONFIG=wikitext-103-raw-v1}"
+run "preprocess" "$PYTHON" utils/preprocess_dataset.py --dataset_name "${DATASET:-Salesforce/wikitext}" \
+    ${DATASET_CONFIG:+--dataset_config_name "$DATASET_CONFIG"} --tokenizer_path "${TOKENIZER:-gpt2}" \
     --output_dir "${OUTPUT_DIR:-./dataset/wikitext-gpt2}" \
     --block_size "${BLOCK_SIZE:-1024}" --stride "${STRIDE:-512}" --num_proc "${NUM_PROC:-1}" "$@"

@@ -1,17 +1,15 @@
 #!/usr/bin/env bash
-# kNN training signals in three stages: hidden states, index, kNN distributions. It continues where it stopped.
+# kNN training signals in three stages: hidden states, index, kNN distributions. An interrupted run continues.
 # Settings (environment variables; relative paths are from the repository's root):
-#   MODEL_TO_SAVE DATASET SUBSET DSTORE_DIR OUTPUT_DIR BATCH_SIZE_EVAL LAYER_POSITION SAVE_LOGPROB
-#   TORCH_DTYPE (default: bfloat16 on cards that have it)                                      hidden states
-#   DSTORE_PATH INDEX_PATH NCENTROIDS CODE_SIZE PROBE NUM_KEYS_TO_ADD INDEX_FACTORY            index
-#   VAL_PATH K KNN_TEMP BATCH_SIZE_KNN OUTPUT_PATH                                             kNN distributions
-#   ACCELERATE_CONFIG    a file of accelerate_config/ (default: 1_card.yaml, or none without a GPU)
+#   MODEL_TO_SAVE DATASET SUBSET DSTORE_DIR OUTPUT_DIR BATCH_SIZE_EVAL LAYER_POSITION TORCH_DTYPE     hidden states
+#   DSTORE_PATH INDEX_PATH NCENTROIDS CODE_SIZE PROBE NUM_KEYS_TO_ADD INDEX_FACTORY                   index
+#   VAL_PATH K KNN_TEMP BATCH_SIZE_KNN OUTPUT_PATH                                                    kNN distributions
+#   ACCELERATE_CONFIG    a file of accelerate_config/ (default: one process on each GPU)
 #   STAGES               those of "datastore index targets" to run (default: all)
 # shellcheck source=scripts/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 find_python
 find_launcher
-choose_dtype
 
 : "${MODEL_TO_SAVE:=Clover-Hill/gpt2-xl-finetuned-wikitext103}" "${STAGES:=datastore index targets}"
 : "${SUBSET:=train}" "${DSTORE_DIR:=./dstore/wikitext-gpt2}" "${PROBE:=32}"
@@ -22,8 +20,7 @@ if wanted datastore; then
         --model_name_or_path "$MODEL_TO_SAVE" --dataset_name "${DATASET:-./dataset/wikitext-gpt2}" \
         --do_eval --eval_subset "$SUBSET" --per_device_eval_batch_size "${BATCH_SIZE_EVAL:-16}" \
         --layer_position "${LAYER_POSITION:--1}" --output_dir "${OUTPUT_DIR:-tmp/}" --dstore_dir "$DSTORE_DIR" \
-        --save_knnlm_dstore --report_to none ${SAVE_LOGPROB:+--save_logprob} \
-        ${TORCH_DTYPE:+--torch_dtype "$TORCH_DTYPE"}
+        --save_knnlm_dstore --report_to none --torch_dtype "${TORCH_DTYPE:-auto}"
 fi
 [ "$STAGES" != datastore ] || exit 0
 
@@ -31,12 +28,11 @@ DSTORE_PATH="${DSTORE_PATH:-$(find "$DSTORE_DIR" -maxdepth 1 -name "dstore_*_${S
 dim="${DSTORE_PATH##*_}"
 INDEX_PATH="${INDEX_PATH:-$DSTORE_DIR/${SUBSET}_${dim%.arrow}.index}"
 if wanted index; then
-    options=()
-    add_given --index_factory INDEX_FACTORY
-    run "build index" "${ONE[@]}" -m knn_utils.build_index \
+    run "build index" "${LAUNCH[@]}" -m knn_utils.build_index \
         --dstore_path "$DSTORE_PATH" --index_path "$INDEX_PATH" \
         --num_keys_to_add_at_a_time "${NUM_KEYS_TO_ADD:-500000}" --ncentroids "${NCENTROIDS:-4096}" \
-        --code_size "${CODE_SIZE:-64}" --probe "$PROBE" ${options[@]+"${options[@]}"} ${ON_GPU[@]+"${ON_GPU[@]}"}
+        --code_size "${CODE_SIZE:-64}" --probe "$PROBE" ${INDEX_FACTORY:+--index_factory "$INDEX_FACTORY"} \
+        ${ON_GPU[@]+"${ON_GPU[@]}"}
 fi
 if wanted targets; then
     run "search kNN distributions" "${LAUNCH[@]}" -m knn_utils.saveKNNMulti \

@@ -5,7 +5,7 @@
 # pip install ".[serve]". Relative paths count from the repository's root. Every setting is an environment variable:
 #   OUTPUT           the quickstart's folder                        (default: results/quickstart)
 #   MODEL KNN_PATH   another base and memory: folders or hub names  (default: the quickstart's)
-#   LAMBDA KNN_TEMP  weight and temperature of the memory           (default: the quickstart's best; 0.25 and 1)
+#   LAMBDA MEMORY_TEMP  weight and temperature of the memory           (default: the quickstart's best; 0.25 and 1)
 #   FOLDER           the folder to write, and the model's name in requests  (default: OUTPUT/served)
 #   PORT             of 127.0.0.1                                   (default: 8000)
 # Further flags go to `transformers serve`.
@@ -22,7 +22,7 @@ fi
 if [ -z "${MODEL:-}" ] || [ -z "${KNN_PATH:-}" ]; then
     found="$("$PYTHON" -m demo.pair "$OUTPUT")"
     mapfile -t pair <<<"$found"
-    MODEL="${MODEL:-${pair[0]}}" KNN_PATH="${KNN_PATH:-${pair[1]}}" LAMBDA="${LAMBDA:-${pair[2]}}" KNN_TEMP="${KNN_TEMP:-${pair[3]}}"
+    MODEL="${MODEL:-${pair[0]}}" KNN_PATH="${KNN_PATH:-${pair[1]}}" LAMBDA="${LAMBDA:-${pair[2]}}" MEMORY_TEMP="${MEMORY_TEMP:-${pair[3]}}"
 fi
-run "export" "$PYTHON" -m models.export "$MODEL" "$KNN_PATH" "$FOLDER" --lmbda "${LAMBDA:-0.25}" --knn_temp "${KNN_TEMP:-1}"
+run "export" "$PYTHON" -m models.export "$MODEL" "$KNN_PATH" "$FOLDER" --lmbda "${LAMBDA:-0.25}" --memory_temp "${MEMORY_TEMP:-1}"
 run "serve" "$PYTHON" -m transformers.cli.transformers serve "$FOLDER" --trust-remote-code --host 127.0.0.1 --port "$PORT" "$@"

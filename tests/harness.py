@@ -253,6 +253,7 @@ def stub_python(folder: Path, *, fails: str = "no command") -> Path:
     program = folder / "python-stub"
     program.write_text(
         "#!/bin/sh\n"
+        f'case "$*" in *device_count*) nvidia-smi | wc -l; exit ;; *resolve_dtype*) echo float32; exit ;; esac\n'
         f"{{ printf '%s\\n' \"$@\"; echo ----; }} >> '{folder}/calls'\n"
         f'for word in "$@"; do [ "$word" != \'{fails}\' ] || exit 7; done\n'
     )
@@ -260,15 +261,10 @@ def stub_python(folder: Path, *, fails: str = "no command") -> Path:
     return program
 
 
-def stub_cards(folder: Path, *capabilities: str) -> dict[str, str]:
-    """The PATH of a machine of 64 cores whose `nvidia-smi` lists a GPU of each of these compute capabilities."""
+def stub_cards(folder: Path, cards: int) -> dict[str, str]:
+    """The PATH of a machine of 64 cores whose `nvidia-smi` lists so many GPUs."""
     folder.mkdir(parents=True, exist_ok=True)
-    listed = "\n".join(f"GPU {number}: Stub" for number in range(len(capabilities)))
-    texts = {
-        "nvidia-smi": f"if [ \"$1\" = -L ]; then echo '{listed}'; else printf '%s\\n' {' '.join(capabilities)}; fi",
-        "nproc": "echo 64",
-    }
-    for name, text in texts.items():
+    for name, text in {"nvidia-smi": "\n".join(["echo GPU"] * cards), "nproc": "echo 64"}.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
         (folder / name).chmod(0o755)
     return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from knn_utils.datastore import datastore_schema
-from knn_utils.parts import PartedOutput, datastore_batch, plan_parts
+from knn_utils.parts import datastore_batch, write_stream
+from utils.artefact import Made, begin
 
 DIM = 16
 VOCABULARY = 50
@@ -31,25 +33,20 @@ def write_datastore(
     values: np.ndarray,
     *,
     part_rows: int = 100,
-    existing: list[int] | None = None,
     layer_position: int = -1,
+    base: str | None = "base",
+    overwrite: bool = False,
 ) -> Path:
-    """Write the rows as a complete datastore folder; with `existing`, as further parts of the one that is there."""
-    plan = plan_parts(len(values), part_rows, existing or ())
-    output = PartedOutput(
-        path,
-        kind="datastore",
-        settings={"dim": keys.shape[1], "layer_position": layer_position, "rows": len(values)},
-        part_rows=plan,
-        schema=datastore_schema(keys.shape[1]),
-        extend=existing is not None,
-    )
-    for number in output.mine():
-        start = output.row_start(number)
-        rows = slice(start, start + plan[number])
-        with output.write(number) as part:
-            part.write(datastore_batch(keys[rows], values[rows]))
-    output.finish()
+    """Write the rows as a datastore folder of parts; the id of its windows is a digest of the rows."""
+    rows, dim = keys.shape
+    parts = [slice(first, min(first + part_rows, rows)) for first in range(0, rows, part_rows)]
+    settings = {"dim": dim, "layer_position": layer_position, "part_rows": [part.stop - part.start for part in parts]}
+    windows = hashlib.sha256(keys.tobytes() + values.tobytes()).hexdigest()
+    making = begin(path, Made("datastore", settings, rows, {"base": base, "windows": windows}), overwrite=overwrite)
+    for number in making.own_parts(len(parts)):
+        batch = datastore_batch(keys[parts[number]], values[parts[number]])
+        write_stream(making.part(number), datastore_schema(dim), [batch])
+    making.finish()
     return path
 
 

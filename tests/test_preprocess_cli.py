@@ -1,4 +1,4 @@
-"""The windows command: every kind of text goes in, one folder comes out whole, bad input gets one line."""
+"""The windows command: every kind of text goes in, one folder comes out whole, user errors are refused in one line."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ import gzip
 import json
 import lzma
 import re
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from harness import ROOT, TOKENIZER, command, run
+from harness import TOKENIZER, Command, command, refused_here, run
 
-SCRIPT = "utils/preprocess_dataset.py"
-WORDS = [f"{word}\n" for word in re.split(" ", "so zi ka ni ko ro di ge su ke ci to gi hi pi po mo nelo")]
+from utils.artefact import read_made
+from utils.text_files import open_source, split_documents
+
+MODULE = "utils.preprocess_dataset"
+WORDS = re.sub(" ", "\n", "so zi ka ni ko ro di ge su ke ci to gi hi pi po mo nelo\n").splitlines(keepends=True)
 
 
 def flags(source, output, *more, block_size=8, stride=4):
@@ -29,24 +27,20 @@ def flags(source, output, *more, block_size=8, stride=4):
 
 
 def make(source, output, *more, **sizes):
-    command("utils.preprocess_dataset", *flags(source, output, *more, **sizes))
+    command(MODULE, *flags(source, output, *more, **sizes))
     return datasets.load_from_disk(str(output))
 
 
-@pytest.fixture
-def refuse(capsys, tmp_path):
-    """Run the command in this process on bad input; returns its one line and checks that nothing is left behind."""
+def summary(output):
+    return json.loads((output / "dstore_summary.json").read_text())
 
-    def refuse(source, *more, output=tmp_path / "out", leaves=(), **sizes):
-        with pytest.raises(SystemExit) as exited:
-            command("utils.preprocess_dataset", *flags(source, output, *more, **sizes))
-        lines = capsys.readouterr().err.splitlines()
-        assert exited.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-        assert not list(tmp_path.rglob(".tmp-*"))
-        assert Path(output).exists() == bool(leaves)
-        return lines[0]
 
-    return refuse
+def raw_texts(output, split):
+    return [json.loads(line)["text"] for line in (output / "raw" / f"{split}.jsonl").read_text().splitlines()]
+
+
+def texts_of(source, work, whole_files=False):
+    return {split: rows["text"][:] for split, rows in open_source(str(source), None, "text", whole_files, work).items()}
 
 
 @pytest.fixture
@@ -56,65 +50,63 @@ def text(tmp_path):
     return path
 
 
-def first_tokens(dataset, count=4):
-    return dataset[0]["input_ids"][:count]
+@pytest.fixture
+def articles(tmp_path):
+    """20 documents of two lines, as JSON lines."""
+    path = tmp_path / "articles.jsonl"
+    texts = [f"{WORDS[number % 18]}{'so zi ka ' * (number + 2)}\n" for number in range(20)]
+    path.write_text("".join(json.dumps({"id": number, "text": text}) + "\n" for number, text in enumerate(texts)))
+    return path
 
 
-def test_the_command_writes_windows_summary_and_record_and_nothing_else(tmp_path, text):
+def test_the_command_writes_windows_summary_and_record(tmp_path, text):
     home, out = tmp_path / "home", tmp_path / "deep" / "out"
     home.mkdir()
-    done = run(SCRIPT, *flags(text, out, "--num_proc", 1), HOME=str(home), HF_HOME=str(home / "hf"))
-    told = "1 documents, 18 rows, 18 tokens of text, 2 tokens left out, 16 tokens, 4 windows, 15 datastore rows"
-    assert done.stdout == f"train: {told}\n" and done.stderr == ""
-    assert list(home.rglob("*")) == [] and [path.name for path in out.parent.iterdir()] == ["out"]
-    windows = datasets.load_from_disk(str(out))
-    assert list(windows) == ["train"]
-    assert windows["train"]["dstore_range"][:] == [[0, 3], [3, 7], [7, 11], [11, 15]]
-    assert json.loads((out / "dstore_summary.json").read_text()) == {"train": {"dstore_size": 15, "dataset_cnt_len": 4}}
-    record = json.loads((out / "preprocess.json").read_text())
-    assert record["settings"]["block_size"] == 8 and record["settings"]["stride"] == 4
-    assert record["settings"]["tokenizer_length"] == 276 and record["tokenizer"] == str(TOKENIZER)
-    amounts = {"tokens_of_text": 18, "tokens_left_out": 2, "tokens": 16}
-    assert record["dataset_name"] == str(text) and record["splits"]["train"].items() >= amounts.items()
+    done = run("utils/preprocess_dataset.py", *flags(text, out), HOME=str(home), HF_HOME=str(home / "hf"))
+    assert done.stderr == "" and all(word in done.stdout for word in ("18 rows", "16 tokens (2 left out)", "4 windows"))
+    assert list(home.rglob("*.arrow")) == []
+    names = {"train", "dataset_dict.json", "dstore_summary.json", "made.json", ".lock"}
+    assert {path.name for path in out.iterdir()} == names
+    windows = datasets.load_from_disk(str(out))["train"]
+    assert windows["dstore_range"][:] == [[0, 3], [3, 7], [7, 11], [11, 15]]
+    counts = {"dstore_size": 15, "dataset_cnt_len": 4, "rows": 18, "tokens": 16, "tokens_left_out": 2}
+    assert summary(out)["train"] == counts | {"characters_left_out": 0}
+    made = read_made(out)
+    assert made.kind == "windows" and made.settings["text"] == [["words.txt", text.stat().st_size]]
+    assert made.settings["block_size"] == 8 and len(made.settings["vocabulary"]) == 64
 
 
-def test_grouped_rows_keep_every_token_and_say_so(tmp_path, text, capsys):
-    windows = make(text, tmp_path / "out", "--group_rows")["train"]
-    told = "18 tokens of text, 0 tokens left out, 18 tokens, 5 windows, 17 datastore rows"
-    assert told in capsys.readouterr().out
-    assert [label for window in windows["labels"] for label in window if label != -100] == list(range(2, 20))
-
-
-def test_files_named_by_split_give_their_splits_whatever_their_kind(tmp_path, capsys):
+def test_files_named_by_split_may_be_of_any_kind(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "train.txt").write_text("".join(WORDS))
-    with open(source / "valid.jsonl", "w") as file:
-        file.writelines(json.dumps({"id": number, "body": word}) + "\n" for number, word in enumerate(WORDS[::-1]))
-    pq.write_table(pa.table({"body": WORDS[1:], "id": list(range(17))}), source / "test.parquet")
-    for name in ("README.md", "chapter1.txt", ".hidden"):
+    rows = "".join(json.dumps({"id": number, "text": word}) + "\n" for number, word in enumerate(WORDS[::-1]))
+    (source / "valid.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    pq.write_table(pa.table({"text": WORDS[1:], "id": list(range(17))}), source / "test.parquet")
+    for name in ("README.md", "chapter1.txt", ".hidden.txt"):
         (source / name).write_text("nothing")
-    windows = make(source, tmp_path / "out", "--text_column", "body")
-    assert f"{source}: not used: README.md, chapter1.txt\n" in capsys.readouterr().out
-    assert list(windows) == ["train", "validation", "test"]
-    assert [first_tokens(part) for part in windows.values()] == [[2, 3, 4, 5], [19, 18, 17, 16], [3, 4, 5, 6]]
+    windows = make(source, tmp_path / "out")
+    assert {split: rows[0]["input_ids"][0] for split, rows in windows.items()} == {
+        "train": 2,
+        "validation": 19,
+        "test": 3,
+    }
 
 
-def test_folders_that_datasets_saved_keep_their_splits_and_their_rows(tmp_path):
+def test_folders_that_datasets_saved_keep_their_splits(tmp_path):
     splits = {"test": WORDS[2:], "train": WORDS, "extra": WORDS[3:]}
     saved = datasets.DatasetDict(
-        {name: datasets.Dataset.from_dict({"text": part, "n": part}) for name, part in splits.items()}
+        {name: datasets.Dataset.from_dict({"body": part, "n": part}) for name, part in splits.items()}
     )
     saved.save_to_disk(str(tmp_path / "several"))
     saved["train"].save_to_disk(str(tmp_path / "single"))
-    several = make(tmp_path / "several", tmp_path / "out1")
-    assert {name: first_tokens(part, 1) for name, part in several.items()} == {"test": [4], "train": [2], "extra": [5]}
-    assert list(several) == list(splits)
-    single = make(tmp_path / "single", tmp_path / "out2")
+    several = make(tmp_path / "several", tmp_path / "out1", "--text_column", "body")
+    assert {split: rows[0]["input_ids"][0] for split, rows in several.items()} == {"test": 4, "train": 2, "extra": 5}
+    single = make(tmp_path / "single", tmp_path / "out2", "--text_column", "body")
     assert single["train"][:] == several["train"][:]
 
 
-def test_a_configuration_may_be_a_subfolder_of_sharded_parquet_files(tmp_path):
+def test_a_configuration_may_be_a_subfolder_of_sharded_files(tmp_path):
     folder = tmp_path / "wikitext" / "wikitext-103-raw-v1"
     folder.mkdir(parents=True)
     rows = {"train-00000-of-00002": WORDS[:9], "train-00001-of-00002": WORDS[9:], "test-00000-of-00001": ["", *WORDS]}
@@ -122,246 +114,129 @@ def test_a_configuration_may_be_a_subfolder_of_sharded_parquet_files(tmp_path):
         pq.write_table(pa.table({"text": part}), folder / f"{name}.parquet")
     windows = make(tmp_path / "wikitext", tmp_path / "out", "--dataset_config_name", folder.name)
     assert windows["train"]["input_ids"][:] == windows["test"]["input_ids"][:]
-    record = json.loads((tmp_path / "out" / "preprocess.json").read_text())
-    assert record["splits"]["test"]["rows"] == 19
+    assert summary(tmp_path / "out")["test"]["rows"] == 19
 
 
-def test_text_files_in_split_folders_keep_their_newlines(tmp_path):
+@pytest.mark.unit
+def test_text_files_are_rows_by_line_or_by_file(tmp_path, text):
     for split in ("train", "test"):
-        (tmp_path / "source" / split).mkdir(parents=True)
-        (tmp_path / "source" / split / "a.txt").write_text("".join(WORDS))
-    from utils.text_files import open_source
-
-    rows = open_source(str(tmp_path / "source"), work=tmp_path)
-    assert list(rows["test"]["text"]) == list(rows["train"]["text"]) == WORDS
-
-
-def test_files_of_another_kind_than_most_are_named(tmp_path, capsys):
-    (tmp_path / "source").mkdir()
-    for name, content in (("a.txt", "so"), ("b.jsonl", '{"text": "so"}\n' * 9)):
-        (tmp_path / "source" / name).write_text(content)
-    assert len(make(tmp_path / "source", tmp_path / "out")["train"]) == 2
-    assert "not used: a.txt\n" in capsys.readouterr().out
-
-
-@pytest.mark.unit
-def test_text_from_windows_gives_the_documents_of_its_plain_form(tmp_path):
-    from utils.text_files import iterate_documents, open_source
-
-    lines = ["= a =\n", "so\rzi\n", "\n", "= b =\n", '{"text": "ka"}\n', "end"]
-    found = []
-    for name, end in (("plain", "\n"), ("windows", "\r\n")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.txt").write_bytes("".join(lines).replace("\n", end).encode())
-        rows = open_source(str(tmp_path / name), document_separator="\n\n", work=tmp_path / name)["train"]
-        found.append(list(iterate_documents(rows)))
-    assert found[0] == found[1] == ["= a =\nso\rzi\n", '= b =\n{"text": "ka"}\nend\n']
-
-
-TEXTS = ["so zi, ka\n", '"ko"\n\nro\n', "NA", "1999", "di " * 70_000]
-CONTENTS = {".txt": "".join(TEXTS), ".jsonl": "".join(json.dumps({"n": 1, "text": text}) + "\n" for text in TEXTS)}
-CONTENTS[".csv"] = "n,text\n" + "".join('1,"{}"\n'.format(text.replace('"', '""')) for text in TEXTS)
-PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
-
-
-@pytest.mark.unit
-@pytest.mark.parametrize("kind", ["file", "folder"])
-@pytest.mark.parametrize("name", ["test.txt.gz", "test.jsonl.bz2", "test.csv", "test.CSV.xz"])
-def test_compressed_and_csv_files_give_the_documents_of_their_plain_form(tmp_path, name, kind):
-    from utils.text_files import iterate_documents, open_source
-
-    suffix = f".{name.lower().split('.')[1]}"
-    plain = tmp_path / f"plain{suffix.replace('.csv', '.jsonl')}"
-    plain.write_text(CONTENTS[plain.suffix])
+        (tmp_path / "splits" / split).mkdir(parents=True)
+        (tmp_path / "splits" / split / "a.txt").write_text("".join(WORDS))
+    assert texts_of(tmp_path / "splits", tmp_path / "work") == {"train": WORDS, "test": WORDS}
+    assert texts_of(text, tmp_path / "work") == {"train": WORDS}
+    assert texts_of(text, tmp_path / "other", whole_files=True) == {"train": ["".join(WORDS)]}
     (tmp_path / "folder").mkdir()
-    given = tmp_path / "folder" / name
-    given.write_bytes(PACK.get(given.suffix, bytes)(CONTENTS[suffix].encode()))
-    found = open_source(str(given if kind == "file" else given.parent), work=tmp_path)
-    assert list(found) == ["train" if kind == "file" else "test"]
-    expected = open_source(str(plain), work=given.parent)["train"]
-    assert [*map(list, map(iterate_documents, found.values()))] == [list(iterate_documents(expected))]
+    for name in ("b [1].txt", "a train.txt"):
+        (tmp_path / "folder" / name).write_text(f"{name}\nso")
+    assert texts_of(tmp_path / "folder", tmp_path / "work") == {"train": ["a train.txt\nso", "b [1].txt\nso"]}
 
 
-def test_a_folder_of_articles_is_divided_by_article_and_its_text_kept(tmp_path):
-    source = tmp_path / "articles"
-    source.mkdir()
-    for number in range(20):
-        (source / f"{number:02}.txt").write_text(f"{WORDS[number % 18]}" * (number + 8))
-    windows = make(source, tmp_path / "out", "--validation_fraction", 0.2, "--test_fraction", 0.1, "--seed", 5)
-    assert list(windows) == ["train", "validation", "test"]
-    raw = {split: (tmp_path / "out" / "raw" / f"{split}.jsonl").read_text().splitlines() for split in windows}
-    assert {split: len(lines) for split, lines in raw.items()} == {"train": 14, "validation": 4, "test": 2}
-    written = sorted(json.loads(line)["text"] for lines in raw.values() for line in lines)
-    assert written == sorted(path.read_text() for path in source.iterdir())
+@pytest.mark.unit
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.bz2", "a.csv", "a.json.xz"])
+def test_compressed_and_csv_files_are_read(tmp_path, name):
+    text = 'so "zi", ka\nro\n'
+    content = {".txt": text, ".csv": 'n,text\n1,"{}"\n'.format(text.replace('"', '""'))}
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    path = tmp_path / name
+    plain = content.get(path.suffixes[0], json.dumps({"n": 1, "text": text}) + "\n")
+    path.write_bytes(pack.get(path.suffix, bytes)(plain.encode()))
+    assert texts_of(path, tmp_path / "work", whole_files=True) == {"train": [text]}
 
 
-def test_separated_documents_are_divided_and_short_ones_left_out(tmp_path):
-    text = tmp_path / "wiki.txt"
-    redirect = '<doc id="0" title="x">\nx\n\n\n</doc>\n'
-    text.write_text("".join(f'{redirect}<doc id="{n}">\n{"so zi ka " * 5}\n{n}\n</doc>\n' for n in range(10)))
-    separator = r"\n?</doc>\n*|<doc [^>]*>\n"
-    more = ("--document_separator", separator, "--test_fraction", "0.3", "--min_document_characters", "20")
-    make(text, tmp_path / "out", *more)
-    record = json.loads((tmp_path / "out" / "preprocess.json").read_text())
-    assert {split: count["documents"] for split, count in record["splits"].items()} == {"train": 7, "test": 3}
-    assert "doc" not in (tmp_path / "out" / "raw" / "train.jsonl").read_text()
-    make(text, tmp_path / "few", *more, "--max_documents", "4")
-    record = json.loads((tmp_path / "few" / "preprocess.json").read_text())
-    assert {split: count["documents"] for split, count in record["splits"].items()} == {"train": 3, "test": 1}
+def test_documents_are_selected_cut_divided_and_kept_as_text(tmp_path, articles):
+    texts = [json.loads(line)["text"] for line in articles.read_text().splitlines()]
+    out = tmp_path / "out"
+    limits = ("--min_document_characters", 40, "--max_documents", 10, "--max_document_characters", 3)
+    windows = make(articles, out, "--test_fraction", 0.2, *limits, "--by_document", block_size=2, stride=2)
+    assert {split: rows["rows"] for split, rows in summary(out).items()} == {"train": 8, "test": 2}
+    chosen = [text for text in texts if len(text) >= 40][:10]
+    kept = [text.splitlines(keepends=True)[0] for text in chosen]  # character 3 is the first line's last
+    assert sorted(raw_texts(out, "train") + raw_texts(out, "test")) == sorted(kept)
+    assert summary(out)["train"]["characters_left_out"] == sum(map(len, texts)) - sum(map(len, kept))
+    assert len(windows["train"]) == 8
+    command(MODULE, *flags(articles, tmp_path / "all", "--validation_fraction", 0.2, "--max_document_characters", 6))
+    assert sorted(raw_texts(tmp_path / "all", "train") + raw_texts(tmp_path / "all", "validation")) == sorted(texts)
 
 
-def test_the_same_run_again_does_nothing_and_other_settings_need_overwrite(tmp_path, text, capsys, refuse):
+@pytest.mark.unit
+def test_splits_by_document_are_the_same_on_every_platform():
+    def divided(texts, seed=1):
+        splits = split_documents(datasets.Dataset.from_dict({"text": texts}), {"test": 0.1, "validation": 0.2}, seed)
+        return {split: rows["text"][:] for split, rows in splits.items()}
+
+    texts = [f"document {number}" for number in range(20)]
+    found = divided(texts)
+    assert found["test"] == ["document 1", "document 4"]
+    assert found["validation"] == ["document 9", "document 12", "document 13", "document 15"]
+    assert found["train"] == [text for text in texts if text not in found["test"] + found["validation"]]
+    assert {split: part[::-1] for split, part in divided(texts[::-1]).items()} == found
+    assert divided(texts, seed=2)["test"] != found["test"]
+    equal = divided([f"document {number % 5}" for number in range(50)])
+    assert sum(map(len, equal.values())) == 50 and sum(len(set(part)) for part in equal.values()) == 5
+
+
+def test_the_same_run_again_does_nothing_and_others_need_overwrite(tmp_path, text):
     out = tmp_path / "out"
     make(text, out)
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    capsys.readouterr()
-    moved = text.rename(tmp_path / "moved.txt")
+    (tmp_path / "moved").mkdir()
+    moved = text.rename(tmp_path / "moved" / text.name)
     make(moved, out)
-    assert capsys.readouterr().out == f"{out}: these windows are there already; --overwrite makes them again\n"
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == made
-
-    assert "stride 4 there, 2 now" in refuse(moved, leaves=out, stride=2)
-    assert "group_rows False there, True now" in refuse(moved, "--group_rows", leaves=out)
+    line = Command(tmp_path / "log", MODULE, *flags(moved, out, stride=2)).refused()
+    assert str(out) in line and "stride" in line
     assert len(make(moved, out, "--overwrite", stride=2)["train"]) == 8
     moved.write_text("so " * 20)
-    assert "text_sha256" in refuse(moved, leaves=out, stride=2)
+    assert "words.txt" in refused_here(MODULE, *flags(moved, out, stride=2))
 
 
-def test_a_killed_run_leaves_no_output_and_the_next_one_finishes(tmp_path, text):
-    text.write_text("".join(WORDS) * 60_000)
+def test_a_killed_run_is_finished_by_the_next_one(tmp_path, text):
+    text.write_text("".join(WORDS) * 20_000)
     out = tmp_path / "out"
-    arguments = [sys.executable, SCRIPT, *map(str, flags(text, out, "--num_proc", 2))]
-    killed = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    parts = tmp_path / ".tmp-work-out" / "windows-train"
-    while killed.poll() is None and not (parts.is_dir() and any(parts.iterdir())):
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
+    killed = Command(tmp_path / "log", MODULE, *flags(text, out))
+    while killed.process.is_alive() and not list((out / ".work").glob("tmp*")):  # Dataset.map's
+        killed.process.join(0.02)
+    assert str(out) in refused_here(MODULE, *flags(text, out))  # still at work
+    killed.kill()
     killed.wait()
-    assert not out.exists() and parts.exists()
-    text.write_text("".join(WORDS))
-    run(*arguments[1:])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "words.txt"]
+    assert read_made(out) is None
+    make(text, out)
+    assert read_made(out) and not (out / ".work").exists()
 
 
-def test_two_runs_on_one_output_do_not_mix(tmp_path, text, capsys):
-    import fcntl
-
-    work = tmp_path / ".tmp-work-out"
-    work.mkdir()
-    with open(work / ".lock", "a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit):
-            make(text, tmp_path / "out")
-    assert "another run is writing here" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-@pytest.mark.unit
-@pytest.mark.parametrize("name", ["missing.txt", "folder/"])
-def test_a_missing_source_is_named(refuse, tmp_path, name):
-    for source in (f"{tmp_path}/{name}", "someone/nothing"):
-        assert f"{source}: no such file or folder here" in refuse(source)
-
-
-@pytest.mark.unit
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_an_empty_file_is_refused(refuse, tmp_path, name):
-    path = tmp_path / name
-    if name.endswith("parquet"):
-        pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
-    else:
-        path.write_text("\n \n" if name.endswith("txt") else "")
-    line = refuse(path)
-    assert str(path) in line and ("no data" if name.endswith("parquet") else "is empty") in line
-
-
-BAD_FILES = {
-    "latin.txt": (b"so\n\xe9\n", "line 2 is not UTF-8"),
-    "broken.jsonl": (b'{"text": "so"}\n{"text": \n', "line 2 is not a JSON object"),
-    "list.jsonl": (b'["so"]\n', "line 1 is not a JSON object"),
-    "number.jsonl": (b'{"text": "so"}\n\n{"text": 3}\n', "line 3: 'text' holds int, expected text"),
-    "column.jsonl": (b'{"body": "so", "id": 1}\n', "--text_column text: "),
-    "not.parquet": (b"PAR1 no", "cannot be loaded"),
-    "words.docx": (b"so", "expected a file that ends in .txt"),
-    "packed.parquet.gz": (b"so", "expected a file that ends in .txt"),
-    "plain.txt.gz": (b"so", "cannot be unpacked"),
-    "plain.csv.bz2": (b"so", "cannot be unpacked"),
-    "plain.txt.xz": (b"so", "cannot be unpacked"),
-    "cut.txt.gz": (gzip.compress(b"so zi ka" * 99)[:-9], "cannot be unpacked"),
-    "column.csv": (b"body,id\nso,1\n", "--text_column text: "),
-    "short.csv": (b"id,text\n1,so\n2\n", "line 3 has no 'text'"),
-    "quote.csv": (b'id,text\n1,"so"zi\n', "line 2 is no CSV"),
+REFUSED = {
+    "stride": (["--stride", 9], "--stride 9"),
+    "block": (["--block_size", 1], "--block_size 1"),
+    "BOS": (["--window_bos"], "--window_bos"),
+    "column": (["--text_column", "body"], "--text_column body"),
+    "one document": (["--test_fraction", 0.5], "--test_fraction"),
+    "none so long": (["--min_document_characters", 999], "train"),
+    "short text": (["--block_size", 64], "--block_size"),
 }
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_file_that_is_not_what_its_name_says_is_refused(refuse, tmp_path, name):
-    content, expected = BAD_FILES[name]
-    (tmp_path / name).write_bytes(content)
-    line = refuse(tmp_path / name)
-    assert expected in line and name in line
-
-
-@pytest.mark.parametrize("name", ["a.parquet", "saved"])
-def test_a_column_that_holds_no_text_is_refused(refuse, tmp_path, name):
-    rows = pa.table({"body": WORDS, "n": range(18), "gap": [None, *WORDS[1:]]})
-    if name == "saved":
-        datasets.Dataset(rows).save_to_disk(str(tmp_path / name))
-    else:
-        pq.write_table(rows, tmp_path / name)
-    assert "has no such column; it has body, n" in refuse(tmp_path / name)
-    assert "holds int64 there" in refuse(tmp_path / name, "--text_column", "n")
-    assert "rows without text" in refuse(tmp_path / name, "--text_column", "gap")
-
-
-def test_text_shorter_than_one_window_names_the_split(refuse, tmp_path):
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "train.txt").write_text("".join(WORDS))
-    (tmp_path / "source" / "test.txt").write_text("so zi ka")
-    line = refuse(tmp_path / "source")
-    assert "split test has 3 tokens, less than one window of 8" in line
-
-
-def test_an_output_that_cannot_be_written_is_refused(refuse, tmp_path, text):
-    assert "is or lies under a file" in refuse(text, output=text / "out")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "precious").write_text("x")
-    line = refuse(text, "--overwrite", output=other, leaves=other)
-    assert "is not empty and holds no windows" in line and (other / "precious").exists()
-
-
-BAD_FLAGS = {
-    "stride": (["--stride", "9"], "--stride 9: expected a number from 1 to --block_size 8"),
-    "block": (["--block_size", "1"], "--block_size 1: expected 2 or more"),
-    "padding": (["--padding_index", "0"], "--padding_index 0: is a token id"),
-    "padding too low": (["--padding_index", str(-(1 << 40))], "expected -2147483648 or more"),
-    "block too long": (["--block_size", str(1 << 40)], "up to 16777216"),
-    "no BOS": (["--window_bos"], "has no BOS token"),
-    "fraction": (["--test_fraction", "1.5"], "--test_fraction 1.5: expected a number from 0 to 1"),
-    "fractions": (["--test_fraction", "0.5", "--validation_fraction", "0.5"], "expected a sum below 1"),
-    "processes": (["--num_proc", "0"], "--num_proc 0: expected 1 or more"),
-    "documents": (["--max_documents", "0"], "--max_documents 0: expected 1 or more"),
-    "separator": (["--document_separator", "("], "is not a regular expression"),
-    "one document": (["--test_fraction", "0.5"], "1 documents are too few to divide"),
-    "too long": (["--min_document_characters", "999"], "none of 1 documents is that long"),
-    "tokenizer": (["--tokenizer_path", "no/such/tokenizer/here"], "no/such/tokenizer/here"),
-}
+@pytest.mark.parametrize("case", REFUSED)
+def test_flags_that_make_no_windows_are_refused(tmp_path, text, case):
+    more, named = REFUSED[case]
+    assert named in refused_here(MODULE, *flags(text, tmp_path / "out", *more))
+    make(text, tmp_path / "out")  # other settings may follow
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize("case", BAD_FLAGS)
-def test_a_bad_flag_is_refused_in_one_line(refuse, text, case):
-    more, expected = BAD_FLAGS[case]
-    assert expected in refuse(text, *more)
+@pytest.mark.parametrize("name", ["missing.txt", "someone/nothing", "words.docx", "not.parquet", "broken.jsonl"])
+def test_a_source_that_cannot_be_loaded_is_refused(tmp_path, name):
+    source = name if "/" in name else tmp_path / name
+    if name.startswith(("words", "not", "broken")):
+        source.write_bytes(b'{"text": "so"}\n{"text": \n')
+    assert str(source) in refused_here(MODULE, *flags(source, tmp_path / "out"))
 
 
-def test_splits_that_are_there_are_not_made_again(refuse, tmp_path):
+def test_a_split_that_is_there_is_not_made_again(tmp_path, articles):
     source = tmp_path / "source"
     source.mkdir()
     for split in ("train", "test"):
-        (source / f"{split}.jsonl").write_text("".join(json.dumps({"text": word * 4}) + "\n" for word in WORDS))
-    assert "has a test split already" in refuse(source, "--test_fraction", "0.2")
-    windows = make(source, tmp_path / "out", "--validation_fraction", "0.2")
-    assert list(windows) == ["train", "validation", "test"]
-    assert "in .txt files" in refuse(source, "--document_separator", "x", output=tmp_path / "new")
+        (source / f"{split}.jsonl").write_text(articles.read_text())
+    assert "--test_fraction" in refused_here(MODULE, *flags(source, tmp_path / "out", "--test_fraction", 0.2))
+    windows = make(source, tmp_path / "out", "--validation_fraction", 0.2)
+    assert set(windows) == {"train", "validation", "test"}

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.unit
 def quickstart(folder: Path, **settings: object) -> tuple[str, list[list[str]]]:
     """A run with stubbed stages: (what it printed, the calls of its commands, those before it too)."""
     program = stub_python(folder / "stub")
-    answers = f'case "$*" in "-c "*) echo {folder / "stub"} ;; *utils.precision*) echo float32 ;; esac\n'
+    answers = f'case "$*" in "-c import sys; print"*) echo {folder / "stub"} ;; esac\n'
     program.write_text(program.read_text() + answers)
     link = folder / "stub" / "python"
     link.unlink(missing_ok=True)
@@ -38,7 +38,7 @@ CHAIN = [
     *("train_mlpmem_offline", "evaluate_joint", "training.gate", "evaluate_joint", "train_base", "downstream.recall"),
     "downstream.report",
 ]
-BEFORE = ["utils.embedded_default", "utils.precision", "preprocess_dataset"]
+BEFORE = ["utils.embedded_default", "preprocess_dataset"]
 
 
 def test_each_stage_takes_what_the_one_before_it_made_and_a_second_run_reports_only(tmp_path):
@@ -48,7 +48,7 @@ def test_each_stage_takes_what_the_one_before_it_made_and_a_second_run_reports_o
     knnlm = [flags(call) for call in found if "--knn" in call]
     assert "adaptive" in knnlm[0]["--lmbda"].split() and "--lmbda" not in knnlm[1]
     assert knnlm[1]["--choose_on"] == str(work / "knnlm_validation" / "results.json")
-    assert {flags(call).get("--model_name_or_path") for call in found[3:6]} == {str(work / "embedded" / "model")}
+    assert {flags(call).get("--model_name_or_path") for call in found[2:5]} == {str(work / "embedded" / "model")}
     _, found = quickstart(tmp_path)
     assert names(found)[len(BEFORE + CHAIN) :] == ["downstream.report"]
 
@@ -124,14 +124,14 @@ def results_of_stages(work: Path) -> None:
 def test_the_table_has_a_row_for_each_mixture_and_for_the_base_before_fine_tuning(tmp_path):
     results_of_stages(tmp_path)
     report = ("--work", tmp_path, "--output_dir", tmp_path / "out")
-    command("downstream.report", *report)
+    command("downstream.report", "quickstart", *report)
     plain = (tmp_path / "out" / "report.md").read_text()
     assert "| base | 15.00 |  |  |\n| base + kNN-LM | 14.80 | -1.3% | lambda 0.1, temperature 2 |" in plain
     assert "| base + kNN-LM, adaptive | 14.50 | -3.3% |" in plain and "| base + MLP memory | 14.40 | -4.0% |" in plain
     assert "base 10.0%, base + memory 30.0% (4.0 standard errors apart); by the first token 40.0% and 80.0%." in plain
     (tmp_path / "untuned").mkdir()
     (tmp_path / "untuned" / "results.json").write_text(json.dumps({"perplexity": 18.0}))
-    command("downstream.report", *report)
+    command("downstream.report", "quickstart", *report)
     rows = [line.split("|")[1:4] for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "| " in line]
     assert [[cell.strip() for cell in row] for row in rows if row[1].strip()[:1].isdigit()] == [
         ["base", "18.00", "+20.0%"],
@@ -157,7 +157,7 @@ def test_with_a_gate_the_memory_s_figures_are_those_of_lambda_by_token_and_the_b
     gate = tmp_path / "memory" / "epoch_2" / "gate.json"
     gate.parent.mkdir()
     gate.write_text(json.dumps({"perplexity": {"known": {"base": 20.0, "memory": 1.5, "mixture": 2.0}}}))
-    command("downstream.report", "--work", tmp_path, "--output_dir", tmp_path / "out")
+    command("downstream.report", "quickstart", "--work", tmp_path, "--output_dir", tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["lambda"], results["memory_ppl"]) == ("adaptive", 14.0)
     assert (results["one_lambda"], results["memory_one_lambda_ppl"], results["recall_one_lambda"]) == (0.3, 14.4, 0.2)

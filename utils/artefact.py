@@ -1,10 +1,9 @@
 """Artefacts: what one stage writes and the next one reads, and the one protocol by which they are written.
 
-An artefact is a folder (windows, datastore, kNN targets, memory, results) or a single file (an index, a gate). Its
-`made.json`, in the folder or beside the file, is written last and says what it is; the SHA-256 of that text is the
-artefact's id. While an artefact is being made, the same text lies in `making.json`: an interrupted command recognises
-its own work by it. Units of work are files `part-00000.arrow` …; a unit is done if its name exists, and rank r of n
-makes every n-th. What the original or the hub published has no `made.json` and no id; it is read as it is.
+An artefact is a folder, or a single file (an index, a gate). Its `made.json`, in the folder or beside the file, is written
+last and says what it is; the SHA-256 of that text is its id. Before that the text lies in `making.json`, by which an
+interrupted command recognises its own work. Units of work are files `part-00000.arrow` …: a unit is done if its name
+exists, and rank r of n makes every n-th. What the original or the hub published has neither; it is read as it is.
 """
 
 from __future__ import annotations
@@ -62,8 +61,7 @@ def read_made(path: str | os.PathLike, name: str = COMPLETE) -> Made | None:
 def require(path: str | os.PathLike, made: Made | None, **expected: Any) -> None:
     """Refuse the artefact at `path` if it was made from something else than `expected`.
 
-    Names are those in `made_from` (base, windows, datastore, index) or in `settings` (layer_position, …). A value of None
-    on either side is not compared. Raises InputError naming both values.
+    Names are those in `made_from` or in `settings`; None on either side is not compared. Raises InputError naming both values.
     """
     for name, here in expected.items():
         there = made and made.made_from.get(name, made.settings.get(name))
@@ -114,11 +112,9 @@ class Making:
 def begin(path: str | os.PathLike, made: Made, *, overwrite: bool = False, state: Any = None) -> Making:
     """Begin or continue to make the artefact at `path` (a collective call of the processes in accelerate's `state`).
 
-    A complete artefact of the same record is `done`; one that was begun with the same record is continued. `overwrite`
-    deletes what is complete, and what has another record.
-
-    Raises:
-        InputError: there is an artefact of other settings, a foreign file, or another run that is writing there.
+    A complete artefact of the same record is `done`, one that was begun with the same record is continued; `overwrite`
+    deletes what is complete and what has another record. Raises InputError for an artefact of other settings, a foreign
+    file, and another run that is writing there.
     """
     path, lock = Path(path), None
     if state is None or state.is_main_process:
@@ -127,12 +123,15 @@ def begin(path: str | os.PathLike, made: Made, *, overwrite: bool = False, state
         lock = lock_folder(folder, f".{path.name}.lock" if is_file else ".lock")
         complete, begun = read_made(path), read_made(path, BEGUN)
         there = complete or begun
-        if there and there.text != made.text and not overwrite:
-            remedy = "choose another path, or --overwrite to make it again"
-            raise InputError(f"{path}: was made with other settings ({differences(there, made)}); {remedy}")
         items = [path] if is_file else sorted(item for item in folder.iterdir() if not item.name.startswith("."))
-        if there is None and not overwrite and any(item.exists() for item in items):
-            raise InputError(f"{path}: holds other files ({items[0].name}); choose another path, or --overwrite")
+        problem = None
+        if there and there.text != made.text:
+            problem = f"was made with other settings ({differences(there, made)})"
+        elif there is None and any(item.exists() for item in items):
+            problem = f"holds other files ({items[0].name})"
+        if problem and not overwrite:
+            lock.close()
+            raise InputError(f"{path}: {problem}; choose another path, or --overwrite")
         if overwrite and (complete or not there or there.text != made.text):
             own = items if there else [item for item in items if item.name.startswith("part-")]
             for item in (record_path(path), record_path(path, BEGUN), *own):  # the records first

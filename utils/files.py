@@ -82,7 +82,7 @@ def lock_folder(folder: Path, name: str = ".lock") -> Any:
     """
     file = open(folder / name, "a+")  # noqa: SIM115
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by forked workers
     except OSError:
         file.close()
         raise InputError(f"{folder}: another run is writing here; wait for it, or choose another folder") from None

@@ -2,7 +2,7 @@
 # The whole chain as jobs, each waiting for those it needs: bash scripts/slurm/chain.sh
 #
 # Submitting the chain again is safe: a stage whose files are complete ends at once, an interrupted one continues.
-# Settings (environment); each stage's own are at the top of its file, all are handed on to the jobs:
+# Settings (environment variables; the stages' own, at the top of their scripts, are passed on to the jobs):
 #   MODEL_TO_SAVE   teacher: its hidden states make the kNN targets     (default: GPT2-xl fine-tuned on WikiText-103)
 #   MODEL           student: the memory is trained for it               (default: GPT2-large fine-tuned on WikiText-103)
 #   TEACHER_DIM STUDENT_DIM MODEL_TYPE    widths and family, which name the datastores  (default: 1600, 1280, gpt2)
@@ -10,8 +10,7 @@
 #   DATASET                               folder of the windows made from it
 #   DSTORE_DIR STUDENT_DSTORE_DIR OUTPUT_DIR RESULTS_DIR
 #   NODES GPUS_PER_NODE                   machines of the GPU jobs (default: 1 of 8)
-#   CPUS_PER_GPU MEMORY_PER_GPU           what the GPU jobs ask for with each GPU, memory in GB; set to nothing, they leave
-#                                         it to the cluster (default: 8 and 48)
+#   CPUS_PER_GPU MEMORY_PER_GPU           requested with each GPU, memory in GB; empty: the cluster's default (default: 8, 48)
 #   NUM_PROC                              CPUs of the first stage      (default: 1)
 #   PARTITION CPU_PARTITION ACCOUNT TIME  where and how long the jobs may run
 # shellcheck source=scripts/common.sh
@@ -48,7 +47,7 @@ submit() {
     [ -z "${TIME:-}" ] || options+=(--time "$TIME")
     [ -z "$needed" ] || options+=(--dependency "afterok:$needed" --kill-on-invalid-dep=yes)
     JOB="$(env "$@" sbatch --parsable --export=ALL --open-mode=append --output "$LOGS/$stage-%j.log" \
-        "${options[@]}" "scripts/slurm/$stage.sh")"
+        "${options[@]}" scripts/slurm/job.sh "$stage")"
     JOB="${JOB%%;*}"
     echo "$stage: job $JOB${needed:+, after $needed}"
 }
@@ -62,6 +61,6 @@ submit datastore gpu "$windows" MODEL_TO_SAVE="$MODEL" DSTORE_DIR="$STUDENT_DSTO
 student_job="$JOB"
 submit index gpu "$teacher_job" DSTORE_PATH="$teacher" INDEX_PATH="$index"
 submit targets gpu "$JOB" DSTORE_PATH="$teacher" INDEX_PATH="$index" OUTPUT_PATH="$targets"
-submit train gpu "$JOB:$student_job" KNN_SAVE_PATH="$targets" STUDENT_DSTORE_PATH="$student" OUTPUT_DIR="$OUTPUT_DIR"
+submit train gpu "$JOB:$student_job" KNN_SAVE_PATH="$targets" DSTORE_PATH="$student" OUTPUT_DIR="$OUTPUT_DIR"
 submit evaluate gpu "$JOB" KNN_PATH="$OUTPUT_DIR/epoch_$EPOCHS" OUTPUT_DIR="${RESULTS_DIR:-results/slurm}" SUBSET=test
 STAGE="done"
