@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 
@@ -205,9 +204,7 @@ def test_part_sizes_depend_on_the_number_of_rows_alone(rows: int, expected: int)
 
 def refusal(files: Files, tmp_path: Path, **changes: object) -> str:
     flags = {"dstore_path": files.train, "index_path": files.index, "output_path": tmp_path / "out", "k": 20} | changes
-    line = refused_here(MODULE, *(item for name, value in flags.items() for item in (f"--{name}", value)))
-    gc.collect()  # a traceback holds the lock
-    return line
+    return refused_here(MODULE, *(item for name, value in flags.items() for item in (f"--{name}", value)))
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_written(files: Files, tmp_path: Path) -> None:
