@@ -8,17 +8,11 @@ are missing. Beside the index are the values of its rows, `{subset}_vals.npy`, a
 
 from __future__ import annotations
 
-if __package__ in (None, ""):
-    import sys
-    from pathlib import Path
-
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import contextlib
+import math
 import os
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +20,10 @@ from typing import Any
 import numpy as np
 
 from knn_utils.datastore import Datastore
-from knn_utils.distribution import float32_from_float16
 from knn_utils.search import (
     check_faiss,
-    check_finite,
     faiss_reason,
+    finite_keys,
     has_gpu,
     inverted_lists,
     lists_path,
@@ -48,6 +41,7 @@ SAMPLE_ROWS, SAMPLE_RUNS = 1_000_000, 1_000
 BLOCK_BYTES = 64 << 20  # of float32 keys that are converted at once
 # FAISS asks for at least 39 training points per centroid, and beyond 256 draws a sample of its own.
 MIN_POINTS, MAX_POINTS = 39, 256
+MEMORY_SHARE = 0.5  # that parts may take when they are merged
 TRIED_KEYS, TOLERANCE = 256, 0.25  # of `has_l2_distances`
 
 
@@ -82,10 +76,9 @@ def main() -> None:
 
 
 def build(arguments: BuildArguments, datastore: Any, state: Any) -> None:
-    """Build the index and write the values, on all processes of accelerate's `state`; nothing to do if it is complete.
+    """Build the index and write the values, on all processes of accelerate's `state`, unless they are complete.
 
-    Raises:
-        InputError: another index is there, FAISS cannot build this one, a key is not finite.
+    Raises InputError if there is another index, if FAISS cannot build this one, or if a key is not finite.
     """
     started = time.perf_counter()
     path, values_path = default_names(Path(arguments.dstore_path), arguments.index_path)
@@ -105,7 +98,7 @@ def build(arguments: BuildArguments, datastore: Any, state: Any) -> None:
                 if state.is_main_process and not arguments.overwrite:
                     check_values(datastore, values_path)
                 if not path.exists():
-                    build_parts(arguments, datastore, factory, path, Making(work, made, False, state))
+                    build_parts(arguments, datastore, factory, path, work, state)
         except InputError:
             if state.is_main_process:  # wrong input cannot be continued
                 remove(record_path(path, BEGUN))
@@ -144,72 +137,63 @@ def index_record(datastore: Any, factory: str, seed: int) -> Made:
     return Made("index", settings, datastore.rows, {"datastore": datastore.made and datastore.made.id, **made_from})
 
 
-def build_parts(arguments: BuildArguments, datastore: Any, factory: str, path: Path, parts: Making) -> None:
+def build_parts(arguments: BuildArguments, datastore: Any, factory: str, path: Path, work: Path, state: Any) -> None:
     """Train, fill the parts that are missing (a collective call) and merge them into the file `path`."""
-    trained, state, gpu = parts.path / "trained.index", parts.state, arguments.knn_gpu and has_gpu()
+    import faiss
+
+    trained, gpu = work / "trained.index", arguments.knn_gpu and has_gpu()
     if state.is_main_process and not trained.exists():
         say(f"training {factory} for {datastore.rows} rows of {datastore.dim}")
-        ensure_folder(parts.path)
+        ensure_folder(work)
         write_faiss(trained_index(factory, datastore, seed=arguments.seed, probe=arguments.probe, gpu=gpu), trained)
     state.wait_for_everyone()
-    part_rows, empty = arguments.num_keys_to_add_at_a_time, read_faiss(trained)
+    part_rows, empty = min(arguments.num_keys_to_add_at_a_time, datastore.rows), read_faiss(trained)
     try:
         empty.check_compatible_for_merge(empty)
+        numbered = inverted_lists(empty) is not None
     except RuntimeError:  # such as HNSW: one process adds all rows
-        part_rows = datastore.rows
-    starts = range(0, datastore.rows, part_rows)
-    for number in parts.own_parts(len(starts), ".index"):
-        stop = min(starts[number] + part_rows, datastore.rows)
-        index = filled(read_faiss(trained), datastore, starts[number], stop, gpu, whole=len(starts) == 1)
-        write_faiss(index, parts.part(number, ".index"))
+        numbered, part_rows = False, datastore.rows
+    # In a folder named after their size, which may be another one when an interrupted build continues.
+    parts = Making(ensure_folder(work / str(part_rows)), Made("parts"), False, state)
+    count, block_rows = math.ceil(datastore.rows / part_rows), max(BLOCK_BYTES // (4 * datastore.dim), 1)
+    for number in parts.own_parts(count, ".index"):
+        start, stop = number * part_rows, min((number + 1) * part_rows, datastore.rows)
+        index = to_gpu(read_faiss(trained)) if gpu else read_faiss(trained)
+        for first in range(start, stop, block_rows):
+            last = min(first + block_rows, stop)
+            keys = finite_keys(datastore.keys(first, last), first, datastore.path)
+            if numbered:
+                index.add_with_ids(keys, np.arange(first, last))
+            else:  # numbered by their order, also when merged
+                index.add(keys)
+        write_faiss(faiss.index_gpu_to_cpu(index) if gpu else index, parts.part(number, ".index"))
         say(f"added rows up to {stop} of {datastore.rows}")
     state.wait_for_everyone()
     if state.is_main_process:
-        merge([parts.part(number, ".index") for number in range(len(starts))], empty, path)
-
-
-def filled(index: Any, datastore: Any, start: int, stop: int, gpu: bool, *, whole: bool) -> Any:
-    """The index with the rows [start, stop) added. `whole`: they are all, else each is added with its row number."""
-    import faiss
-
-    numbered = not whole and inverted_lists(index) is not None
-    index = to_gpu(index) if gpu else index
-    for rows, keys in key_blocks(datastore, start, stop):
-        if numbered:
-            index.add_with_ids(keys, rows)
-        else:  # numbered by their order, also when merged
-            index.add(keys)
-    return faiss.index_gpu_to_cpu(index) if gpu else index
+        merge([parts.part(number, ".index") for number in range(count)], empty, path)
 
 
 def merge(parts: list[Path], empty: Any, path: Path) -> None:
-    """Merge index files into `path`, on disk where they take more than half of the memory."""
+    """Merge index files into `path`, on disk if they take more than half of the memory."""
     import faiss
+    from faiss.contrib.ondisk import merge_ondisk
 
-    lists = lists_path(path)
+    lists, size = lists_path(path), sum(part.stat().st_size for part in parts)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     remove(lists)  # of an index that was overwritten
     if len(parts) == 1:
         with atomic(path) as temporary:
             os.replace(parts[0], temporary)
-        return
-    size = sum(part.stat().st_size for part in parts)
-    if size > memory_bytes() / 2 and isinstance(inverted_lists(empty), faiss.ArrayInvertedLists):
-        from faiss.contrib.ondisk import merge_ondisk
-
+    elif size > MEMORY_SHARE * memory and isinstance(inverted_lists(empty), faiss.ArrayInvertedLists):
         with atomic(lists) as temporary:
             merge_ondisk(empty, [str(part) for part in parts], str(temporary))
         inverted_lists(empty).filename = str(lists)
         write_faiss(empty, path)
-        return
-    index = read_faiss(parts[0])
-    for part in parts[1:]:
-        index.merge_from(read_faiss(part), 0)
-    write_faiss(index, path)
-
-
-def memory_bytes() -> int:
-    """Memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        index = read_faiss(parts[0])
+        for part in parts[1:]:
+            index.merge_from(read_faiss(part), 0)
+        write_faiss(index, path)
 
 
 def check_values(datastore: Any, path: Path) -> None:
@@ -259,11 +243,8 @@ def make_index(factory: str, dim: int, seed: int) -> Any:
 
 
 def trained_index(factory: str, datastore: Any, *, seed: int, probe: int, gpu: bool) -> Any:
-    """An index trained on a sample of the datastore's keys, without rows.
-
-    Raises:
-        InputError: FAISS cannot train it, add rows to it or save it, or its distances are not those of the keys.
-    """
+    """An index trained on a sample of the datastore's keys, without rows. Raises InputError if FAISS cannot train it, add
+    rows to it or save it, and if it measures other distances."""
     import faiss
 
     index = make_index(factory, datastore.dim, seed)
@@ -272,12 +253,10 @@ def trained_index(factory: str, datastore: Any, *, seed: int, probe: int, gpu: b
             ivf = faiss.try_extract_index_ivf(index)
             centroids = max(256, 0 if ivf is None else ivf.nlist)
             sample = training_sample(datastore, min(SAMPLE_ROWS, MAX_POINTS * centroids), seed)
-            if gpu:
-                index = to_gpu(index)
+            index = to_gpu(index) if gpu else index
             index.train(sample)
-            if gpu:
-                index = faiss.index_gpu_to_cpu(index)
-        keys = float_keys(datastore, 0, min(TRIED_KEYS, datastore.rows))
+            index = faiss.index_gpu_to_cpu(index) if gpu else index
+        keys = finite_keys(datastore.keys(0, min(TRIED_KEYS, datastore.rows)), 0, datastore.path)
         if not has_l2_distances(index, keys):
             raise InputError(f"--index_factory {factory}: its distances are not squared L2 distances of the keys")
     except RuntimeError as error:
@@ -290,9 +269,8 @@ def trained_index(factory: str, datastore: Any, *, seed: int, probe: int, gpu: b
 def has_l2_distances(index: Any, keys: np.ndarray) -> bool:
     """Whether a trained index, to which `keys` (n, dim) float32 are added, measures squared L2 distances.
 
-    They are compared with the distances to the keys as the index stores them. Queries are affine combinations of stored
-    keys, since an index may keep a subspace only (PCA); normalised keys (L2norm) and Hamming distances (LSH) show.
-    Raises RuntimeError where FAISS cannot add, save or search.
+    They are compared with the distances to the keys as the index stores them. The queries are affine combinations of
+    stored keys, since an index may keep a subspace only (PCA). Raises RuntimeError if FAISS cannot add, save or search.
     """
     import faiss
 
@@ -318,25 +296,13 @@ def training_sample(datastore: Any, wanted: int, seed: int) -> np.ndarray:
     The runs begin at seeded random rows and do not overlap.
     """
     if datastore.rows <= wanted:
-        return np.concatenate([keys for _, keys in key_blocks(datastore, 0, datastore.rows)])
+        return finite_keys(datastore.keys(), 0, datastore.path)
     length = wanted // SAMPLE_RUNS
     runs = np.random.default_rng(seed).choice(datastore.rows // length, SAMPLE_RUNS, replace=False)
-    return np.concatenate([float_keys(datastore, run * length, (run + 1) * length) for run in np.sort(runs).tolist()])
-
-
-def key_blocks(datastore: Any, start: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(row numbers (n,) int64, keys (n, dim) float32) of the rows [start, stop), block by block."""
-    length = max(BLOCK_BYTES // (4 * datastore.dim), 1)
-    for first in range(start, stop, length):
-        last = min(first + length, stop)
-        yield np.arange(first, last), float_keys(datastore, first, last)
-
-
-def float_keys(datastore: Any, start: int, stop: int) -> np.ndarray:
-    """Keys of rows [start, stop), (n, dim) float32. Raises InputError for one that is not finite."""
-    keys = float32_from_float16(datastore.keys(start, stop))
-    check_finite(keys, start, datastore.path)
-    return keys
+    sample = np.empty((SAMPLE_RUNS, length, datastore.dim), np.float32)
+    for number, start in enumerate((np.sort(runs) * length).tolist()):
+        sample[number] = finite_keys(datastore.keys(start, start + length), start, datastore.path)
+    return sample.reshape(-1, datastore.dim)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 `log_weights` is the kernel. The other functions sum its weights: by token into sparse targets (`aggregate`), for one
 label at several temperatures (`label_probability`), over the whole vocabulary (`dense_probability`). Only the last
 allocates an array that grows with the vocabulary.
+
+Of n queries with k hits each: `distances` (n, k) float32, squared L2; `ids` (n, k) int64, row numbers in the index, and
+`tokens` (n, k) int32, the values of those rows, both -1 where there is no hit.
 """
 
 from __future__ import annotations
@@ -58,28 +61,17 @@ def float32_from_float16(values: np.ndarray) -> np.ndarray:
 def drop_own_row(ids: np.ndarray, own_rows: np.ndarray) -> None:
     """Discard each query itself from its hits, in place: for datastore rows that search their own datastore.
 
-    The own row number is dropped at any rank (ties and quantised distances move it from the first). Where it is not
-    among the k hits, the farthest hit is dropped, so that k-1 remain in each row.
-
-    Args:
-        ids: (n, k) int64 row numbers by rising distance, -1 for none; dropped hits become -1.
-        own_rows: (n,) int64 row number of each query.
+    Ties and quantised distances move the own row, `own_rows` (n,) int64, from the first place. Where it is not among the k
+    hits, the farthest is dropped, so that k-1 remain. Dropped hits become -1.
     """
-    first = ids[:, 0] == own_rows
-    ids[first, 0] = -1
-    elsewhere = np.flatnonzero(~first)
-    rest = ids[elsewhere]  # (m, k)
-    own = rest == own_rows[elsewhere, None]
+    own = ids == own_rows[:, None]
     own[~own.any(axis=1), -1] = True
-    rest[own] = -1
-    ids[elsewhere] = rest
+    ids[own] = -1
 
 
 def hit_tokens(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Tokens of the hits: (n, k) int32 from row numbers `ids` and the indexed rows' `values`; -1 stays -1."""
-    if not ids.size or ids.min() >= 0:
-        return np.take(values, ids)
-    tokens = np.take(values, np.maximum(ids, 0))
+    """The tokens of the hits, from the indexed rows' `values` (rows,) int32."""
+    tokens = np.take(values, ids)
     tokens[ids < 0] = -1
     return tokens
 
@@ -88,13 +80,7 @@ def aggregate(distances: np.ndarray, tokens: np.ndarray, *, knn_temp: float, thr
     """The kNN distribution of each row, which the memory learns (paper, section 3): p(token) is the sum of the weights
     of the hits with that token, divided by the sum of all.
 
-    Probabilities up to `threshold` are dropped; the rest is not normalised again.
-
-    Args:
-        distances: (n, k) float32 squared L2 distances.
-        tokens: (n, k) int32 value of each hit; -1 where there is no hit.
-        knn_temp: temperature, above 0.
-        threshold: 0 or more, compared in float32.
+    Probabilities up to `threshold`, compared in float32, are dropped; the rest is not normalised again.
     """
     n, k = tokens.shape
     rows = max(BLOCK_HITS // k, 1)
@@ -154,17 +140,8 @@ def _above_nearest(distances: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarra
 def label_probability(
     distances: np.ndarray, ids: np.ndarray, values: np.ndarray, labels: np.ndarray, temperatures: Sequence[float]
 ) -> np.ndarray:
-    """kNN probability of each row's label at several temperatures, from one search.
-
-    Args:
-        distances: (n, k) float32 squared L2 distances.
-        ids: (n, k) int64 row numbers of the hits, -1 for none.
-        values: value (next token) of each indexed row, int32.
-        labels: (n,) int32, the tokens whose probability is computed.
-        temperatures: kNN temperatures, above 0.
-
-    Returns:
-        (n, len(temperatures)) float64; 0 for a label that no hit carries and for rows without hits.
+    """kNN probability of each row's label, `labels` (n,) int32, at several temperatures, from one search: (n,
+    temperatures) float64; 0 for a label that no hit has and for rows without hits. `values`: those of the indexed rows.
     """
     n, k = ids.shape
     result = np.zeros((n, len(temperatures)), dtype=np.float64)
@@ -183,10 +160,8 @@ def label_probability(
 
 
 def dense_probability(distances: np.ndarray, tokens: np.ndarray, vocabulary: int, knn_temp: float) -> np.ndarray:
-    """The kNN distribution over the whole vocabulary, for mixing into logits: (n, vocabulary) float64.
-
-    `distances` (n, k) float32, `tokens` (n, k) int32 with -1 where there is no hit. A row without hits is all 0.
-    """
+    """The kNN distribution over the whole vocabulary, for mixing into logits: (n, vocabulary) float64, all 0 in a row
+    without hits."""
     n = len(tokens)
     weights = np.exp(log_weights(*_above_nearest(distances, tokens), knn_temp)).astype(np.float64)  # (n, k)
     weights /= np.maximum(weights.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from knn_utils.adaptive import Buckets
 from knn_utils.distribution import dense_probability, hit_tokens, label_probability
-from knn_utils.search import open_index
+from knn_utils.search import load_values, open_searcher
 from models.capture import HiddenCapture, captured_module
 from models.mixture import fixed_log_weights, log_mixture
 from utils.artefact import require
@@ -27,11 +27,10 @@ class Neighbours:
     """An index and the values of its rows.
 
     Args:
-        index_file: FAISS index.
         val_file: values of the indexed rows (a datastore, .npy, or the original's .pkl name).
         k: neighbours; at most the number of indexed rows.
-        probe: inverted lists searched.
-        layer_position: the block whose MLP input is searched; must be the index's.
+        probe: inverted lists searched per query.
+        layer_position: the block whose MLP input is searched; must be that of the index.
     """
 
     def __init__(
@@ -44,9 +43,9 @@ class Neighbours:
         knn_gpu: bool = False,
         layer_position: int | None = None,
     ) -> None:
-        self.searcher, self.values = open_index(index_file, val_file, probe=probe, gpu=knn_gpu)
+        self.searcher = open_searcher(index_file, val_file, probe=probe, gpu=knn_gpu)
         self.searcher.check_k(k)
-        self.k = k
+        self.values, self.k = load_values(val_file), k
         require(index_file, self.searcher.made, layer_position=layer_position)
 
     def search(self, hidden: Tensor) -> tuple[np.ndarray, np.ndarray]:

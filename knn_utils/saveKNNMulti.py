@@ -2,18 +2,12 @@
 (paper, section 3), which the memory learns.
 
 Each process writes its own parts of one folder: threads search and aggregate blocks of rows, the main thread writes them.
-An interrupted run continues. The files do not depend on the number of threads or processes. search.py finds the hits,
-distribution.py turns them into probabilities.
+An interrupted run continues. The files do not depend on the number of threads or processes.
 """
 
 from __future__ import annotations
 
-if __package__ in (None, ""):
-    import sys
-    from pathlib import Path
-
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import functools
 import itertools
 import math
 import time
@@ -28,7 +22,7 @@ from tqdm import tqdm
 from knn_utils.datastore import Datastore, TargetRows, targets_schema
 from knn_utils.distribution import aggregate, drop_own_row, hit_tokens
 from knn_utils.parts import targets_batch, write_stream
-from knn_utils.search import BLOCK_ROWS, map_in_order, open_index
+from knn_utils.search import BLOCK_ROWS, load_values, map_in_order, open_searcher
 from utils.artefact import Made, Making, begin, require
 from utils.cli import command, flag, note_unused, parse, required, say
 from utils.errors import InputError, check_positive
@@ -80,29 +74,20 @@ def main() -> None:
         write_parts(search, making)
     making.finish()
     done = "complete, nothing to do" if making.done else f"{time.perf_counter() - started:.1f} s"
-    say(
-        f"kNN targets {arguments.output_path}: {made.rows} rows, k {arguments.k}, temperature {search.knn_temp:g}, {done}"
-    )
+    say(f"kNN targets {arguments.output_path}: {made.rows} rows, temperature {search.knn_temp:g}, {done}")
 
 
 class TargetSearch:
-    """Queries, index and values, opened and checked to belong together.
+    """Queries (a datastore), index and values of its rows, int32 (rows,), checked to belong together.
 
-    Attributes:
-        queries: the datastore; searcher: the index; values: (indexed rows,) int32; are_indexed: whether the queries are the
-        indexed rows; knn_temp: the temperature.
-
-    Raises:
-        InputError: the files do not belong together.
+    `are_indexed`: whether the queries are the indexed rows themselves. Raises InputError.
     """
 
     def __init__(self, arguments: TargetArguments) -> None:
         self.arguments = arguments
         self.knn_temp = chosen(arguments.choose_on, knn=True)[1][0] if arguments.choose_on else arguments.knn_temp
         self.queries, val_path = Datastore.open(arguments.dstore_path), arguments.val_path or arguments.dstore_path
-        self.searcher, self.values = open_index(
-            arguments.index_path, val_path, probe=arguments.probe, gpu=arguments.knn_gpu
-        )
+        self.searcher = open_searcher(arguments.index_path, val_path, probe=arguments.probe, gpu=arguments.knn_gpu)
         self.searcher.check_width(arguments.dstore_path, self.queries.dim)
         self.searcher.check_k(arguments.k)
         queries, index = self.queries.made, self.searcher.made
@@ -112,7 +97,12 @@ class TargetSearch:
             self.are_indexed = queries.id == index.made_from["datastore"]
         else:
             same_path = Path(val_path).resolve() == Path(arguments.dstore_path).resolve()
-            self.are_indexed = same_path or np.array_equal(self.values, self.queries.vals())
+            self.are_indexed = same_path or np.array_equal(load_values(val_path), self.queries.vals())
+
+    @functools.cached_property
+    def values(self) -> np.ndarray:
+        """The values of the indexed rows, which are read only when there are targets to make."""
+        return load_values(self.arguments.val_path or self.arguments.dstore_path)
 
     def record(self) -> Made:
         """The record of the targets."""
@@ -143,24 +133,22 @@ def part_rows(rows: int) -> int:
     return math.ceil(wanted / BLOCK_ROWS) * BLOCK_ROWS
 
 
-def blocks_of(start: int, stop: int, length: int) -> list[tuple[int, int]]:
-    """The rows [start, stop) in blocks [first, last) of so many rows."""
-    return [(first, min(first + length, stop)) for first in range(start, stop, length)]
-
-
 def write_parts(search: TargetSearch, making: Making) -> None:
     """Write the parts that this process has to make; threads search ahead of it, also into the next parts."""
     import faiss
 
     rows, length, on_gpu = search.queries.rows, making.made.settings["part_rows"], search.searcher.on_gpu
     block_rows = max(search.arguments.batch_size, BATCH_ROWS) if on_gpu else BLOCK_ROWS
-    numbers = making.own_parts(math.ceil(rows / length))
-    parts = {number: blocks_of(number * length, min((number + 1) * length, rows), block_rows) for number in numbers}
+    parts = {}  # blocks [start, stop) of rows
+    for number in making.own_parts(math.ceil(rows / length)):
+        end = min((number + 1) * length, rows)
+        parts[number] = [(row, min(row + block_rows, end)) for row in range(number * length, end, block_rows)]
     # With a GPU one thread searches while another aggregates.
     threads = max(faiss.omp_get_max_threads(), 2 if on_gpu else 1)
     found = map_in_order(search.targets, itertools.chain(*parts.values()), threads)
-    for number in tqdm(numbers, desc="kNN", unit="part", disable=None if making.state.is_main_process else True):
-        batches = record_batches(itertools.islice(found, len(parts[number])), max(BATCH_ROWS // block_rows, 1))
+    quiet = None if making.state.is_main_process else True
+    for number, blocks in tqdm(parts.items(), desc="kNN", unit="part", disable=quiet):
+        batches = record_batches(itertools.islice(found, len(blocks)), max(BATCH_ROWS // block_rows, 1))
         write_stream(making.part(number), targets_schema(), batches)
 
 

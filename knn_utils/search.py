@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -30,9 +29,6 @@ from utils.errors import InputError, one_line
 from utils.files import atomic
 
 BLOCK_ROWS = 256  # queries that a CPU searches at once: their hits stay in the cache until they are aggregated
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def check_faiss() -> None:
@@ -50,13 +46,8 @@ def lists_path(path: str | os.PathLike) -> Path:
 
 
 def read_faiss(path: str | os.PathLike, *, memory_map: bool = False) -> Any:
-    """A FAISS index from its file.
-
-    With `memory_map` the inverted lists stay on disk, and the processes of a machine share the page cache.
-
-    Raises:
-        InputError: no such file, truncated, of another format, or not over squared L2.
-    """
+    """A FAISS index from its file. With `memory_map` its inverted lists stay on disk, in the page cache that all processes
+    share. Raises InputError if there is no such file, if it is truncated, or not an index over squared L2."""
     import faiss
 
     flags = faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR
@@ -101,29 +92,27 @@ def write_faiss(index: Any, path: Path) -> None:
             faiss.write_index(index, str(temporary))
         except RuntimeError as error:
             number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
-            raise OSError(number, one_line(error, 200), str(path)) from None
+            raise OSError(number, faiss_reason(error), str(path)) from None
 
 
 def faiss_reason(error: Exception) -> str:
-    """The message of a FAISS error, without the names of its functions and source files."""
-    return one_line(re.split(r"\.(?:cpp|h):[0-9]+: ", one_line(error))[-1].removeprefix("Error: "), 160)
+    """The end of a FAISS message, without the names of functions and source files before it."""
+    return one_line(str(error).rpartition(": ")[2], 160)
 
 
 def has_gpu() -> bool:
     """Whether the installed FAISS sees a GPU, for `--knn_gpu`; prints a line if not."""
     import faiss
 
-    if faiss.get_num_gpus():
-        return True
-    say("--knn_gpu: ignored, FAISS sees no GPU; with a GPU install a FAISS for it (README.md)")
-    return False
+    if not faiss.get_num_gpus():
+        say("--knn_gpu: ignored, FAISS sees no GPU; with a GPU install a FAISS for it (README.md)")
+    return faiss.get_num_gpus() > 0
 
 
 def to_gpu(index: Any, *, spread: bool = False) -> Any:
     """`index` on this process's GPU, or with `spread` divided among all GPUs where this is the only process.
 
-    Codes are looked up in half precision: tables for long codes do not fit a GPU's shared memory otherwise. Raises
-    RuntimeError where FAISS cannot.
+    Codes are looked up in half precision: tables for long codes do not fit a GPU's shared memory otherwise.
     """
     import faiss
 
@@ -146,13 +135,11 @@ def load_values(path: str | os.PathLike) -> np.ndarray:
     npy = path.with_suffix(".npy")
     if path.suffix == ".npy" or (path.suffix == ".pkl" and npy.is_file()):
         values = np.load(npy, mmap_mode="r", allow_pickle=False).reshape(-1)
-        if values.dtype.kind not in "iu" or (values.dtype.itemsize > 4 and values.max() > np.iinfo(np.int32).max):
-            raise InputError(f"{npy}: expected token ids, found {values.dtype} up to {values.max()}")
+        if values.dtype.kind not in "iu":
+            raise InputError(f"{npy}: expected token ids, found {values.dtype}")
         return values.astype(np.int32, copy=False)
     if path.suffix == ".pkl":  # beside dstore_{model_type}_{subset}_{dim}.arrow
-        ending = f"_{path.stem.removesuffix('_vals')}"
-        beside = path.parent.glob("dstore_*.arrow")
-        found = [store for store in beside if store.stem.rpartition("_")[0].endswith(ending)]
+        found = list(path.parent.glob(f"dstore_*_{path.stem.removesuffix('_vals')}_*.arrow"))
         if len(found) != 1:
             raise InputError(f"{path}: pickles are not read, and {npy.name} is not beside it; name that file")
         path = found[0]
@@ -163,16 +150,11 @@ class KNNSearcher:
     """An index, opened for searching. Threads may search at the same time.
 
     Args:
-        index_path: the FAISS file.
         probe: inverted lists searched per query; ignored by an index that has none.
-        gpu: search on the GPU; where FAISS sees none, prints a line and searches on the CPU.
-        datastore: the indexed `Datastore`, to check that the index belongs to it.
+        gpu: search on the GPU if FAISS sees one.
+        datastore: the indexed `Datastore`, to check that the index belongs to it; raises InputError if not.
 
-    Attributes:
-        path; rows: indexed rows; dim: width of the keys; made: the record of the index, None for a foreign file; on_gpu.
-
-    Raises:
-        InputError: not an index over squared L2, or not of this datastore.
+    Attributes: `path`, `rows`, `dim`, `on_gpu`, and `made`, the record of the index (None for a foreign file).
     """
 
     def __init__(self, index_path: str | Path, *, probe: int, gpu: bool = False, datastore: Any = None) -> None:
@@ -188,11 +170,7 @@ class KNNSearcher:
             self.check_indexed(datastore.path, datastore.rows, datastore.made)
         set_probe(index, probe)
         if self.on_gpu:
-            try:
-                index = to_gpu(index, spread=True)
-            except RuntimeError as error:
-                reason = one_line(error, 200)
-                raise InputError(f"--knn_gpu: {self.path} cannot be searched on a GPU ({reason})") from None
+            index = to_gpu(index, spread=True)
         self._index = index
         self._turn = threading.Lock() if self.on_gpu else contextlib.nullcontext()  # a GPU takes one batch at a time
 
@@ -204,10 +182,8 @@ class KNNSearcher:
     def check_indexed(self, source: object, rows: int, made: Made | None = None) -> None:
         """Raise InputError unless `source`, of so many rows and of the record `made`, is what was indexed."""
         if rows != self.rows:
-            raise InputError(
-                f"{self.path}: indexes {self.rows} rows, but {source} holds {rows}; name the indexed datastore or its "
-                "values (--val_path), or build the index again"
-            )
+            remedy = "name the indexed datastore or its values (--val_path)"
+            raise InputError(f"{self.path}: indexes {self.rows} rows, but {source} holds {rows}; {remedy}")
         require(self.path, self.made, datastore=made and made.id)
 
     def check_k(self, k: int) -> None:
@@ -218,52 +194,42 @@ class KNNSearcher:
     def search(
         self, queries: np.ndarray, k: int, source: object = "queries", first_row: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest rows of each query.
+        """The k nearest rows of each query (n, dim), float16 or float32: distances (n, k) float32, squared L2, rising, and
+        row numbers (n, k) int64; infinity and -1 where the searched lists hold fewer than k.
 
-        Args:
-            queries: (n, dim) float16 or float32.
-            k: hits per query, at most `rows`.
-            source, first_row: what the queries are and the number of the first one, for messages.
-
-        Returns:
-            distances (n, k) float32, squared L2, rising; infinity where there is no hit.
-            ids (n, k) int64, row numbers; -1 where the searched lists held fewer than k.
-
-        Raises:
-            InputError: k or the width does not fit the index, or a query holds NaN or infinity.
+        `source` and `first_row` name the queries in messages. Raises InputError if k or the width does not fit the index,
+        or if a query holds NaN or infinity.
         """
         self.check_k(k)
         self.check_width(source, queries.shape[-1])
-        queries = float32_from_float16(queries)
-        check_finite(queries, first_row, source)
+        queries = finite_keys(queries, first_row, source)
         with self._turn:
             distances, ids = self._index.search(queries, k)
         distances[ids < 0] = np.inf
         return distances, ids
 
 
-def open_index(
-    index_path: str | Path, val_path: str | Path, *, probe: int, gpu: bool = False
-) -> tuple[KNNSearcher, np.ndarray]:
-    """An index and the values of its rows, int32 (rows,). Raises InputError unless they belong together."""
-    is_datastore = Path(val_path).suffix not in (".npy", ".pkl")
-    datastore = Datastore.open(val_path) if is_datastore else None
-    searcher, values = KNNSearcher(index_path, probe=probe, gpu=gpu, datastore=datastore), load_values(val_path)
-    searcher.check_indexed(val_path, len(values))
-    return searcher, values
+def open_searcher(index_path: str | Path, val_path: str | Path, *, probe: int, gpu: bool = False) -> KNNSearcher:
+    """The index whose rows have the values at `val_path`. Raises InputError if they do not belong together."""
+    if Path(val_path).suffix not in (".npy", ".pkl"):
+        return KNNSearcher(index_path, probe=probe, gpu=gpu, datastore=Datastore.open(val_path))
+    searcher = KNNSearcher(index_path, probe=probe, gpu=gpu)
+    searcher.check_indexed(val_path, len(load_values(val_path)))
+    return searcher
 
 
-def check_finite(queries: np.ndarray, first_row: int, source: object) -> None:
-    """Raise InputError naming the first row of `queries` (n, dim) that holds NaN or infinity."""
-    bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
+def finite_keys(keys: np.ndarray, first_row: int, source: object) -> np.ndarray:
+    """`keys` (n, dim) as float32. Raises InputError naming the first row that holds NaN or infinity."""
+    keys = float32_from_float16(keys)
+    bad = np.flatnonzero(~np.isfinite(keys).all(axis=1))
     if len(bad):
         raise InputError(
-            f"{source}: row {first_row + bad[0]} holds NaN or infinity in its hidden state; "
-            "check the model, or write the datastore again in float32"
+            f"{source}: row {first_row + bad[0]} holds NaN or infinity in its hidden state; check the base"
         )
+    return keys
 
 
-def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+def map_in_order(work: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
     """Yield `work(item)` for each item in order, computed by `threads` threads at most `threads` + 2 items ahead.
 
     FAISS, NumPy and torch release the interpreter while they compute, so one thread searches while another aggregates and
@@ -279,7 +245,7 @@ def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], threads:
     pool = ThreadPoolExecutor(threads, thread_name_prefix="search", initializer=use_one_thread)
     try:
         source = iter(items)
-        waiting: deque[Future[Result]] = deque(pool.submit(work, item) for item in islice(source, threads + 2))
+        waiting: deque[Future] = deque(pool.submit(work, item) for item in islice(source, threads + 2))
         while waiting:
             yield waiting.popleft().result()
             waiting.extend(pool.submit(work, item) for item in islice(source, 1))

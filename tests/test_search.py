@@ -105,9 +105,8 @@ def test_values_are_read_from_npy_datastore_and_the_originals_name(tmp_path: Pat
 
 def test_values_of_other_kinds_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([0.5]))
-    np.save(tmp_path / "b.npy", np.array([1 << 40]))
     (tmp_path / "c.pkl").write_bytes(b"")
-    for name in ("a.npy", "b.npy", "c.pkl"):
+    for name in ("a.npy", "c.pkl"):
         assert name in refuses(lambda name=name: load_values(tmp_path / name))
 
 
