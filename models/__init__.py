@@ -17,8 +17,8 @@ _MODULES = {
     "MLPMemory": ".mlpMemory",
     "MLPMemoryConfig": ".joint_config",
     "memory_config": ".stack",
-    "load_memory": ".families",
-    "memory_class": ".families",
+    "load_memory": ".stack",
+    "memory_class": ".stack",
 }
 __all__ = list(_MODULES)
 

@@ -171,9 +171,9 @@ def logit_scale(base: nn.Module) -> float:
     with HiddenCapture(head) as capture:
         logits = base(input_ids=ids, use_cache=False).logits.float()
         raw = head(capture.take()).float().to(logits.device)  # a base may be spread over devices
-    tolerance = 0.02 * logits.abs().max().item()  # bfloat16 rounds logits to 0.4%
+    tolerance = 0.02 * logits.abs().nan_to_num().max().item()  # bfloat16 rounds logits to 0.4%
     for scale in (1.0, ((logits * raw).sum() / raw.square().sum()).item()):
-        if torch.allclose(_capped(raw * scale, base), logits, rtol=0.02, atol=tolerance):
+        if torch.allclose(_capped(raw * scale, base), logits, rtol=0.02, atol=tolerance, equal_nan=True):
             _scales[base] = scale
             return scale
     family = base.config.model_type

@@ -21,10 +21,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from .families import base_id
 from .gate import LambdaGate
 from .joint_config import OLDEST_MAJOR, MLPMemoryConfig, read_joint_config
-from .stack import BASE_PREFIX, MEMORY_PREFIX, download, resize_vocabulary, vocabulary_size
+from .stack import BASE_PREFIX, MEMORY_PREFIX, base_id, download, resize_vocabulary, vocabulary_size
 
 logger = logging.getLogger(__name__)
 

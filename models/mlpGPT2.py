@@ -2,6 +2,6 @@
 
 from transformers import GPT2Config
 
-from .families import family_class
+from .stack import family_class
 
 GPT2MLPModel = family_class(GPT2Config)

@@ -2,6 +2,6 @@
 
 from transformers import LlamaConfig
 
-from .families import family_class
+from .stack import family_class
 
 LlamaMLPModel = family_class(LlamaConfig)

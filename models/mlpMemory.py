@@ -21,12 +21,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from .capture import HiddenCapture, captured_module
-from .families import load_memory
 from .gate import LambdaGate
 from .joint_config import ADAPTIVE, MLPMemoryConfig, read_joint_config
 from .joint_files import absolute, check_fit, id_of, joint_parts, open_base, recorded_base, resize_to_memory, save_joint
 from .mixture import fixed_log_weights, log_mixture
-from .stack import shifted_nll
+from .stack import load_memory, shifted_nll
 
 logger = logging.get_logger(__name__)
 

@@ -2,6 +2,6 @@
 
 from transformers import MistralConfig
 
-from .families import family_class
+from .stack import family_class
 
 MistralMLPModel = family_class(MistralConfig)

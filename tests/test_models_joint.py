@@ -10,8 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from models import MLPMemory, load_memory
 from models.capture import hidden_states
-from models.families import base_id
-from models.stack import shifted_nll
+from models.stack import base_id, shifted_nll
 
 
 @pytest.fixture(scope="module")

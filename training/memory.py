@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.families import memory_class
+from models.stack import memory_class
 from models.stack import memory_config as config_of_layers
 from models.starts import drop_neurons, init_from_base, init_lm_head, measure_scale
 from training.arguments import TrainerArguments

@@ -66,7 +66,7 @@ class BaseArguments:
 
     def base_id(self) -> str:
         """The base's id (`models.identity.base_id`). Raises InputError where there is no readable config."""
-        from models.families import base_id
+        from models.stack import base_id
 
         path, remote = self.require_base(), {"trust_remote_code": self.trust_remote_code}
         return from_pretrained(base_id, path, "--model_name_or_path", **remote)

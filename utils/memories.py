@@ -21,7 +21,7 @@ def open_memory_of(
 
     Raises InputError where there is no such block, no memory, or one of another base or block than the flags name.
     """
-    from models.families import load_memory
+    from models.stack import load_memory
 
     device = default_device()
     if base is not None:
