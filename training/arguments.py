@@ -73,8 +73,10 @@ class TrainerArguments(BaseArguments):
         counts = ("num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "logging_steps")
         check_at_least(1, self, *counts, "per_device_train_batch_size", "per_device_eval_batch_size")
         if not self.with_tracking:
-            names = ("report_to", "run_name", "project_name")
-            note_unused(names[self.report_to == "none" :], "without --with_tracking")
+            given = (
+                ("run_name", "project_name") if self.report_to == "none" else ("report_to", "run_name", "project_name")
+            )
+            note_unused(given, "without --with_tracking")
 
     def made_from(self) -> dict[str, str | None]:
         """The ids of base and windows; None for windows of the original."""
