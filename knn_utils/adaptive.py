@@ -143,7 +143,7 @@ def adaptive_score(arguments: Any, windows: Any, neighbours: Any) -> AdaptiveSco
 
     Raises InputError where the choice would be made on tested or indexed text, or was made with another index.
     """
-    from utils.evaluation import check_held_out
+    from utils.windows import check_held_out
 
     split, path, made, buckets = arguments.eval_subset, arguments.choose_on, neighbours.searcher.made, None
     if ADAPTIVE not in arguments.lmbda and not (path and "adaptive" in read_json(path)):

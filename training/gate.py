@@ -105,10 +105,11 @@ def train(arguments: GateArguments) -> LambdaGate:
 
     from models.gate import WEIGHTS, LambdaGate
     from utils.artefact import Made, record_path
-    from utils.evaluation import GateRows, check_held_out, gate_rows
+    from utils.evaluation import GateRows, gate_rows
     from utils.files import atomic, ensure_folder, remove
     from utils.loading import check_windows, load_windows, made_id, quiet_libraries
     from utils.memories import open_joint
+    from utils.windows import check_held_out
 
     quiet_libraries()
     started = time.time()

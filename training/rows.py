@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knn_utils.datastore import Datastore, KNNTargets, check_rows
-from knn_utils.scored_rows import SCORED_ROWS, open_scored_datastore, stored_rows
+from knn_utils.datastore import SCORED_ROWS, Datastore, KNNTargets, check_rows, open_scored_datastore, stored_rows
 from training.arguments import TrainerArguments
 from utils.artefact import require
 from utils.cli import say

@@ -132,12 +132,11 @@ def write_results(
 ) -> dict[str, Any]:
     """Write results.json into `output_dir`, with the seconds since `started` and the versions; then its record `made`."""
     complete = {**results, "seconds": round(time.time() - started, 2), "versions": versions()}
-    folder = ensure_folder(output_dir)
+    path = ensure_folder(output_dir) / "results.json"
+    remove(record_path(path))
+    write_json(path, complete)
     if made:
-        remove(record_path(folder))
-    write_json(folder / "results.json", complete)
-    if made:
-        with atomic(record_path(folder)) as temporary:
+        with atomic(record_path(path)) as temporary:
             temporary.write_text(made.text)
     return complete
 
