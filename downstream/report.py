@@ -113,7 +113,7 @@ def quickstart(arguments: QuickstartArguments) -> None:
         "known_base_ppl": known["base"],
         "known_memory_ppl": known["mixture"],
         "lambda": ADAPTIVE,
-        "knn_temp": joint["adaptive"]["memory_temp"],
+        "memory_temp": joint["adaptive"]["memory_temp"],
         "one_lambda": joint["lmbda"],
         "one_lambda_temp": joint["memory_temp"],
         "knnlm_lambda": knn["lmbda"],

@@ -49,8 +49,8 @@ cut=(--group_rows)
 if [ -n "${TEXT:-}" ] || [ "${SIZE:-}" = full ]; then documents=1000000; fi
 if [ -z "${TEXT:-}" ]; then cut=(--by_document --min_document_characters "${MIN_CHARACTERS:=500}"); fi
 MODEL="${MODEL:-$embedded/model}" TEXT="${TEXT:-$embedded/wiki.jsonl}"
-resolve='import sys; from utils.loading import resolve_dtype; print(str(resolve_dtype(sys.argv[1])).split(".")[-1])'
-dtype="$(python -c "$resolve" "${DTYPE:-auto}")"
+dtype="$(python -c 'import sys; from utils.loading import BaseArguments
+print(str(BaseArguments(torch_dtype=sys.argv[1]).dtype()).split(".")[-1])' "${DTYPE:-auto}")"
 case "$dtype" in bfloat16) mixed=bf16 half=(--bf16) ;; *) mixed=no half=() ;; esac
 echo "precision: $dtype"
 if [ "$FINETUNE" = 1 ]; then  # all that follows is made for the fine-tuned base, in folders of its own

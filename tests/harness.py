@@ -253,7 +253,7 @@ def stub_python(folder: Path, *, fails: str = "no command") -> Path:
     program = folder / "python-stub"
     program.write_text(
         "#!/bin/sh\n"
-        f'case "$*" in *device_count*) nvidia-smi | wc -l; exit ;; *resolve_dtype*) echo float32; exit ;; esac\n'
+        f'case "$*" in *device_count*) nvidia-smi | wc -l; exit ;; *torch_dtype=sys*) echo float32; exit ;; esac\n'
         f"{{ printf '%s\\n' \"$@\"; echo ----; }} >> '{folder}/calls'\n"
         f'for word in "$@"; do [ "$word" != \'{fails}\' ] || exit 7; done\n'
     )

@@ -71,7 +71,7 @@ def test_every_combination_equals_the_joint_model_by_itself(llama_world, memory,
     assert found["perplexity"] == min(row["perplexity"] for row in found["grid"])
     assert {"lmbda", "memory_temp", "model", "memory", "dataset", "split", "seconds", "versions"} <= found.keys()
     assert found["tokens"] == int((labels[:, 1:] != -100).sum())
-    made = read_made(tmp_path)
+    made = read_made(tmp_path / "results.json")
     assert made.kind == "results" and made.rows == found["tokens"]
     ids = {"base": BaseArguments(str(llama_world.base)).base_id(), "windows": read_made(llama_world.windows).id}
     assert made.made_from == ids | {"memory": read_made(memory).id}

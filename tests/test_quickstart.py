@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
-from harness import calls, command, flags, shell, stub_python
+from harness import calls, flags, shell, stub_python
 
 pytestmark = pytest.mark.unit
 
@@ -96,72 +95,3 @@ def test_with_a_fine_tuned_base_the_whole_chain_is_made_with_it_in_a_folder_of_i
     assert names(again)[len(BEFORE + CHAIN) + len(found) :] == ["downstream.report"]
     _, again = quickstart(tmp_path, FINETUNE=1, FINETUNE_EPOCHS=2)
     assert names(again)[len(BEFORE + CHAIN) + len(found) + 1 :] == ["train_base", *CHAIN]
-
-
-def results_of_stages(work: Path) -> None:
-    """What the stages leave for the report."""
-    grid = [{"lmbda": 0.1, "knn_temp": 2.0, "perplexity": 14.8}]
-    knn = {"perplexity": 14.8, "base_perplexity": 15.0, "lmbda": 0.1, "knn_temp": 2.0, "grid": grid, "tokens": 100}
-    joint = knn | {"perplexity": 14.4, "lmbda": 0.3, "knn_temp": 1.0}
-    recall = {"recall_base": 0.1, "recall_memory": 0.3, "cases": 50, "standard_error_difference": 0.05}
-    recall |= {"recall_first_base": 0.4, "recall_first_memory": 0.8}
-    stages = {
-        **{f"knnlm_{split}": knn | {"adaptive": {"perplexity": 14.5}} for split in ("validation", "test")},
-        **{f"joint_{split}": joint for split in ("validation", "test")},
-        "recall": recall | {"rule": "a rule", "examples": []},
-    }
-    for name, content in stages.items():
-        (work / name).mkdir(parents=True)
-        (work / name / "results.json").write_text(json.dumps(content))
-    (work / "memory").mkdir()
-    log = [{"step": 1, "loss": 3.0, "kl": 2.0, "ce": 3.0}]
-    training = {"log": log, "settings": {"alpha": 0.5}, "training_seconds": 9}
-    (work / "memory" / "training.json").write_text(json.dumps(training))
-    (work / "windows").mkdir()
-    (work / "windows" / "dstore_summary.json").write_text(json.dumps({"train": {"dstore_size": 1000}}))
-
-
-def test_the_table_has_a_row_for_each_mixture_and_for_the_base_before_fine_tuning(tmp_path):
-    results_of_stages(tmp_path)
-    report = ("--work", tmp_path, "--output_dir", tmp_path / "out")
-    command("downstream.report", "quickstart", *report)
-    plain = (tmp_path / "out" / "report.md").read_text()
-    assert "| base | 15.00 |  |  |\n| base + kNN-LM | 14.80 | -1.3% | lambda 0.1, temperature 2 |" in plain
-    assert "| base + kNN-LM, adaptive | 14.50 | -3.3% |" in plain and "| base + MLP memory | 14.40 | -4.0% |" in plain
-    assert "base 10.0%, base + memory 30.0% (4.0 standard errors apart); by the first token 40.0% and 80.0%." in plain
-    (tmp_path / "untuned").mkdir()
-    (tmp_path / "untuned" / "results.json").write_text(json.dumps({"perplexity": 18.0}))
-    command("downstream.report", "quickstart", *report)
-    rows = [line.split("|")[1:4] for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "| " in line]
-    assert [[cell.strip() for cell in row] for row in rows if row[1].strip()[:1].isdigit()] == [
-        ["base", "18.00", "+20.0%"],
-        ["fine-tuned", "15.00", ""],
-        ["fine-tuned + kNN-LM", "14.80", "-1.3%"],
-        ["fine-tuned + kNN-LM, adaptive", "14.50", "-3.3%"],
-        ["fine-tuned + MLP memory", "14.40", "-4.0%"],
-    ]
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert (results["untuned_ppl"], results["base_ppl"], results["knnlm_adaptive_ppl"]) == (18.0, 15.0, 14.5)
-    assert {"knnlm_ppl", "memory_ppl", "lambda", "knn_temp", "recall_base", "recall_memory"} <= results.keys()
-    assert (results["recall_first_base"], results["recall_first_memory"]) == (0.4, 0.8)
-
-
-def test_with_a_gate_the_memory_s_figures_are_those_of_lambda_by_token_and_the_best_number_stands_beside(tmp_path):
-    results_of_stages(tmp_path)
-    joint = json.loads((tmp_path / "joint_test" / "results.json").read_text())
-    joint["adaptive"] = {"perplexity": 14.0, "knn_temp": 1.0}
-    (tmp_path / "joint_test" / "results.json").write_text(json.dumps(joint))
-    recall = json.loads((tmp_path / "recall" / "results.json").read_text())
-    recall |= {"recall_one_lambda": 0.2, "recall_first_one_lambda": 0.5}
-    (tmp_path / "recall" / "results.json").write_text(json.dumps(recall))
-    gate = tmp_path / "memory" / "epoch_2" / "gate.json"
-    gate.parent.mkdir()
-    gate.write_text(json.dumps({"perplexity": {"known": {"base": 20.0, "memory": 1.5, "mixture": 2.0}}}))
-    command("downstream.report", "quickstart", "--work", tmp_path, "--output_dir", tmp_path / "out")
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert (results["lambda"], results["memory_ppl"]) == ("adaptive", 14.0)
-    assert (results["one_lambda"], results["memory_one_lambda_ppl"], results["recall_one_lambda"]) == (0.3, 14.4, 0.2)
-    assert (results["known_base_ppl"], results["known_memory_ppl"]) == (20.0, 2.0)
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "| base + MLP memory, adaptive | 14.00 | -6.7% | lambda by token |" in text
-    assert "With one lambda 20.0%." in text and "in other windows: base 20.00, base + memory 2.00." in text

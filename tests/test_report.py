@@ -69,7 +69,7 @@ def test_the_quickstarts_table_has_a_row_for_each_mixture(tmp_path):
     assert rows((tmp_path / "out" / "report.md").read_text())[2][:3] == ["base", "18.00", "+20.0%"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["untuned_ppl"], results["base_ppl"], results["knnlm_ppl"]) == (18.0, 15.0, 14.8)
-    assert (results["lambda"], results["memory_ppl"], results["knn_temp"]) == ("adaptive", 14.0, 1.5)
+    assert (results["lambda"], results["memory_ppl"], results["memory_temp"]) == ("adaptive", 14.0, 1.5)
     assert (results["known_base_ppl"], results["known_memory_ppl"]) == (20.0, 2.0)
     assert (results["recall_base"], results["recall_first_memory"], results["train_tokens"]) == (0.1, 0.8, 1000)
 

@@ -170,7 +170,7 @@ def test_windows_that_cannot_be_read_are_refused(tmp_path):
     for name, each in saved.items():
         datasets.DatasetDict({"train": datasets.Dataset.from_dict(each)}).save_to_disk(str(tmp_path / name))
     assert len(load_windows(tmp_path / "whole", "train", at_most=1)) == 1
-    with pytest.raises(InputError, match="labels"):
+    with pytest.raises(InputError, match="lacking"):
         load_windows(tmp_path / "lacking", "train")
     with pytest.raises(InputError, match="valid"):
         load_windows(tmp_path / "whole", "valid")

@@ -65,7 +65,7 @@ class BaseArguments:
         return self.model_name_or_path
 
     def base_id(self) -> str:
-        """The base's id (`models.identity.base_id`). Raises InputError where there is no readable config."""
+        """The base's id (`models.stack.base_id`). Raises InputError where there is no readable config."""
         from models.stack import base_id
 
         path, remote = self.require_base(), {"trust_remote_code": self.trust_remote_code}
