@@ -34,7 +34,7 @@ from knn_utils.search import (
 )
 from utils.artefact import BEGUN, Made, Making, begin, read_made, record_path
 from utils.cli import command, flag, parse, required, say
-from utils.errors import InputError, check_at_least, check_seed
+from utils.errors import InputError, check_at_least
 from utils.files import atomic, ensure_folder, remove
 
 SAMPLE_ROWS, SAMPLE_RUNS = 1_000_000, 1_000
@@ -68,7 +68,7 @@ def main() -> None:
     """Entry point of `python -m knn_utils.build_index`."""
     (arguments,) = parse(BuildArguments, description="Build a FAISS index over the keys of a datastore.")
     check_at_least(1, arguments, "num_keys_to_add_at_a_time", "probe", "ncentroids", "code_size")
-    check_seed("--seed", arguments.seed, bits=31)
+    check_at_least(0, arguments, "seed")
     check_faiss()
     from accelerate import PartialState
 
