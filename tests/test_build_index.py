@@ -55,17 +55,11 @@ def test_index_and_values_are_beside_the_datastore(dstore: Path) -> None:
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize(
-    ("wanted", "rows", "factory"),
-    [
-        ("OPQ16,IVF4096_HNSW32,PQ16", 39_000, "OPQ16,IVF1000_HNSW32,PQ16"),
-        ("IVF4096,PQ32", 10_000_000, "IVF4096,PQ32"),
-        ("IVF4096,PQ32", 255, "Flat"),
-        ("IVF4096,PQ32x4fs", 255, "IVF6,PQ32x4fs"),
-    ],
-)
-def test_centroids_are_lowered_to_what_the_rows_support(wanted, rows, factory) -> None:
-    assert supported(wanted, rows) == factory
+def test_centroids_are_lowered_to_what_the_rows_support() -> None:
+    assert supported("OPQ16,IVF4096_HNSW32,PQ16", 39_000) == "OPQ16,IVF1000_HNSW32,PQ16"
+    assert supported("IVF4096,PQ32", 10_000_000) == "IVF4096,PQ32"
+    assert supported("IVF4096,PQ32", 255) == "Flat"
+    assert supported("IVF4096,PQ32x4fs", 255) == "IVF6,PQ32x4fs"
 
 
 @pytest.mark.parametrize("rows", [1, ROWS])
@@ -78,7 +72,7 @@ def test_the_default_flags_index_a_small_datastore(tmp_path: Path, rows: int, ca
 
 
 def test_a_complete_index_stays_and_overwrite_replaces_it(dstore: Path, capsys) -> None:
-    index = build(dstore, "Flat")
+    index, flags = build(dstore, "Flat"), ("--index_factory", "Flat")
     before, values = index.stat().st_mtime_ns, dstore.parent / "train_vals.npy"
     values.unlink()
     build(dstore, "Flat")
@@ -87,16 +81,10 @@ def test_a_complete_index_stays_and_overwrite_replaces_it(dstore: Path, capsys) 
     assert "IVF4,Flat" in refused_here(MODULE, "--dstore_path", dstore, "--index_factory", "IVF4,Flat")
     build(dstore, "IVF4,Flat", "--overwrite")
     assert read_made(index).settings["factory"] == "IVF4,Flat"
-
-
-def test_files_of_other_origin_are_not_replaced(dstore: Path) -> None:
-    index, values = dstore.parent / f"train_{DIM}.index", dstore.parent / "train_vals.npy"
-    index.write_bytes(b"precious")
-    assert index.name in refused_here(MODULE, "--dstore_path", dstore, "--code_size", 4)
-    assert index.read_bytes() == b"precious"
-    np.save(values, np.arange(7))
-    other = ("--index_path", dstore.parent / "other.index", "--code_size", 4)
-    assert values.name in refused_here(MODULE, "--dstore_path", dstore, *other)
+    np.save(values, np.arange(7))  # of another datastore
+    assert values.name in refused_here(
+        MODULE, "--dstore_path", dstore, "--index_path", dstore.parent / "b.index", *flags
+    )
 
 
 @pytest.mark.parametrize("factory", ["Flat", "OPQ4,IVF8,PQ4x4", "HNSW8"])

@@ -125,6 +125,7 @@ def test_threads_and_processes_change_no_byte(files: Files, tmp_path: Path) -> N
         process.done()
     assert files_of(tmp_path / "1") == files_of(tmp_path / "3") == files_of(tmp_path / "two")
     assert len(files_of(tmp_path / "1")) == 4
+    assert [part_rows(rows) for rows in (1, 24_575, 10**6, 5 * 10**9)] == [256, 3072, 4096, 1_220_864]
 
 
 def test_a_run_stopped_at_any_rename_is_continued(files: Files, tmp_path: Path, monkeypatch) -> None:
@@ -152,11 +153,6 @@ def test_complete_targets_stay_and_overwrite_replaces_them(files: Files, tmp_pat
     targets = save(files.train, files.index, tmp_path / "t", *more)
     assert read_made(tmp_path / "t").settings["knn_temp"] == 8
     assert_same_distributions(as_dicts(targets), files.expected(8.0, ignore_first=False))
-
-
-@pytest.mark.unit
-def test_part_sizes_depend_on_the_number_of_rows_alone() -> None:
-    assert [part_rows(rows) for rows in (1, 24_575, 10**6, 5 * 10**9)] == [256, 3072, 4096, 1_220_864]
 
 
 def refusal(files: Files, tmp_path: Path, **changes: object) -> str:
