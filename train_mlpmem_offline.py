@@ -15,7 +15,7 @@ from utils.errors import InputError
 
 @dataclass
 class OfflineArguments:
-    """What only the offline trainer needs."""
+    """The offline trainer's own flag."""
 
     knn_dstore_path: str | None = flag(None, "the student's own datastore of the training split")
 
@@ -24,7 +24,7 @@ def main() -> None:
     arguments, offline = parse(TrainerArguments, OfflineArguments, description="Train an MLP memory offline.")
     arguments.check()
     if not offline.knn_dstore_path:
-        raise InputError("--knn_dstore_path: is required; train_mlpmem_online needs no datastore of the student")
+        raise InputError("--knn_dstore_path: is required; train_mlpmem_online needs no datastore")
     from training.rows import OfflineRows
     from training.trainer import train_memory
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 from training.arguments import TrainerArguments
 from utils.cli import command, flag, parse
-from utils.errors import check_at_least
 
 
 @dataclass
 class OnlineArguments:
-    """What only the online trainer needs."""
+    """The online trainer's own flags."""
 
     base_batch_size: int = flag(8, "windows that the base reads at a time")
     round_hidden_states: bool = flag(False, "round the hidden states to float16, as a datastore does")
@@ -24,15 +23,11 @@ class OnlineArguments:
 def main() -> None:
     arguments, online = parse(TrainerArguments, OnlineArguments, description="Train an MLP memory online.")
     arguments.check()
-    check_at_least(1, online, "base_batch_size")
     from training.online import OnlineRows
     from training.trainer import train_memory
-    from utils.loading import check_windows
 
     def make_rows(windows, config, open_base):
-        base = open_base()
-        check_windows(arguments.dataset_name, windows, base.config, arguments.open_tokenizer())
-        return OnlineRows(windows, config, arguments, base, online.base_batch_size, online.round_hidden_states)
+        return OnlineRows(windows, config, arguments, open_base(), online.base_batch_size, online.round_hidden_states)
 
     train_memory(arguments, make_rows, subfolder="knn_generator")
 

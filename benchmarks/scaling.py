@@ -1,16 +1,14 @@
-"""Time and memory of every stage against the number of tokens, and generation speed against the corpus: two plots.
+"""Time and memory of every stage by the number of tokens, and generation speed by the size of the corpus: two plots.
 
     python -m benchmarks.scaling --sizes 10000 30000 100000
 
-Each stage is the project's command in a process of its own, imports included; the training is one epoch. Generation:
-milliseconds a token of the base with a memory, and of the base with a kNN-LM over the datastore of that size, a token of
-each in turn. Stages of sizes that were measured before with the same setting are not measured again.
+Each stage is the project's command in its own process; training is one epoch. Generation: the base alone, with a memory,
+and with a kNN-LM, one token each in turn. Sizes that were measured before with the same setting are skipped.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,6 @@ from typing import Any
 
 from benchmarks.setting import STEPS, BenchmarkArguments, Setting
 from utils.cli import command, flag, parse
-from utils.errors import InputError
 from utils.files import ensure_folder, read_json, write_json
 
 NAMES = {"embed": "embedding", "index": "index", "targets": "kNN targets", "train": "training", "joint": "evaluation"}
@@ -36,41 +33,28 @@ class ScalingArguments(BenchmarkArguments):
     repeats: int = flag(5, "timed rounds of generation")
 
 
-@command
 def main() -> None:
-    """Entry point of `python -m benchmarks.scaling`."""
-    (arguments,) = parse(ScalingArguments, description="Time and memory of every stage against tokens.")
-    arguments.check()
-    if not arguments.sizes or min(arguments.sizes) < 1:
-        raise InputError("--sizes: expected one or several numbers above 0")
+    (arguments,) = parse(ScalingArguments, description="Time and memory of every stage by the number of tokens.")
     output = ensure_folder(arguments.output_dir)
-    path, plot_path = output / "scaling.json", output / "scaling.png"
+    path, chosen = output / "scaling.json", []
     results = read_json(path) if path.exists() else {}
-    settings = [Setting.of(dataclasses.replace(arguments, rows=size)) for size in sorted(set(arguments.sizes))]
-    chosen = []
-    for setting in settings:
-        identity = {name: value for name, value in setting.record().items() if name != "repeats"}
-        result = results.get(str(setting.rows), {})
-        if result.get("setting") != identity:
-            result = {"setting": identity, "rows": setting.rows, "stages": measure_stages(setting)}
+    for size in sorted(arguments.sizes):
+        setting = Setting.of(dataclasses.replace(arguments, rows=size))
+        result = results.get(str(setting.rows))
+        if result is None or result["setting"] != setting.record():
+            result = {"setting": setting.record(), "rows": setting.rows, "stages": measure_stages(setting)}
+            result["milliseconds_per_token"] = generation(setting)
             results[str(setting.rows)] = result
             write_json(path, results)
         chosen.append(result)
-        stages = result["stages"].items()
-        tell(
-            result,
-            [f"{NAMES[step]} {each['seconds']:.1f} s {each['peak_bytes'] / 1e9:.2f} GB" for step, each in stages],
-        )
-    for result, found in zip(chosen, generation(settings), strict=True):
-        result["milliseconds_a_token"] = found
-        tell(result, [f"{name} {value:.1f} ms a token" for name, value in found.items()])
-    write_json(path, results)
-    plot(chosen, plot_path)
-    print(f"{path}, {plot_path}")
-
-
-def tell(result: dict[str, Any], figures: list[str]) -> None:
-    print(f"{result['rows']:,} rows: {', '.join(figures)}", flush=True)
+        figures = [
+            f"{NAMES[step]} {each['seconds']:.1f} s {each['peak_bytes'] / 1e9:.2f} GB"
+            for step, each in result["stages"].items()
+        ]
+        figures += [f"{name} {value:.1f} ms per token" for name, value in result["milliseconds_per_token"].items()]
+        print(f"{result['rows']:,} rows: {', '.join(figures)}", flush=True)
+    plot(chosen, output / "scaling.png")
+    print(f"{path}, {output / 'scaling.png'}")
 
 
 def measure_stages(setting: Setting) -> dict[str, dict[str, float]]:
@@ -82,26 +66,22 @@ def measure_stages(setting: Setting) -> dict[str, dict[str, float]]:
     return {step: setting.watched(*setting.step(step, **changes.get(step, {}))) for step in STEPS}
 
 
-def generation(settings: list[Setting]) -> list[dict[str, float]]:
-    """Milliseconds a token for each size: base alone, with memory, with kNN-LM; one token of each in turn."""
+def generation(setting: Setting) -> dict[str, float]:
+    """Milliseconds per token of the base alone, with memory and with kNN-LM."""
     from benchmarks.inference import in_turn, joint_model, prompt
     from knn_utils.knn_lm import KNNLM
 
-    base = settings[0].base()
-    ids = prompt(settings[0], 32)
-    models = {"base": (base, ids), "memory": (joint_model(settings[0], base), ids)}
+    base, ids = setting.base(), prompt(setting, 32)
+    options = {"k": min(setting.k, setting.rows), "probe": setting.probe, "lmbda": 0.25, "knn_temp": 16.0}
+    near = KNNLM(setting.chain_folder() / "train.index", setting.datastore(), **options)
 
-    def with_neighbours(near: Any, **given: Any) -> Any:
+    def with_neighbors(**given: Any) -> Any:
         with near.on(base):
             return base(**given)
 
-    for setting in settings:
-        options = {"k": min(setting.k, setting.rows), "probe": setting.probe, "lmbda": 0.25, "knn_temp": 16.0}
-        near = KNNLM(setting.chain_folder() / "train.index", setting.datastore(), **options)
-        models[setting.rows] = (functools.partial(with_neighbours, near), ids)
-    rounds = [in_turn(models, TOKENS, settings[0].device) for _ in range(settings[0].repeats)]
-    found = {name: 1000 * median(median(seconds[name]) for seconds in rounds) for name in models}
-    return [{"base": found["base"], "memory": found["memory"], "kNN-LM": found[setting.rows]} for setting in settings]
+    models = {"base": (base, ids), "memory": (joint_model(setting, base), ids), "kNN-LM": (with_neighbors, ids)}
+    rounds = [in_turn(models, TOKENS, setting.device) for _ in range(setting.repeats)]
+    return {name: 1000 * median(median(seconds[name]) for seconds in rounds) for name in models}
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
@@ -114,12 +94,12 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         stages = [result["stages"][step] for result in results]
         time_axes.plot(rows, [stage["seconds"] for stage in stages], "o-", label=name)
         memory_axes.plot(rows, [stage["peak_bytes"] / 1e9 for stage in stages], "o-", label=name)
-    for name in results[0]["milliseconds_a_token"]:
-        token_axes.plot(rows, [result["milliseconds_a_token"][name] for result in results], "o-", label=name)
+    for name in results[0]["milliseconds_per_token"]:
+        token_axes.plot(rows, [result["milliseconds_per_token"][name] for result in results], "o-", label=name)
     for axes, title, label in (
         (time_axes, "time of each stage", "seconds, imports included"),
         (memory_axes, "memory of each stage", "peak anonymous memory, GB"),
-        (token_axes, "generation", "milliseconds a token"),
+        (token_axes, "generation", "milliseconds per token"),
     ):
         axes.set(title=title, xlabel="datastore rows", ylabel=label, xscale="log")
         axes.set_xticks(rows, [f"{count:,}" for count in rows])
@@ -133,4 +113,4 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)()

@@ -1,7 +1,7 @@
-"""The setting that everything is measured at: model, text, sizes; and the files of each stage, made when missing.
+"""The setting of all measurements: model, text and sizes; and the files of each stage, made where they are missing.
 
-The windows hold exactly the asked number of datastore rows: tokens are counted, not documents. Files are made by the
-project's own commands, in a folder named by what determines them.
+The windows hold exactly the requested number of datastore rows. All files are made by the project's own commands, in a
+folder named after the settings that they depend on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import flag
-from utils.errors import InputError, check_positive, one_line
+from utils.errors import InputError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = Path("dataset/embedded")
@@ -41,82 +41,62 @@ STEPS = {
     "joint": f"evaluate_joint {OPEN} --do_test --dataset_split_name test --output_dir {{folder}}/joint "
     "--knn_generator_path {folder}/memory/epoch_2 --per_device_eval_batch_size 4 --torch_dtype {dtype}",
 }
-SAMPLE_SECONDS = 0.005
+SAMPLE_SECONDS = 0.005  # between two looks at a process's memory
 
 
 @dataclass
 class BenchmarkArguments:
-    """Where, how often, how large. The defaults are the setting of the targets."""
+    """Where, how often, how large. The targets are for the default sizes."""
 
     output_dir: str = flag("results/benchmarks", "folder of results.json, targets.png and the stages' files (work/)")
     model: str | None = flag(None, "folder of the base model; default: SmolLM2-135M of utils.embedded_default")
-    text: str | None = flag(None, "text file; default: the Wikipedia articles of utils.embedded_default")
+    text: str | None = flag(None, ".txt file, or .jsonl with the column text; default: the embedded Wikipedia articles")
     device: str = flag("cpu", "cpu or cuda")
-    repeats: int = flag(3, "timed rounds, after one of warm-up")
-    rows: int = flag(24575, "datastore rows; taken to a multiple of --block_size less one")
+    repeats: int = flag(3, "timed rounds, after a warm-up round")
+    rows: int = flag(24575, "datastore rows; rounded to a multiple of --block_size less one")
     block_size: int = flag(1024, "tokens of a window")
     stride: int = flag(512, "tokens from one window to the next")
     memory_layers: int = flag(8, "layers of the memory")
-    k: int = flag(1024, "neighbours")
+    k: int = flag(1024, "neighbors")
     ncentroids: int = flag(128, "inverted lists")
     probe: int = flag(16, "inverted lists searched")
     code_size: int = flag(64, "bytes of a compressed key")
 
-    def check(self) -> None:
-        """Refuse what cannot be measured. Raises InputError."""
-        for name, value in vars(self).items():
-            if isinstance(value, int):
-                check_positive(f"--{name}", value)
-        if self.device not in ("cpu", "cuda"):
-            raise InputError(f"--device {self.device}: expected cpu or cuda")
-        import torch
-
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda: torch sees no GPU here; leave the flag out")
-
 
 @dataclass
 class Setting(BenchmarkArguments):
-    """The flags made definite: whole windows, absolute paths; and the files that are measured.
+    """The flags with whole windows and absolute paths, and the files that are measured."""
 
-    `rows` is one less than a multiple of `block_size`, and so is `test_rows`, of the windows that evaluation scores.
-    """
-
-    test_rows: int = 0
+    test_rows: int = 0  # of the windows that evaluation scores
 
     @classmethod
     def of(cls, arguments: BenchmarkArguments) -> Setting:
-        """The setting that the flags ask for; fetches the embedded model and text where none are named."""
-        paths = {"model": arguments.model or EMBEDDED / "model", "text": arguments.text or EMBEDDED / "wiki.txt"}
-        if not (arguments.model and arguments.text) and not all(Path(path).exists() for path in paths.values()):
+        """The setting that the flags ask for. Downloads the default model and text if none are named."""
+        if not (arguments.model and arguments.text):
             subprocess.run([sys.executable, "-m", "utils.embedded_default", "--output_dir", EMBEDDED], check=True)
-        for name, path in paths.items():
-            if not Path(path).exists():
-                raise InputError(f"--{name} {path}: no such file or folder")
+        paths = {"model": arguments.model or EMBEDDED / "model", "text": arguments.text or EMBEDDED / "wiki.jsonl"}
+        paths["output_dir"] = arguments.output_dir
         values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(BenchmarkArguments)}
         values |= {name: str(Path(path).resolve()) for name, path in paths.items()}
-        values["output_dir"] = str(Path(arguments.output_dir).resolve())
         values["rows"] = whole_windows(arguments.rows, arguments.block_size)
-        values["test_rows"] = whole_windows(max(arguments.rows // 3, arguments.block_size), arguments.block_size)
+        values["test_rows"] = whole_windows(arguments.rows // 3, arguments.block_size)
         return cls(**values)
 
     def record(self) -> dict[str, Any]:
-        """The setting without the machine's folders."""
+        """The setting without paths of this machine."""
         names = {name: Path(getattr(self, name)).name for name in ("model", "text")}
         return {name: value for name, value in vars(self).items() if name != "output_dir"} | names
 
-    # -- files ------------------------------------------------------------------------------------------
-
     @property
     def folder(self) -> Path:
-        """Of the stages' files, named by what they depend on."""
+        """Folder of the stages' files."""
         elsewhere = ("output_dir", "device", "repeats")
-        identity = {name: value for name, value in vars(self).items() if name not in elsewhere}
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+        settings = {name: value for name, value in vars(self).items() if name not in elsewhere}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
         return Path(self.output_dir) / "work" / digest
 
     def chain_folder(self, precision: str = "no") -> Path:
-        """Where the chain's files of a precision are."""
+        """Folder of the chain's files in a precision."""
         return self.folder / PRECISIONS[precision]
 
     def datastore(self, precision: str = "no") -> Path:
@@ -141,7 +121,7 @@ class Setting(BenchmarkArguments):
         return arguments.open_base(arguments.open_tokenizer(), device=self.device).requires_grad_(False)
 
     def memory(self) -> Any:
-        """A memory with random float32 weights: time and memory do not depend on their values."""
+        """A memory with random float32 weights, on which time and memory do not depend."""
         import torch
         from transformers import AutoConfig
 
@@ -150,15 +130,12 @@ class Setting(BenchmarkArguments):
         from utils.loading import load_tokenizer
 
         config = memory_config(AutoConfig.from_pretrained(self.model), self.memory_layers)
-        tokenizer = load_tokenizer(self.model)
-        config.vocab_size = config.vocab_size if tokenizer is None else vocabulary_size(tokenizer)
+        config.vocab_size = vocabulary_size(load_tokenizer(self.model, required=True))
         torch.manual_seed(0)
         return memory_class(config)(config).to(self.device, torch.float32).eval()
 
-    # -- commands ---------------------------------------------------------------------------------------
-
     def step(self, step: str, precision: str = "no", **changes: object) -> list[str]:
-        """Module and flags of one stage of the chain; of a flag that is there twice, as a changed one, the last counts."""
+        """Module and flags of one stage of the chain. A changed flag comes twice; the last one counts."""
         values = vars(self) | {
             "windows": self.folder / "windows",
             "folder": self.chain_folder(precision),
@@ -170,97 +147,89 @@ class Setting(BenchmarkArguments):
         words = [word.format(**values) for word in STEPS[step].split()]
         return words + [str(word) for name, value in changes.items() for word in (f"--{name}", value)]
 
-    def run_step(self, step: str, precision: str = "no", **changes: object) -> float:
-        """Run one stage of the chain; returns its seconds. Raises InputError when it fails."""
-        return self.run("-m", *self.step(step, precision, **changes))
+    def run_step(self, step: str, precision: str = "no") -> float:
+        """Run one stage of the chain; returns its seconds. Raises InputError if it fails."""
+        seconds = self.run("-m", *self.step(step, precision))
+        (self.chain_folder(precision) / f"{step}.done").touch()
+        return seconds
+
+    def prepare(self, last: str) -> None:
+        """Make the windows and the float32 files of the stages up to `last`, where they are missing."""
+        self.windows()
+        for step in [*STEPS][: [*STEPS].index(last) + 1]:
+            if not (self.chain_folder() / f"{step}.done").exists():
+                self.run_step(step)
 
     def run(self, *command: object, watch: Callable[[int], None] | None = None) -> float:
-        """Run `python …` from the repository's root, on the setting's device; returns its seconds.
+        """Run `python …` in the repository's root, on the setting's device; returns its seconds.
 
-        Args:
-            watch: called with the process's number, again and again until it ends.
-
-        Raises:
-            InputError: it failed; the end of what it said.
+        `watch` is called with the process's id until it ends. Raises InputError with the last line of a failed process.
         """
         hidden = {} if self.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
         environment = {**os.environ, **hidden, "TOKENIZERS_PARALLELISM": "false"}
-        with tempfile.TemporaryFile("w+") as said:
+        with tempfile.TemporaryFile("w+") as errors:
             start = time.perf_counter()
             words = [sys.executable, *map(str, command)]
             process = subprocess.Popen(
-                words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said
+                words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors
             )
             while watch and process.poll() is None:
                 watch(process.pid)
                 time.sleep(SAMPLE_SECONDS)
             status, seconds = process.wait(), time.perf_counter() - start
             if status:
-                said.seek(0)
-                lines = [line for line in said if line.strip()] or [f"exit status {status}"]
-                name = command[1] if command[0] == "-m" else "python"
-                raise InputError(f"{name}: failed, {one_line(lines[-1], 400)}")
+                errors.seek(0)
+                lines = [line for line in errors if line.strip()] or [f"exit status {status}"]
+                raise InputError(f"{command[1]}: failed, {one_line(lines[-1], 400)}")
         return seconds
 
     def watched(self, *command: str) -> dict[str, float]:
-        """Run a module with flags: its seconds, and its peak of anonymous memory (what is not mapped from files)."""
+        """Run a module with flags: its seconds, and its peak of anonymous memory (not mapped from files)."""
         peak = 0
 
         def watch(process: int) -> None:
             nonlocal peak
-            # No such line: a process that has just ended; no such file: another system than Linux.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # not on Linux, or the process has just ended
                 lines = Path(f"/proc/{process}/status").read_text().splitlines()
                 peak = max(peak, *(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon")), 0)
 
         return {"seconds": self.run("-m", *command, watch=watch), "peak_bytes": peak}
 
-    def prepare(self, upto: str) -> Setting:
-        """Make the windows and the float32 files of the stages up to `upto`, where they are missing."""
-        self.windows()
-        for step in [*STEPS][: [*STEPS].index(upto) + 1]:
-            # Complete outputs are recognised by the commands themselves; the mark spares starting them.
-            mark = self.chain_folder() / f"{step}.done"
-            if not mark.exists():
-                self.run_step(step)
-                mark.touch()
-        return self
-
 
 def whole_windows(rows: int, block_size: int) -> int:
-    """The nearest number of rows that whole windows of overlapping text have: a multiple of `block_size` less one."""
+    """The nearest number of rows that whole overlapping windows have: a multiple of `block_size` less one."""
     return max(round((rows + 1) / block_size), 1) * block_size - 1
 
 
 def make_windows(setting: Setting) -> None:
-    """Write the windows folder: train, test, exactly as many tokens as the rows ask for."""
+    """Write the windows folder with splits train and test, of exactly as many tokens as the rows need."""
     import datasets
     import numpy as np
 
-    from utils.legacy import atomic_folder
+    from utils.files import atomic
     from utils.loading import load_tokenizer
-    from utils.windows import WindowSizes, cut_windows
 
-    sizes = WindowSizes(setting.block_size, setting.stride)
-    tokenizer = load_tokenizer(setting.model, required=True)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     wanted = setting.rows + 1 + setting.test_rows + 1
     text = Path(setting.text).read_text(encoding="utf-8")
-    found: list[int] = []
-    # A token has about four characters; no more of the text is tokenized than is needed.
-    for start in range(0, len(text), 1 << 18):
-        if len(found) < wanted:
-            found += tokenizer(text[start : start + (1 << 18)], verbose=False)["input_ids"]
+    if setting.text.endswith(".jsonl"):
+        text = "".join(json.loads(line)["text"] for line in text.split("\n")[:-1])
+    # A token has about four characters.
+    found = load_tokenizer(setting.model, required=True)(text[: 8 * wanted], verbose=False)["input_ids"][:wanted]
     if len(found) < wanted:
-        raise InputError(f"--text {setting.text}: has {len(found)} tokens, {wanted} are needed; ask for fewer --rows")
-    train, test = np.split(np.asarray(found[:wanted], dtype=np.int32), [setting.rows + 1])
+        raise InputError(f"--text {setting.text}: has {len(found)} tokens, {wanted} are needed; lower --rows")
+    train, test = np.split(np.asarray(found, dtype=np.int32), [setting.rows + 1])
     splits = {}
     for split, tokens in (("train", train), ("test", test)):
-        pieces = list(cut_windows(tokens, sizes, pad))
-        ids, labels = (np.concatenate(column) for column in zip(*pieces, strict=True))  # (windows, block_size) each
-        ends = (labels[:, 1:] != sizes.padding_index).sum(1).cumsum()
-        columns = {"input_ids": ids, "labels": labels, "attention_mask": np.ones(ids.shape, dtype=np.int8)}
-        columns["dstore_range"] = np.stack([[0, *ends[:-1]], ends], axis=1)
-        splits[split] = datasets.Dataset.from_dict(columns)
-    with atomic_folder(setting.folder / "windows") as folder:
+        rows, first = [], 0
+        for start in range(0, len(tokens), setting.stride):
+            end, begin = min(start + setting.stride, len(tokens)), max(start + setting.stride - setting.block_size, 0)
+            ids = np.zeros(setting.block_size, dtype=np.int32)  # padded on the right
+            ids[: end - begin] = tokens[begin:end]
+            labels = np.full(setting.block_size, -100, dtype=np.int32)
+            labels[start - begin : end - begin] = tokens[start:end]
+            last = first + int((labels[1:] != -100).sum())
+            rows.append({"input_ids": ids, "labels": labels, "attention_mask": np.ones_like(ids, dtype=np.int8)})
+            rows[-1]["dstore_range"], first = [first, last], last
+        splits[split] = datasets.Dataset.from_list(rows)
+    with atomic(setting.folder / "windows") as folder:
         datasets.DatasetDict(splits).save_to_disk(str(folder))

@@ -12,17 +12,14 @@ from typing import Any
 
 @dataclass
 class Row:
-    """One figure beside its target.
+    """One figure and its target.
 
     Attributes:
-        name: what is measured.
         reached: the figure; None where it was not measured.
-        sign: "<=" where the target is a ceiling, ">=" where it is a floor.
-        target: the figure to reach.
-        unit: of both; "x" for a ratio.
-        detail: what the ratio is made of, or why there is none.
-        applies: False where this machine cannot reach the target whatever the code does; `detail` says why.
-        stage: which benchmark; `benchmarks.run` fills it in.
+        sign: "<=" or ">=": the target is an upper or a lower bound.
+        unit: of `reached` and `target`; "x" for a ratio.
+        detail: the figures behind a ratio, or why there is none.
+        applies: False where this machine cannot reach the target, whatever the code does.
     """
 
     name: str
@@ -34,12 +31,8 @@ class Row:
     applies: bool = True
     stage: str = ""
 
-    def __post_init__(self) -> None:
-        if self.reached is not None and not math.isfinite(self.reached):
-            self.reached = None
-
     def share(self) -> float | None:
-        """How much of the target is used: 1 or less is reached, whichever the sign; None where nothing was measured."""
+        """How much of the target is used: up to 1 it is reached, whatever the sign; None where nothing was measured."""
         if self.reached is None:
             return None
         if self.sign == "<=":
@@ -47,6 +40,7 @@ class Row:
         return self.target / self.reached if self.reached else math.inf
 
     def verdict(self) -> str:
+        """One of "reached", "missed" and "not on this machine"."""
         share = self.share()
         if share is not None and share <= 1:
             return "reached"
@@ -54,18 +48,18 @@ class Row:
 
 
 class Timings(dict[str, list[float]]):
-    """Seconds of each run, round by round."""
+    """Seconds of each run, by round."""
 
     def median(self, name: str) -> float:
         return median(self[name])
 
     def ratio(self, over: str, under: str) -> float:
-        """Median over rounds of one run's seconds / another's: the two of a round met the same machine."""
+        """Median over rounds of one run's seconds / another's: both runs of a round have the same load on the machine."""
         return median(a / b for a, b in zip(self[over], self[under], strict=True))
 
 
 def rounds(runs: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> Timings:
-    """Time each run `repeats` times after one round of warm-up, in turn, so that a busy machine hits all alike."""
+    """Time each run `repeats` times in turn, after one warm-up round."""
     seconds = Timings({name: [] for name in runs})
     for number in range(-1, repeats):
         for name, run in runs.items():
@@ -85,7 +79,7 @@ def timed(run: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def wait(device: str) -> None:
-    """Until the device has done what it was asked."""
+    """Wait until the device has finished its work."""
     if device != "cpu":
         import torch
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from knn_utils.datastore import Datastore, check_belongs
+from knn_utils.datastore import Datastore
 from knn_utils.search import KNNSearcher
-from utils.errors import InputError
-from utils.evaluation import count_rows
-from utils.loading import load_windows
+from utils.artefact import read_made, require
+from utils.loading import BaseArguments, load_windows
 
 TOKENS_BEFORE, TOKENS_AFTER = 24, 8
 PROBE = 32
@@ -19,9 +20,9 @@ PROBE = 32
 
 @dataclass(frozen=True)
 class Passage:
-    """A training position whose hidden state is near: the text before it, the token that followed, the text after.
+    """A training position: the text before it, the token that followed, the text after that.
 
-    `distance`: squared L2 between the hidden states.
+    `distance`: squared L2 distance of the hidden states.
     """
 
     before: str
@@ -32,62 +33,38 @@ class Passage:
 
 
 class Passages:
-    """A datastore, its index and its windows, opened for looking passages up. `belongs`: for `check_belongs`.
+    """Looks up training passages in a datastore, its index and its windows (paths), opened for the base of `arguments`.
 
-    Raises:
-        InputError: one of them is missing, or they do not belong together or to the model.
+    Raises InputError if the datastore was made from another base, block or windows.
     """
 
     def __init__(
-        self,
-        dstore_path: str | None,
-        index_path: str | None,
-        dataset_name: str | None,
-        tokenizer: Any,
-        *,
-        split: str = "train",
-        **belongs: Any,
+        self, datastore: str, index: str, windows: str, split: str, tokenizer: Any, arguments: BaseArguments
     ) -> None:
-        given = {"--dstore_path": dstore_path, "--index_path": index_path, "--dataset_name": dataset_name}
-        for name, value in given.items():
-            if not value:
-                raise InputError(f"{name}: is needed to show training passages, as all of {', '.join(given)} are")
-        datastore = Datastore.open(dstore_path)
-        self._searcher = KNNSearcher(index_path, probe=PROBE, datastore=datastore)
-        self._windows = load_windows(dataset_name, split)
+        made = read_made(windows)
+        belongs = {"base": arguments.base_id(), "windows": made and made.id, "layer_position": arguments.layer_position}
+        require(datastore, read_made(datastore), **belongs)
+        self._searcher = KNNSearcher(index, probe=PROBE, datastore=Datastore.open(datastore))
+        self._windows = load_windows(windows, split)
         self._tokenizer = tokenizer
-        check_belongs(datastore, windows=self._windows, **belongs)
-        counts = count_rows(self._windows)
-        self._starts = np.cumsum(counts) - counts
 
-    def nearest(self, hidden: Any, count: int) -> list[list[Passage]]:
+    def nearest(self, hidden: torch.Tensor, count: int) -> list[list[Passage]]:
         """For each hidden state (n, hidden) the `count` nearest training positions, nearest first."""
-        # Keys are float16 in the datastore, so the queries are as well.
-        queries = hidden.detach().float().cpu().numpy().astype(np.float16)
-        distances, rows = self._searcher.search(queries, min(count, self._searcher.rows), source="hidden states")
+        queries = hidden.float().cpu().numpy().astype(np.float16)  # as the datastore's keys
         return [
-            [self._passage(int(row), float(distance)) for distance, row in zip(*pair, strict=True) if row >= 0]
-            for pair in zip(distances, rows, strict=True)
+            [self._passage(int(row), float(distance)) for distance, row in zip(*hits, strict=True) if row >= 0]
+            for hits in zip(*self._searcher.search(queries, count), strict=True)
         ]
 
     def _passage(self, row: int, distance: float) -> Passage:
         """The text around a datastore row."""
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        number = bisect_right(self._windows, row, key=lambda window: window["dstore_range"][0]) - 1
         window = self._windows[number]
-        ids, labels = np.asarray(window["input_ids"]), np.asarray(window["labels"])  # (time,) each
-        predicted = np.flatnonzero(labels[1:] != -100)
-        place = int(predicted[row - int(self._starts[number])]) + 1  # of the token that followed
-        after = slice(place + 1, place + 1 + TOKENS_AFTER)
-        # A BOS token that each window begins with is no text.
-        has_bos = ids[0] == self._tokenizer.bos_token_id and labels[0] == -100
-        begin = max(int(has_bos), place - TOKENS_BEFORE)
-        decode = self._tokenizer.decode
-        before, followed = decode(ids[begin:place].tolist()), decode(ids[begin : place + 1].tolist())
-        whole = decode([*ids[begin : place + 1].tolist(), *ids[after][labels[after] != -100].tolist()])
-        return Passage(
-            before=before,
-            next=followed.removeprefix(before),
-            after=whole.removeprefix(followed),
-            token_id=int(ids[place]),
-            distance=distance,
-        )
+        ids, labels, first_row = window["input_ids"], window["labels"], window["dstore_range"][0]
+        place = np.flatnonzero(labels[1:] != -100)[row - first_row] + 1  # of the token that followed
+        begins_with_bos = ids[0] == self._tokenizer.bos_token_id and labels[0] == -100
+        begin = max(int(begins_with_bos), place - TOKENS_BEFORE)
+        end = place + 1 + np.count_nonzero(labels[place + 1 : place + 1 + TOKENS_AFTER] != -100)  # without padding
+        before, followed, whole = (self._tokenizer.decode(ids[begin:stop]) for stop in (place, place + 1, end))
+        texts = (before, followed.removeprefix(before), whole.removeprefix(followed))
+        return Passage(*texts, token_id=int(ids[place]), distance=distance)

@@ -1,115 +1,163 @@
-"""Two continuations of one prompt, the base's and the mixture's, made token by token in turn.
+"""Both continuations of a prompt, base and base + memory, made by one `generate` call of the base.
 
-Each has its own attention cache and random state. So a seed gives the same text whatever the other side does, and with
-lambda 0 both sides are equal, sampled or not.
+The prompt is a batch of two rows. A logits processor leaves the first row to the base, gives the second the mixture,
+and records what base, memory and mixture say about each token. Both rows use the same random numbers, so continuations
+differ only by the memory: with lambda 0 they are equal, even when sampled.
 """
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import Queue
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import LogitsProcessor, TopPLogitsWarper
+from transformers.generation import BaseStreamer
 
 from demo.pair import Sampling
 from models import MLPMemory
-from utils.errors import InputError
+from models.capture import HiddenCapture, captured_module
+from models.joint_config import ADAPTIVE
+from models.mixture import fixed_log_weights, gate_log_weights, log_mixture
+from models.mlpMemory import room_after
 
-BASE, JOINT = "base", "joint"
+SIDES = BASE, JOINT = "base", "joint"
+SOURCES = ("base", "memory", "mixture")
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-ANCHOR_TOKENS = 8  # tokens before, decoded along: some tokenizers drop the blank in front of a text's first word
+ANCHOR_TOKENS = 8  # decoded along, since some tokenizers drop the space at the start of a text
 
 
-def encode_prompt(joint: MLPMemory, tokenizer: Any, prompt: str, sampling: Sampling) -> tuple[torch.Tensor, str | None]:
-    """Token ids (1, time) of a prompt, and a remark where `sampling.max_new_tokens` was lowered to fit the context.
+@dataclass
+class Token:
+    """A generated token and the distributions that it was chosen from.
 
-    Raises InputError when the prompt is empty or longer than the base's context.
+    `log_probs`: its log-probability (nats) in each of SOURCES. `top`: the most probable tokens of each, [(token id,
+    probability)]. `lmbda`: the memory's weight. `hidden`: the captured hidden state (hidden,). `demo.viewer` fills in
+    `texts` (of it and its candidates, by token id) and `passages`.
     """
-    ids = tokenizer(prompt, return_tensors="pt").input_ids if prompt.strip() else torch.empty(1, 0)
-    length, context = ids.shape[1], joint.config.max_position_embeddings
-    if length == 0:
-        raise InputError("--prompt: is empty, expected some text to continue")
-    if context is not None and length > context:
-        raise InputError(f"--prompt: {length} tokens, longer than the base's context of {context}; shorten it")
-    room = math.inf if context is None else context - length + 1  # the last token is never fed back
-    if sampling.max_new_tokens <= room:
-        return ids, None
-    sampling.max_new_tokens = room
-    return ids, f"the context of {context} tokens leaves room for {room} new ones"
+
+    token_id: int
+    log_probs: dict[str, float]
+    top: dict[str, list[tuple[int, float]]]
+    lmbda: float
+    hidden: torch.Tensor
+    texts: dict[int, str] = field(default_factory=dict)
+    passages: list[Any] | None = None
+
+    @property
+    def moved(self) -> float:
+        """log p_mixture - log p_base in nats; at least log(1 - lambda)."""
+        return self.log_probs["mixture"] - self.log_probs["base"]
+
+
+class SideBySide(LogitsProcessor, BaseStreamer):
+    """Logits processor and streamer of a `generate` call on two rows; `queue` gets the tokens so far at each step."""
+
+    def __init__(self, joint: MLPMemory, sampling: Sampling, candidates: int) -> None:
+        self.queue: Queue[dict[str, list[Token]] | None] = Queue()
+        self.stopped = False
+        self._joint, self._sampling, self._candidates = joint, sampling, candidates
+        self._lmbda, self._memory_temp = joint.lmbda, joint.knn_temp
+        self._random = torch.Generator().manual_seed(sampling.seed)
+        self._steps: deque[tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]] = deque()
+        self._made: dict[str, list[Token]] = {side: [] for side in SIDES}
+        ends = joint.base_lm.generation_config.eos_token_id
+        self._ends = ends if isinstance(ends, list) else [ends]
+
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int) -> None:
+        """Continue `input_ids` (1, time) up to the context; raises ValueError if the prompt is empty or too long."""
+        base = self._joint.base_lm
+        room = room_after(input_ids, None, self._joint.config.max_position_embeddings)
+        ids = input_ids.expand(2, -1).to(base.get_input_embeddings().weight.device)
+        with HiddenCapture(captured_module(base, self._joint.layer_position)) as self._capture:
+            base.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=min(max_new_tokens, room),
+                do_sample=False,
+                num_beams=1,
+                disable_compile=True,  # the capture is a hook
+                pad_token_id=self._ends[0] or 0,
+                logits_processor=[self],
+                stopping_criteria=[lambda ids, scores, **_: self.stopped],
+                streamer=self,
+            )
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The base's logits (2, vocabulary) → scores whose argmax are the next tokens."""
+        hidden = self._capture.take()[:, -1]  # (2, hidden)
+        base = scores.log_softmax(-1)
+        memory = self._joint.memory_logits(hidden).to(base.device).float()
+        memory = (memory / self._memory_temp).log_softmax(-1)
+        if self._lmbda == ADAPTIVE:
+            weights = gate_log_weights(self._joint.gate(base, memory, hidden))  # (2, 1) each
+        else:
+            weights = fixed_log_weights(self._lmbda)
+        mixture = log_mixture([base, memory], weights)
+        lmbda = torch.as_tensor(weights[1]).exp().expand(2, 1)
+        self._steps.append((dict(zip(SOURCES, (base, memory, mixture), strict=True)), lmbda, hidden))
+        chosen = torch.stack([base[0], mixture[1]])
+        if self._sampling.temperature <= 0:
+            return chosen
+        # The Gumbel-max trick: the argmax of log-probabilities plus Gumbel noise is a sample.
+        chosen = TopPLogitsWarper(self._sampling.top_p)(input_ids, chosen / self._sampling.temperature)
+        noise = torch.empty(chosen.shape[-1]).exponential_(generator=self._random)
+        return chosen - noise.log().to(chosen.device)
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate` with the prompt (2, time), then with the two tokens of each step."""
+        if value.ndim == 2:
+            return
+        scores, lmbda, hidden = self._steps.popleft()
+        best = {name: each.exp().topk(min(self._candidates, each.shape[-1])) for name, each in scores.items()}
+        for row, (token, tokens) in enumerate(zip(value.tolist(), self._made.values(), strict=True)):
+            if tokens and tokens[-1].token_id in self._ends:
+                continue  # this is padding
+            log_probs = {name: each[row, token].item() for name, each in scores.items()}
+            top = {
+                name: list(zip(each.indices[row].tolist(), each.values[row].tolist(), strict=True))
+                for name, each in best.items()
+            }
+            tokens.append(Token(token, log_probs, top, lmbda[row].item(), hidden[row]))
+        self.queue.put({side: tokens.copy() for side, tokens in self._made.items()})
+
+    def end(self) -> None:
+        """Called by `generate` at its end, but not after an error: `side_by_side` ends the queue instead."""
 
 
 def side_by_side(
-    joint: MLPMemory, tokenizer: Any, input_ids: torch.Tensor, sampling: Sampling, *, in_turn: bool = True
-) -> Iterator[tuple[str, list[int]]]:
-    """Yield (BASE or JOINT, its next token ids) until both have ended; beams come all at once at the end.
+    joint: MLPMemory, input_ids: torch.Tensor, sampling: Sampling, max_new_tokens: int, candidates: int = 6
+) -> Iterator[dict[str, list[Token]]]:
+    """Yield {BASE: its tokens so far, JOINT: its tokens so far} after each step, until both have ended.
 
-    `input_ids` (1, time). A token of each in turn, or, without `in_turn`, first all of the base's. The texts are the
-    same. The joint model's lambda and temperature must not change meanwhile.
+    `input_ids` (1, time). Generation runs in its own thread, and stops at the next token if the iterator is closed.
+    Raises ValueError for an empty prompt, one longer than the context, and top_p out of range.
     """
-    sides = {
-        BASE: continuation(joint.base_lm, tokenizer, input_ids, sampling),
-        JOINT: continuation(joint, tokenizer, input_ids, sampling),
-    }
-    while sides:
-        for side in list(sides)[: None if in_turn else 1]:
-            tokens = next(sides[side], None)
-            if tokens is None:
-                del sides[side]
-            else:
-                yield side, tokens
-
-
-def continuation(model: Any, tokenizer: Any, input_ids: torch.Tensor, sampling: Sampling) -> Iterator[list[int]]:
-    """Yield the token ids that `generate` makes after `input_ids` (1, time), one at a time; those of beams together."""
-    ids = input_ids.to(model.get_input_embeddings().weight.device)
-    # Only a beam that has ended is padded, and its padding is not shown.
-    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    options = sampling.options() | {"pad_token_id": next(token for token in pads if token is not None)}
-    at_once = sampling.max_new_tokens
-    if sampling.num_beams == 1:
-        at_once = 1
-        # The cache makes each call go on where the one before ended.
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        options |= {"past_key_values": cache, "cache_implementation": None}
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    states = None
-    for _ in range(0, sampling.max_new_tokens, at_once):
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            if states is None:
-                torch.manual_seed(sampling.seed)
-            else:
-                torch.set_rng_state(states[0])
-                torch.cuda.set_rng_state_all(states[1])
-            whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=at_once, **options)
-            states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-        tokens, ids = whole[0, ids.shape[1] :].tolist(), whole
-        yield tokens
-        if tokens[-1] in ends:
-            return
+    both = SideBySide(joint, sampling, candidates)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(both.generate, input_ids, max_new_tokens)
+        future.add_done_callback(lambda _: both.queue.put(None))
+        try:
+            yield from iter(both.queue.get, None)
+        finally:
+            both.stopped = True
+        future.result()
 
 
 def text_after(tokenizer: Any, before: list[int], tokens: list[int], *, special: bool = False) -> str:
-    """What `tokens` add to a text that ends in the tokens `before`; with `special`, special tokens by name."""
+    """What `tokens` add to a text that ends in the tokens `before`; `special` keeps special tokens."""
     anchor = before[-ANCHOR_TOKENS:]
-    start = tokenizer.decode(anchor, skip_special_tokens=not special)
-    whole = tokenizer.decode(anchor + tokens, skip_special_tokens=not special)
-    if whole.startswith(start):
-        return whole[len(start) :]
-    # The anchor ends within a character that the first token completes.
-    return tokenizer.decode(tokens, skip_special_tokens=not special)
+    start, whole, alone = (
+        tokenizer.decode(each, skip_special_tokens=not special) for each in (anchor, anchor + tokens, tokens)
+    )
+    # It does not start so where the anchor ends within a character.
+    return whole.removeprefix(start) if whole.startswith(start) else alone
 
 
-class RunningText:
-    """The text of a continuation while its tokens come. A character that is not complete yet is held back."""
-
-    def __init__(self, tokenizer: Any, prompt_ids: list[int]) -> None:
-        self.tokens: list[int] = []
-        self._tokenizer, self._prompt = tokenizer, prompt_ids
-
-    def text(self, *, ended: bool = False) -> str:
-        """All of it so far; with `ended`, incomplete characters included."""
-        text = text_after(self._tokenizer, self._prompt, self.tokens)
-        return text if ended else text.rstrip(INCOMPLETE)
+def running_text(tokenizer: Any, prompt_ids: list[int], tokens: list[Token]) -> str:
+    """The text of a continuation so far, without a last character that is still incomplete."""
+    return text_after(tokenizer, prompt_ids, [token.token_id for token in tokens]).rstrip(INCOMPLETE)

@@ -1,137 +1,122 @@
-"""A run of the page: settings in, HTML out while the continuations grow, then each token inspected."""
+"""The page as Gradio blocks: settings, both texts as they grow, and the inspector of their tokens."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
+import gradio
 import torch
 
 from demo import page
-from demo.inspection import InspectedToken, inspect_tokens
-from demo.pair import Sampling
+from demo.pair import Pair, Sampling, short_name
 from demo.passages import Passages
-from demo.streams import BASE, JOINT, RunningText, encode_prompt, side_by_side, text_after
+from demo.streams import Token, running_text, side_by_side, text_after
 from models import MLPMemory
-from utils.errors import InputError, check_positive, one_line
-from utils.results import ADAPTIVE, check_lambda
-
-HEADINGS = {BASE: "Base", JOINT: "Base + memory"}
+from models.gate import LambdaGate
+from utils.results import ADAPTIVE
 
 
-class View(NamedTuple):
-    """What the page shows, as HTML."""
-
-    base: str
-    joint: str
-    inspector: str
-    status: str
-
-
+@dataclass
 class Viewer:
-    """Runs prompts, one at a time: the page's queue sees to that.
+    """Runs prompts, one at a time: the page's queue ensures that.
 
-    Args:
-        joint, tokenizer: the models.
-        passages: where training passages are looked up, or None.
-        passage_count, candidate_count: how many of each are shown for a token.
+    `passages`: where training passages are looked up, or None. `passage_count`, `candidate_count`: how many of each are
+    shown per token. `stopped`: set it to end the current run at the next token.
     """
 
-    def __init__(
-        self,
-        joint: MLPMemory,
-        tokenizer: Any,
-        passages: Passages | None = None,
-        *,
-        passage_count: int = 3,
-        candidate_count: int = 6,
-    ) -> None:
-        self.joint, self.tokenizer = joint, tokenizer
-        self._passages, self._passage_count, self._candidate_count = passages, passage_count, candidate_count
-        self._owner: object = None
-        self._stopped = False
-
-    def empty(self) -> View:
-        """The view before the first run."""
-        return self._view("", {}, "")
-
-    def stop(self, owner: object = None) -> None:
-        """End the run of `owner` at the next token; what was made is inspected."""
-        self._stopped = self._stopped or self._owner == owner
-
-    def has_gate(self) -> bool:
-        """Whether lambda may be "adaptive": the memory has a gate for this base."""
-        before = self.joint.lmbda, self.joint.knn_temp
-        try:
-            self.joint.lmbda = ADAPTIVE
-        except ValueError:
-            return False
-        self.joint.lmbda, self.joint.knn_temp = before
-        return True
+    joint: MLPMemory
+    tokenizer: Any
+    passages: Passages | None = None
+    passage_count: int = 3
+    candidate_count: int = 6
+    stopped: bool = False
 
     def run(
-        self, prompt: str, lmbda: float | str, knn_temp: float, sampling: Sampling, owner: object = None
-    ) -> Iterator[View]:
-        """Yield the view while both continuations grow, at last with every token inspected.
+        self, prompt: str, lmbda: float | str, memory_temp: float, max_new_tokens: int, sampling: Sampling
+    ) -> Iterator[tuple[str, str, str, str]]:
+        """Yield (base's text, text of base + memory, inspector's HTML, status) after each token and at the end.
 
-        With lambda "adaptive" the memory's temperature is its gate's.
-        Bad input and want of memory are told in the view's status.
+        With lambda "adaptive" the gate's own memory temperature is used. Raises gradio.Error for settings out of range,
+        an empty or too long prompt, and a full GPU.
         """
-        self._owner, self._stopped = owner, False
+        self.stopped, started = False, time.monotonic()
         try:
-            sampling.check()
-            self.joint.knn_temp = check_positive("--memory temperature", knn_temp)
-            self.joint.lmbda = check_lambda("--lambda", lmbda)
-            input_ids, remark = encode_prompt(self.joint, self.tokenizer, prompt, sampling)
+            self.joint.knn_temp, self.joint.lmbda = memory_temp, lmbda
+            input_ids = self.tokenizer(prompt, return_tensors="pt").input_ids
             prompt_ids = input_ids[0].tolist()
-            texts = {side: RunningText(self.tokenizer, prompt_ids) for side in (BASE, JOINT)}
-            started = time.monotonic()
-            for side, tokens in side_by_side(self.joint, self.tokenizer, input_ids, sampling):
-                texts[side].tokens += tokens
-                if side == JOINT:  # one view for a token of each
-                    yield self._view(prompt, texts, "generating …", running=True)
-                if self._stopped:
+            for made in side_by_side(self.joint, input_ids, sampling, max_new_tokens, self.candidate_count):
+                texts = [prompt + running_text(self.tokenizer, prompt_ids, tokens) for tokens in made.values()]
+                yield *texts, "", "generating …"
+                if self.stopped:
                     break
-            told = f"{sum(len(each.tokens) for each in texts.values())} tokens in {time.monotonic() - started:.1f} s"
-            told = "; ".join(filter(None, ("stopped" if self._stopped else None, told, remark)))
-            yield self._view(prompt, texts, "looking inside …")
-            sides = {
-                side: (f"{HEADINGS[side]}, token by token", self._inspected(prompt_ids, each.tokens))
-                for side, each in texts.items()
-            }
-            yield self._view(prompt, texts, told, inspector=page.inspector(sides, adaptive=lmbda == ADAPTIVE))
-        except (InputError, torch.OutOfMemoryError) as error:
-            yield self._view(prompt, {}, one_line(error).removeprefix("--"), problem=True)
-        finally:
-            self._owner = None
+            status = f"{sum(map(len, made.values()))} tokens in {time.monotonic() - started:.1f} s"
+            for tokens in made.values():
+                self._add_texts(prompt_ids, tokens)
+            yield *texts, page.inspector(made), status
+        except (ValueError, torch.OutOfMemoryError) as error:
+            raise gradio.Error(str(error), print_exception=False) from None
 
-    def _view(
-        self,
-        prompt: str,
-        texts: dict[str, RunningText],
-        status: str,
-        *,
-        inspector: str = "",
-        running: bool = False,
-        problem: bool = False,
-    ) -> View:
-        shown = {side: text.text(ended=not running) for side, text in texts.items()}
-        panes = [
-            page.running_text(side, heading, prompt if texts else "", shown.get(side, ""), running=running)
-            for side, heading in HEADINGS.items()
-        ]
-        return View(*panes, inspector, page.status(status, problem=problem))
-
-    def _inspected(self, prompt_ids: list[int], tokens: list[int]) -> list[InspectedToken]:
-        """The tokens of a continuation with their numbers, texts and passages."""
-        whole = prompt_ids + tokens
-        inspected, hidden = inspect_tokens(self.joint, whole, len(prompt_ids), self._candidate_count)
-        for token in inspected:
-            named = {token.token_id, *(candidate for top in token.top.values() for candidate, _ in top)}
-            before = whole[: token.position]
-            token.texts = {each: text_after(self.tokenizer, before, [each], special=True) for each in named}
-        if self._passages is not None and inspected:
-            for token, nearest in zip(inspected, self._passages.nearest(hidden, self._passage_count), strict=True):
+    def _add_texts(self, prompt_ids: list[int], tokens: list[Token]) -> None:
+        """Fill in `texts` and `passages` of a continuation's tokens."""
+        ids = prompt_ids + [token.token_id for token in tokens]
+        for place, token in enumerate(tokens, len(prompt_ids)):
+            shown = {token.token_id, *(candidate for top in token.top.values() for candidate, _ in top)}
+            token.texts = {each: text_after(self.tokenizer, ids[:place], [each], special=True) for each in shown}
+        if self.passages is not None:
+            found = self.passages.nearest(torch.stack([token.hidden for token in tokens]), self.passage_count)
+            for token, nearest in zip(tokens, found, strict=True):
                 token.passages = nearest
-        return inspected
+
+
+def build(viewer: Viewer, pair: Pair, sampling: Sampling) -> gradio.Blocks:
+    """The page, with the settings of `pair` and `sampling` at first."""
+    adaptive = pair.lmbda == ADAPTIVE
+    has_gate = adaptive or LambdaGate.load(viewer.joint.knn_generator.name_or_path) is not None
+    private = {"api_visibility": "private", "show_progress": "hidden"}
+
+    def slider(
+        name: str, label: str, least: float, most: float, step: float, value: float, visible: bool = True
+    ) -> Any:
+        return gradio.Slider(least, max(most, value), value, step=step, label=label, elem_id=name, visible=visible)
+
+    def run(prompt: str, by_token: bool, lmbda: float, memory_temp: float, new_tokens: int, *sampling: Any) -> Any:
+        yield from viewer.run(prompt, ADAPTIVE if by_token else lmbda, memory_temp, new_tokens, Sampling(*sampling))
+
+    with gradio.Blocks(title="MLP Memory", analytics_enabled=False) as blocks:
+        gradio.Markdown(
+            f"# MLP Memory\nbase {short_name(pair.model_name_or_path)}; memory {short_name(pair.knn_generator_path)}"
+        )
+        with gradio.Row():
+            with gradio.Column(scale=3):
+                prompt = gradio.Textbox(pair.prompt, label="Prompt", lines=5, max_lines=12, elem_id="prompt")
+                with gradio.Row():
+                    go = gradio.Button("Continue", variant="primary", elem_id="go")
+                    stop = gradio.Button("Stop", elem_id="stop")
+            with gradio.Column(scale=2):
+                label = "Lambda by token: the memory's gate, with its own temperature"
+                by_token = gradio.Checkbox(adaptive, label=label, visible=has_gate, elem_id="adaptive")
+                weight = Pair.lmbda if adaptive else pair.lmbda
+                lmbda = slider("lambda", "Lambda: weight of the memory", 0, 1, 0.01, weight, not adaptive)
+                label = "Temperature of the memory"
+                memory_temp = slider("memory_temp", label, 0.1, 4, 0.01, pair.memory_temp, not adaptive)
+                with gradio.Accordion("Sampling", open=False, elem_id="sampling"):
+                    settings = [
+                        slider("new_tokens", "New tokens", 1, 256, 1, pair.max_new_tokens),
+                        slider("temperature", "Sampling temperature (0: greedy)", 0, 2, 0.05, sampling.temperature),
+                        slider("top_p", "Top-p", 0.05, 1, 0.01, sampling.top_p),
+                        gradio.Number(sampling.seed, label="Seed", precision=0, minimum=0, elem_id="seed"),
+                    ]
+        status = gradio.Markdown(elem_id="status")
+        with gradio.Row():
+            base = gradio.Textbox(label="Base", lines=4, max_lines=12, elem_id="base")
+            joint = gradio.Textbox(label="Base + memory", lines=4, max_lines=12, elem_id="joint")
+        inspector = gradio.HTML(elem_id="inspector", padding=False)
+
+        inputs, outputs = [prompt, by_token, lmbda, memory_temp, *settings], [base, joint, inspector, status]
+        gradio.on([go.click, prompt.submit], run, inputs, outputs, concurrency_limit=1, **private)
+        stop.click(lambda: setattr(viewer, "stopped", True), queue=False, **private)
+        by_token.change(lambda on: [gradio.update(visible=not on)] * 2, by_token, [lmbda, memory_temp], **private)
+    return blocks

@@ -1,15 +1,18 @@
-"""Question answering with a base model, or a base with its MLP memory: one task, its predictions and its scores.
+"""Question answering with a base model, or with a base and its MLP memory.
 
     python -m downstream.eval_qa --do_eval --task nq --model_name_or_path BASE --dataset_name nq_open_dev.jsonl \\
         --use_neural_knn --knn_generator_path MEMORY --lmbda 0.5 --output_dir results/nq
 
-Writes `predictions.jsonl` (a line for each row, as they come) and `results.json` (scores from 0 to 1). The same
-command again goes on after the last complete line.
+Writes `predictions.jsonl` (one line per row) and `results.json` (scores from 0 to 1). The same command continues an
+interrupted run after the last complete line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,16 +25,16 @@ if __package__ in (None, ""):
 
 from downstream.model import ModelArguments
 from downstream.tasks import TASKS, Prompt, Task
-from utils.cli import command, flag, note_unused, parse, required
-from utils.errors import InputError, check_positive
+from utils.cli import command, flag, parse, required
+from utils.errors import InputError
 from utils.results import lambda_text
 
 
 @dataclass
 class QAArguments:
-    """Which questions, and where the answers go."""
+    """The questions, and the output folder."""
 
-    output_dir: str = required("folder of predictions.jsonl and results.json")
+    output_dir: str = required("folder for predictions.jsonl and results.json")
     task: str = flag("nq", "; ".join(f"{name}: {task.about}" for name, task in TASKS.items()))
     dataset_name: str | None = flag(
         None, "file (.jsonl, .json, .csv, .tsv, .parquet), folder or hub name; default: the task's dataset on the hub"
@@ -39,25 +42,15 @@ class QAArguments:
     dataset_config_name: str | None = flag(None, "configuration of a hub dataset; default: the task's")
     eval_subset: str | None = flag(None, "split of a folder or hub dataset; default: the task's")
     prompt_file: str | None = flag(None, "the benchmark's own prompt text, for truthfulqa, halueval, halueval_judge")
-    start: int = flag(0, "leave out so many rows at the beginning")
-    max_eval_samples: int | None = flag(None, "take so many rows at most")
-    per_device_eval_batch_size: int = flag(8, "sequences in one forward pass; changes the speed, not the results")
-    do_eval: bool = flag(False, "evaluate (the command's only job, so it is done without the flag too)")
-    overwrite: bool = flag(False, "answer again what the output folder holds, whatever its settings")
-
-    def check(self) -> None:
-        """Check the values by themselves. Raises InputError."""
-        if self.task not in TASKS:
-            raise InputError(f"--task {self.task}: unknown, expected one of {', '.join(TASKS)}")
-        if self.start < 0:
-            raise InputError(f"--start {self.start}: expected a row number from 0")
-        for name in ("max_eval_samples", "per_device_eval_batch_size"):
-            if getattr(self, name) is not None:
-                check_positive(f"--{name}", getattr(self, name))
+    start: int = flag(0, "skip this many rows at the beginning")
+    max_eval_samples: int | None = flag(None, "maximum number of rows")
+    per_device_eval_batch_size: int = flag(8, "sequences per forward pass; changes the speed, not the results")
+    do_eval: bool = flag(False, "accepted for compatibility; evaluation is all that this command does")
+    overwrite: bool = flag(False, "discard the output folder's predictions and answer again")
 
 
 class Row(NamedTuple):
-    """A row of the benchmark that is to be answered."""
+    """A row of the benchmark, and its prompts."""
 
     number: int
     content: Mapping[str, Any]
@@ -66,109 +59,117 @@ class Row(NamedTuple):
 
 def main() -> None:
     qa, model = parse(QAArguments, ModelArguments, description=__doc__.split("\n")[0])
-    qa.check()
     model.check()
-    task = TASKS[qa.task]
-    started = time.time()
-    from downstream.predictions import Predictions
-    from utils.files import ensure_folder, read_json
-    from utils.legacy import FolderLock
-    from utils.results import write_results
+    if qa.task not in TASKS:
+        raise InputError(f"--task {qa.task}: expected one of {', '.join(TASKS)}")
+    task, started = TASKS[qa.task], time.time()
+    from utils.artefact import Made, begin
+    from utils.files import read_json, write_json
+    from utils.loading import quiet_libraries
+    from utils.results import versions
 
-    rows, dropped, data_settings = read_rows(qa, task)
-    folder = ensure_folder(qa.output_dir)
-    with FolderLock(folder):
-        predictions = Predictions(folder, {**data_settings, **model.settings()}, overwrite=qa.overwrite)
-        answered_before = len(predictions.lines)
-        if answered_before == len(rows) and (folder / "results.json").exists():
-            print(f"{folder}: complete already; --overwrite does it again")
+    quiet_libraries()
+    name = qa.dataset_name or task.hub[0]
+    rows, dropped = read_rows(qa, task, name)
+    digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]  # of questions, answers and prompts
+    settings = {"task": qa.task, "dataset": name, "questions": digest, **model.settings()}
+    made = Made("predictions", settings, len(rows), model.made_from())
+    folder = Path(qa.output_dir)
+    with contextlib.closing(begin(folder, made, overwrite=qa.overwrite)) as making:
+        if making.done:
+            print(f"{folder}: complete; use --overwrite to answer again")
             print(summary(read_json(folder / "results.json")))
             return
-        if answered_before < len(rows):
-            answer(task, rows, qa, model, predictions)
+        lines = read_lines(folder / "predictions.jsonl")
         counts = {"rows": len(rows) + dropped, "scored": len(rows), "dropped": dropped}
-        results = {
-            "task": qa.task,
-            **model.stated(),
-            "dataset": data_settings["dataset"],
-            **score(task, predictions.lines),
-            "counts": {**counts, "from_an_earlier_run": answered_before},
-            "settings": predictions.settings,
-        }
-        print(summary(write_results(folder, results, started)))
+        counts["from_an_earlier_run"] = len(lines)
+        if len(lines) < len(rows):
+            answer(task, rows, qa, model, lines)
+        about = {"task": qa.task, **model.described(), "dataset": name}
+        results = {**about, **score(task, lines), "counts": counts, "settings": settings}
+        results |= {"seconds": round(time.time() - started, 2), "versions": versions()}
+        write_json(folder / "results.json", results)
+        making.finish()
+    print(summary(results))
 
 
-def read_rows(qa: QAArguments, task: Task) -> tuple[list[Row], int, dict[str, Any]]:
-    """The chosen rows that the task keeps, the number of those it drops, and the settings that say which they are."""
-    from downstream.data import Questions, read_prompt_file
+def read_rows(qa: QAArguments, task: Task, name: str) -> tuple[list[Row], int]:
+    """The chosen rows that the task keeps, and the number of rows that it drops."""
+    from downstream.data import questions, read_table
 
-    prompt_text = read_prompt_file(qa.prompt_file, qa.task, task.prompt_file)
     hub_name, hub_config, hub_split = task.hub
-    name = qa.dataset_name or hub_name
-    if Path(name).is_file():
-        note_unused(("dataset_config_name", "eval_subset"), f"here: {name} is a file")
     config = qa.dataset_config_name or (hub_config if name == hub_name else None)
-    split = qa.eval_subset or hub_split
-    questions = Questions(name, task.columns, config=config, split=split)
-    if qa.start >= len(questions):
-        raise InputError(f"--start {qa.start}: {name} has {len(questions)} rows, expected a smaller number")
-    rows, dropped = [], 0
-    for number, content in questions.select(qa.start, qa.max_eval_samples):
+    table = read_table(name, config, qa.eval_subset or hub_split)
+    prompt_text, rows, dropped = read_prompt_file(qa.prompt_file, task), [], 0
+    for number, content in questions(table, task.columns, qa.start, qa.max_eval_samples):
         if task.keep(content):
             rows.append(Row(number, content, task.prompts(content, prompt_text)))
         else:
             dropped += 1
     if not rows:
-        raise InputError(f"--dataset_name {name}: none of the chosen rows can be scored by --task {qa.task}")
-    settings = {
-        "task": qa.task,
-        "dataset": name,
-        "dataset_content": questions.identity,
-        "prompt_text": hashlib.sha256(prompt_text.encode()).hexdigest() if prompt_text else None,
-        "start": qa.start,
-        "max_eval_samples": qa.max_eval_samples,
-    }
-    return rows, dropped, settings
+        raise InputError(f"--dataset_name {name}: no row is left to score; check --start and --max_eval_samples")
+    return rows, dropped
 
 
-def answer(task: Task, rows: Sequence[Row], qa: QAArguments, model: ModelArguments, predictions: Any) -> None:
-    """Answer the rows that have no line yet and append their lines, `--per_device_eval_batch_size` rows at a time."""
+def read_prompt_file(path: str | None, task: Task) -> str:
+    """The text of `--prompt_file` without outer empty lines; "" for a task that needs none."""
+    if task.prompt_file is None:
+        return ""
+    if path is None:
+        raise InputError(f"--prompt_file: this task needs a text file with {task.prompt_file}")
+    return Path(path).read_text(encoding="utf-8-sig").strip("\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of an earlier run's predictions. A line that was cut off is removed from the file."""
+    content = path.read_bytes() if path.exists() else b""
+    complete = content[: content.rfind(b"\n") + 1]
+    if len(complete) < len(content):
+        os.truncate(path, len(complete))
+    return [json.loads(line) for line in complete.split(b"\n")[:-1]]
+
+
+def answer(
+    task: Task, rows: Sequence[Row], qa: QAArguments, model: ModelArguments, lines: list[dict[str, Any]]
+) -> None:
+    """Answer the rows that have no line yet; append their lines to `lines` and to predictions.jsonl, batch by batch."""
     from tqdm import tqdm
 
     from downstream.model import open_model
     from downstream.scoring import Evaluator
 
     evaluator = Evaluator(*open_model(model), qa.per_device_eval_batch_size, model.add_bos)
-    name = predictions.settings["dataset"]
     encoded = []
     for row in rows:
         try:
             encoded.append([evaluator.sequences(prompt, task.max_new_tokens) for prompt in row.prompts])
         except ValueError as error:
-            raise InputError(f"{name}: row {row.number}: {error}; leave it out with --start") from None
-    # Every row counts here, also the answered ones: a continued run computes exactly what an undisturbed one does.
-    evaluator.share_start([sequence.ids[: sequence.begin] for row in encoded for group in row for sequence in group])
-    predictions.begin()
-    with tqdm(total=len(rows), initial=len(predictions.lines), desc=qa.task, unit="row", disable=None) as bar:
-        for first in range(len(predictions.lines), len(rows), qa.per_device_eval_batch_size):
-            chunk = slice(first, first + qa.per_device_eval_batch_size)
-            groups = [group for row in encoded[chunk] for group in row]  # a prompt's sequences
+            raise InputError(f"--dataset_name: row {row.number}: {error}; skip it with --start") from None
+    size = qa.per_device_eval_batch_size
+    with (
+        open(Path(qa.output_dir) / "predictions.jsonl", "a", encoding="utf-8") as file,
+        tqdm(total=len(rows), initial=len(lines), desc=qa.task, unit="row", disable=None) as bar,
+    ):
+        for first in range(len(lines), len(rows), size):
+            groups = [group for row in encoded[first : first + size] for group in row]  # sequences of each prompt
             if task.max_new_tokens:
                 prompts = [group[0].ids for group in groups]
                 outputs = iter(evaluator.continuations(prompts, task.max_new_tokens, task.stop))
             else:
-                scored = iter(evaluator.likelihoods([sequence for group in groups for sequence in group]))
-                outputs = iter([[next(scored) for _ in group] for group in groups])
-            predictions.append([line(task, row, [next(outputs) for _ in row.prompts]) for row in rows[chunk]])
-            bar.update(len(rows[chunk]))
+                likelihoods = iter(evaluator.likelihoods([sequence for group in groups for sequence in group]))
+                outputs = iter([[next(likelihoods) for _ in group] for group in groups])
+            for row in rows[first : first + size]:
+                lines.append(prediction(task, row, [next(outputs) for _ in row.prompts]))
+                file.write(json.dumps(lines[-1], ensure_ascii=False, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(len(rows[first : first + size]))
 
 
-def line(task: Task, row: Row, outputs: Sequence[Any]) -> dict[str, Any]:
-    """The line of `predictions.jsonl` for a row. Raises InputError where the model gave no numbers."""
+def prediction(task: Task, row: Row, outputs: Sequence[Any]) -> dict[str, Any]:
+    """The line of `predictions.jsonl` for a row. Raises InputError where the model returns NaN."""
     if any(each.total != each.total for output in outputs if not isinstance(output, str) for each in output):
-        raise InputError(
-            f"row {row.number}: the model's log-probability is not a number; try --torch_dtype float32 or bfloat16"
-        )
+        raise InputError(f"row {row.number}: log-probability is NaN; use --torch_dtype float32 or bfloat16")
     scores, shown = task.measure(row.content, outputs)
     return {"row": row.number, "question": row.content["question"], **shown, "scores": scores}
 
@@ -178,11 +179,10 @@ def score(task: Task, lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str,
     import numpy as np
 
     values = {name: np.array([line["scores"][name] for line in lines], dtype=np.float64) for name in task.metrics}
+    errors = {name: each.std(ddof=1) / len(each) ** 0.5 if len(each) > 1 else 0.0 for name, each in values.items()}
     return {
         "metrics": {name: float(each.mean()) for name, each in values.items()},
-        "standard_errors": {
-            name: float(each.std(ddof=1) / len(each) ** 0.5) if len(each) > 1 else 0.0 for name, each in values.items()
-        },
+        "standard_errors": {name: float(error) for name, error in errors.items()},
     }
 
 

@@ -1,197 +1,193 @@
-"""The quickstart's last page: one table, one plot, results.json, from the results of the stages before.
+"""Tables and plots from the results of earlier stages:
 
-    python -m downstream.report --work DIR --output_dir DIR
+    python -m downstream.report quickstart --work DIR --output_dir DIR
+    python -m downstream.report ablation --setting alpha --runs DIR --values 0 0.5 1 --output_dir DIR
+    python -m downstream.report wikitext103 --output_dir DIR
 
-Reads what the stages wrote, measures nothing itself.
+Nothing is measured here.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import platform
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.artefact import read_made
 from utils.cli import command, flag, parse, required
-from utils.results import ADAPTIVE, lambda_text
+from utils.files import atomic, ensure_folder, read_json, write_json
+from utils.plots import draw_training, figure_of, save_figure
+from utils.results import ADAPTIVE, lambda_text, versions
+
+# The paper's WikiText-103 table: flag of the model, folder of its results, name, published perplexity.
+WIKITEXT103 = (
+    ("small_vanilla", "small_vanilla", "GPT2-small-vanilla", None),
+    ("small", "small_finetuned", "GPT2-small-finetuned", None),
+    ("vanilla", "large_vanilla", "GPT2-large-vanilla", 15.80),
+    ("large", "large_finetuned", "GPT2-large-finetuned", 10.42),
+    ("xl", "xl_finetuned", "GPT2-xl-finetuned", 10.16),
+    ("memory", "large_memory", "GPT2-large-finetuned + MLPMem", 9.58),
+)
+ABLATION_COLUMNS = ("base + memory", "change from base", "lambda", "memory alone", "KL", "cross-entropy", "training, s")
 
 
 @dataclass
-class ReportArguments:
-    """Where the stages' results are, and where the report goes."""
+class QuickstartArguments:
+    """Results of the quickstart's stages."""
 
-    work: str = required("folder with a results folder of each stage")
-    output_dir: str = flag("results/quickstart", "folder of results.json, report.md and report.png")
-    seconds: float = flag(0.0, "seconds that the whole run took so far")
+    work: str = required("folder with one results folder per stage")
+    output_dir: str = flag("results/quickstart", "folder for results.json, report.md and report.png")
+    seconds: float = flag(0.0, "seconds the whole run has taken so far")
+
+
+@dataclass
+class AblationArguments:
+    """Results of one memory per value of a setting."""
+
+    setting: str = required("name of the setting")
+    runs: str = required("folder with one folder per value, each with memory/, validation/ and test/")
+    values: list[str] = required("values of the setting, in the order of the table")
+    output_dir: str = flag("results/ablation", "folder for table.md, plot.png and results.json")
+
+
+@dataclass
+class WikiText103Arguments:
+    """Models of the paper's WikiText-103 table."""
+
+    vanilla: str = flag("openai-community/gpt2-large", "GPT-2 large")
+    large: str = flag("Rubin-Wei/gpt2-large-finetuned-wikitext103", "fine-tuned GPT-2 large")
+    xl: str = flag("Clover-Hill/gpt2-xl-finetuned-wikitext103", "fine-tuned GPT-2 XL, the teacher")
+    small_vanilla: str = flag("", "a smaller GPT-2, for an additional row")
+    small: str = flag("", "the smaller GPT-2 after fine-tuning, for an additional row")
+    memory: str = flag("Rubin-Wei/MLPMemory-gpt2-large", "the memory")
+    train: int = flag(0, "1 if the memory was trained here")
+    output_dir: str = flag("results/wikitext103", "folder of work/, for results.json and table.md")
 
 
 def main() -> None:
-    (arguments,) = parse(ReportArguments, description=__doc__.split("\n")[0])
-    from utils.files import atomic, ensure_folder, read_json, write_json
-    from utils.plots import draw_training, figure_of, save_figure
-    from utils.results import versions
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", choices=REPORTS, help="its own flags follow; REPORT --help lists them")
+    arguments_type, report = REPORTS[parser.parse_args(sys.argv[1:2]).report]
+    (arguments,) = parse(arguments_type, description=report.__doc__, arguments=sys.argv[2:])
+    report(arguments)
+
+
+def write(output: Path, name: str, text: str, results: dict[str, Any]) -> None:
+    """Print a report, and write it and its figures."""
+    print(text)
+    with atomic(output / name) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    write_json(output / "results.json", results | {"versions": versions()})
+    print(f"\n{output / name}, {output / 'results.json'}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def change(perplexity: float, base: float) -> str:
+    return f"{100 * (perplexity / base - 1):+.1f}%"
+
+
+def quickstart(arguments: QuickstartArguments) -> None:
+    """Base, kNN-LM and memory after the quickstart: a table, the training curve, and perplexity by lambda."""
+    from models.gate import WEIGHTS
 
     work, output = Path(arguments.work), ensure_folder(arguments.output_dir)
     stages = ("knnlm_validation", "knnlm_test", "joint_validation", "joint_test", "recall")
     knn_validation, knn, joint_validation, joint, recall = (read_json(work / name / "results.json") for name in stages)
     training = read_json(work / "memory" / "training.json")
-    summary = read_json(work / "windows" / "dstore_summary.json")
-    untuned = work / "untuned" / "results.json"  # there where the base was fine-tuned first
+    gate = read_made(work / "memory" / training["checkpoint"] / WEIGHTS)
+    known = gate.settings["perplexity"]["training"]
     results = {
         **perplexities(joint, knn),
-        **({"untuned_ppl": read_json(untuned)["perplexity"]} if untuned.exists() else {}),
-        **memory_setting(joint),
+        "knnlm_adaptive_ppl": knn["adaptive"]["perplexity"],
+        "memory_one_lambda_ppl": joint["perplexity"],
+        "memory_ppl": joint["adaptive"]["perplexity"],
+        "known_base_ppl": known["base"],
+        "known_memory_ppl": known["mixture"],
+        "lambda": ADAPTIVE,
+        "knn_temp": joint["adaptive"]["memory_temp"],
+        "one_lambda": joint["lmbda"],
+        "one_lambda_temp": joint["memory_temp"],
         "knnlm_lambda": knn["lmbda"],
         "knnlm_temp": knn["knn_temp"],
         "validation": perplexities(joint_validation, knn_validation),
         "test_tokens": joint["tokens"],
-        "train_tokens": summary["train"]["dstore_size"],
-        "recall_base": recall["recall_base"],
-        "recall_memory": recall["recall_memory"],
-        "recall_first_base": recall.get("recall_first_base"),  # not in the results of an older run
-        "recall_first_memory": recall.get("recall_first_memory"),
-        **{name: recall[name] for name in ("recall_one_lambda", "recall_first_one_lambda") if name in recall},
-        **known_text(work),
+        "train_tokens": read_json(work / "windows" / "dstore_summary.json")["train"]["dstore_size"],
+        **{name: value for name, value in recall.items() if name.startswith("recall_")},
         "recall_cases": recall["cases"],
         "recall_standard_error": recall["standard_error_difference"],
         "recall_rule": recall["rule"],
         "examples": recall["examples"],
         "training": {**training["settings"], "seconds": training["training_seconds"]},
         "seconds": round(arguments.seconds, 1),
-        "machine": machine(),
-        "versions": versions(),
+        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
     }
-    text = table(results)
-    print(text)
-    with atomic(output / "report.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    untuned = work / "untuned" / "results.json"  # exists if the base was fine-tuned first
+    if untuned.exists():
+        results["untuned_ppl"] = read_json(untuned)["perplexity"]
     figure, axes = figure_of(2)
     draw_training(axes[0], training["log"])
     grids = {"base + memory": joint_validation["grid"], "kNN-LM": knn_validation["grid"]}
     draw_lambda(axes[1], grids, joint_validation["base_perplexity"], joint_validation["lmbda"])
     save_figure(figure, output / "report.png")
-    write_json(output / "results.json", results)
-    print(f"\n{output / 'results.json'}, {output / 'report.md'}, {output / 'report.png'}")
+    write(output, "report.md", quickstart_text(results), results)
 
 
 def perplexities(joint: dict[str, Any], knn: dict[str, Any]) -> dict[str, float]:
-    """Those of base, kNN-LM and base + memory in the results.json of a split's two evaluations.
-
-    Where lambda differed from token to token, the kNN-LM's is `knnlm_adaptive_ppl`; the memory's is `memory_ppl`, and
-    `memory_one_lambda_ppl` what the best number came to.
-    """
-    found = {"base_ppl": joint["base_perplexity"], "knnlm_ppl": knn["perplexity"], "memory_ppl": joint["perplexity"]}
-    if "adaptive" in knn:
-        found["knnlm_adaptive_ppl"] = knn["adaptive"]["perplexity"]
-    if "adaptive" in joint:
-        found |= {"memory_ppl": joint["adaptive"]["perplexity"], "memory_one_lambda_ppl": joint["perplexity"]}
-    return found
+    return {"base_ppl": joint["base_perplexity"], "knnlm_ppl": knn["perplexity"], "memory_ppl": joint["perplexity"]}
 
 
-def memory_setting(joint: dict[str, Any]) -> dict[str, Any]:
-    """Lambda and temperature of `memory_ppl`, and the number beside an adaptive lambda."""
-    if "adaptive" not in joint:
-        return {"lambda": joint["lmbda"], "knn_temp": joint["knn_temp"]}
-    one = {"one_lambda": joint["lmbda"], "one_lambda_temp": joint["knn_temp"]}
-    return {"lambda": ADAPTIVE, "knn_temp": joint["adaptive"]["knn_temp"], **one}
-
-
-def known_text(work: Path) -> dict[str, float]:
-    """Perplexity of base and mixture on trained text in other windows, as the gate's training measured it, if there."""
-    from models.gate import SETTINGS
-    from utils.files import read_json
-
-    gates = sorted((work / "memory").glob(f"epoch_*/{SETTINGS}"), key=lambda path: path.stat().st_mtime)
-    known = read_json(gates[-1])["perplexity"]["known"] if gates else {}
-    return {f"known_{name}_ppl": known[key] for name, key in (("base", "base"), ("memory", "mixture")) if known}
-
-
-def machine() -> str:
-    """What the figures were measured on, without names of hosts."""
-    import torch
-
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "CPU")
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{os.cpu_count()} cores of {model}{gpu}"
-
-
-def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    untuned = results.get("untuned_ppl")
-    base, name = results["base_ppl"], "base" if untuned is None else "fine-tuned"
+def quickstart_text(results: dict[str, Any]) -> str:
+    """The quickstart's report in Markdown."""
+    base, untuned = results["base_ppl"], results.get("untuned_ppl")
+    name = "base" if untuned is None else "fine-tuned"
     knn = f"lambda {lambda_text(results['knnlm_lambda'])}, temperature {results['knnlm_temp']:g}"
+    memory = f"lambda {lambda_text(results['one_lambda'])}, temperature {results['one_lambda_temp']:g}"
     rows = [
-        ("base", untuned, ""),
         (name, base, ""),
         (f"{name} + kNN-LM", results["knnlm_ppl"], knn),
-        (f"{name} + kNN-LM, adaptive", results.get("knnlm_adaptive_ppl"), "lambda by the nearest neighbour's distance"),
-        *memory_rows(f"{name} + MLP memory", results),
+        (f"{name} + kNN-LM, adaptive", results["knnlm_adaptive_ppl"], "lambda by the nearest neighbor's distance"),
+        (f"{name} + MLP memory", results["memory_one_lambda_ppl"], memory),
+        (f"{name} + MLP memory, adaptive", results["memory_ppl"], "lambda by token"),
     ]
-    lines = [
-        f"| {model} | {value:.2f} | {'' if model == name else f'{100 * (value / base - 1):+.1f}%'} | {chosen} |"
-        for model, value, chosen in rows
-        if value is not None
-    ]
+    if untuned is not None:
+        rows.insert(0, ("base", untuned, ""))
+    cells = [(row, f"{value:.2f}", "" if row == name else change(value, base), how) for row, value, how in rows]
     return f"""
-Perplexity on {results["test_tokens"]} tokens of test articles that nothing was trained on; lambda and temperature were \
-chosen on the validation articles.
+Perplexity on {results["test_tokens"]} tokens of held-out test articles. Lambda and temperature were chosen on the \
+validation articles.
 
-| model | perplexity | against {"the base" if untuned is None else "fine-tuned"} | chosen |
-| --- | --- | --- | --- |
-{chr(10).join(lines)}
+{table(("model", "perplexity", f"change from {name}", "chosen"), cells)}
 
-{recall_line(results)}
-Rule: {results["recall_rule"]}.
+{recall_text(results)}
+Training text in other windows: base {results["known_base_ppl"]:.2f}, base + memory {results["known_memory_ppl"]:.2f}.
 
-Trained on {results["train_tokens"]} tokens; {results["seconds"]:.0f} s in all on {results["machine"]}."""
+Trained on {results["train_tokens"]} tokens; {results["seconds"]:.0f} s in total on {results["machine"]}."""
 
 
-def memory_rows(name: str, results: dict[str, Any]) -> list[tuple[str, float, str]]:
-    """The table's rows of the memory: with one lambda, and by token where it has a gate."""
-
-    def one(lmbda: str, knn_temp: str) -> str:
-        return f"lambda {lambda_text(results[lmbda])}, temperature {results[knn_temp]:g}"
-
-    if results["lambda"] != ADAPTIVE:
-        return [(name, results["memory_ppl"], one("lambda", "knn_temp"))]
-    return [
-        (name, results["memory_one_lambda_ppl"], one("one_lambda", "one_lambda_temp")),
-        (f"{name}, adaptive", results["memory_ppl"], "lambda by token"),
-    ]
-
-
-def recall_line(results: dict[str, Any]) -> str:
-    """What was remembered, in a sentence."""
+def recall_text(results: dict[str, Any]) -> str:
+    """How often training articles are continued correctly, in a few sentences."""
     if not results["recall_cases"]:
-        return "No trained article fits the rule for facts to complete."
-    gain = (results["recall_memory"] - results["recall_base"]) / max(results["recall_standard_error"], 1e-9)
-    first = results["recall_first_base"], results["recall_first_memory"]
-    return (
-        f"Facts of the trained articles completed ({results['recall_cases']} cases): base "
-        f"{results['recall_base']:.1%}, base + memory {results['recall_memory']:.1%} ({gain:.1f} standard errors apart)"
-        + ("." if None in first else f"; by the first token {first[0]:.1%} and {first[1]:.1%}.")
-        + (f" With one lambda {results['recall_one_lambda']:.1%}." if "recall_one_lambda" in results else "")
-        + known_line(results)
-    )
-
-
-def known_line(results: dict[str, Any]) -> str:
-    """Perplexity of trained text in other windows, in a sentence."""
-    if "known_memory_ppl" not in results:
-        return ""
-    return (
-        f"\nThe trained articles' text in other windows: base {results['known_base_ppl']:.2f}, "
-        f"base + memory {results['known_memory_ppl']:.2f}."
-    )
+        return "No beginning of a training article fits the rule of downstream.recall."
+    gain = results["recall_memory"] - results["recall_base"]
+    return f"""\
+Beginnings of training articles continued ({results["recall_cases"]} cases): base {results["recall_base"]:.1%}, base + \
+memory {results["recall_memory"]:.1%} ({gain / max(results["recall_standard_error"], 1e-9):.1f} standard errors apart); \
+first token only {results["recall_first_base"]:.1%} and {results["recall_first_memory"]:.1%}. With one lambda \
+{results["recall_one_lambda"]:.1%}.
+Rule: {results["recall_rule"]}."""
 
 
 def draw_lambda(axes: Any, grids: dict[str, list[dict[str, float]]], base: float, chosen: float) -> None:
-    """Perplexity against lambda, each mixture at its best temperature for each lambda, and the base alone.
-
-    What is much worse than the base leaves the picture, so that the gains fill it.
-    """
+    """Perplexity by lambda, each mixture at its best temperature, and the base alone; far above the base is cut off."""
     lowest = base
     for name, grid in grids.items():
         values = sorted({row["lmbda"] for row in grid})
@@ -201,11 +197,68 @@ def draw_lambda(axes: Any, grids: dict[str, list[dict[str, float]]], base: float
     axes.axhline(base, color="black", linewidth=1, label="base")
     axes.axvline(chosen, color="grey", linestyle=":", label="chosen")
     axes.set_ylim(lowest - 0.3 * (base - lowest), base + 0.8 * max(base - lowest, 0.05 * base))
-    axes.set_xlabel("lambda")
-    axes.set_ylabel("perplexity")
-    axes.set_title("validation articles")
+    axes.set(xlabel="lambda", ylabel="perplexity", title="validation articles")
     axes.legend()
 
+
+def ablation(arguments: AblationArguments) -> None:
+    """The perplexity for each value of one setting: a table and a plot."""
+    output, setting, rows = ensure_folder(arguments.output_dir), arguments.setting, []
+    for value in arguments.values:
+        run = Path(arguments.runs) / value
+        test, training = read_json(run / "test" / "results.json"), read_json(run / "memory" / "training.json")
+        last = {name: entry for entry in training["log"] for name in ("loss", "validation") if name in entry}
+        row = {name: test[name] for name in ("perplexity", "base_perplexity", "lmbda", "tokens")}
+        row |= {"memory_perplexity": last["validation"]["validation"]["memory_perplexity"]}
+        row |= {"kl": last["loss"]["kl"], "ce": last["loss"]["ce"], "training_seconds": training["training_seconds"]}
+        rows.append({"value": value, **row})
+    cells = []
+    for row in rows:
+        figures = [f"{row[name]:.2f}" for name in ("memory_perplexity", "kl", "ce")]
+        joint = f"{row['perplexity']:.2f}", change(row["perplexity"], row["base_perplexity"]), lambda_text(row["lmbda"])
+        cells.append((row["value"], *joint, *figures, f"{row['training_seconds']:.0f}"))
+    text = f"""
+Perplexity on {rows[0]["tokens"]} test tokens; base alone {rows[0]["base_perplexity"]:.2f}. Lambda was chosen on the \
+validation split, where the memory alone is measured too. KL and cross-entropy are those of the last step.
+
+{table((setting, *ABLATION_COLUMNS), cells)}"""
+    figure, (joint, alone) = figure_of(2)
+    for axes, name, label in (
+        (joint, "base_perplexity", "base"),
+        (joint, "perplexity", "base + memory"),
+        (alone, "memory_perplexity", "memory alone, validation"),
+    ):
+        axes.plot(arguments.values, [row[name] for row in rows], "o-", label=label)
+        axes.set(xlabel=setting, ylabel="perplexity")
+        axes.legend()
+    save_figure(figure, output / "plot.png")
+    write(output, "table.md", text, {"setting": setting, "rows": rows})
+
+
+def wikitext103(arguments: WikiText103Arguments) -> None:
+    """The paper's WikiText-103 table: measured and published perplexity."""
+    output, rows, cells = Path(arguments.output_dir), [], []
+    for name, folder, title, published in WIKITEXT103:
+        if not (model := getattr(arguments, name)):
+            continue
+        result = read_json(output / "work" / folder / "results.json")
+        row = {"model": title, "published": published, "measured": result["perplexity"], "path": model}
+        rows.append(row | {key: result.get(key) for key in ("tokens", "lmbda", "memory_temp")})
+        cells.append((title, f"{published:.2f}" if published else "–", f"{result['perplexity']:.2f}"))
+    last = rows[-1]
+    text = f"""
+{table(("Model", "PPL published", "PPL measured"), cells)}
+
+Subword perplexity over {last["tokens"]} test tokens; memory at lambda {lambda_text(last["lmbda"])}, temperature \
+{last["memory_temp"]:g}, {"trained here" if arguments.train else "as published"}."""
+    write(output, "table.md", text, {"rows": rows, "trained_here": bool(arguments.train)})
+
+
+REPORTS = {
+    "quickstart": (QuickstartArguments, quickstart),
+    "ablation": (AblationArguments, ablation),
+    "wikitext103": (WikiText103Arguments, wikitext103),
+}
 
 if __name__ == "__main__":
     command(main)()

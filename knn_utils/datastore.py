@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from utils.artefact import BEGUN, Made, read_made
+from utils.artefact import BEGUN, Made, read_made, require
 from utils.errors import InputError
 from utils.files import read_json
 
 OPEN_FILES, OPEN_BATCHES = 128, 64  # maps (each holds a file descriptor) and record batches kept open
+SCORED_ROWS = 4096  # read at a time for scoring
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 Reader = TypeVar("Reader", bound="_Rows")
 
@@ -253,3 +254,31 @@ def check_rows(stored: Datastore | KNNTargets, rows: int) -> None:
     """Refuse a file of another number of rows than the windows have. Raises InputError."""
     if stored.rows != rows:
         raise InputError(f"{stored.path}: holds {stored.rows} rows, but the windows have {rows}")
+
+
+def open_scored_datastore(path: str | os.PathLike, **expected: Any) -> Datastore:
+    """A datastore that holds the base's log-probabilities.
+
+    `expected`: for `require`, None is not compared: ids `base` and `windows`, `layer_position`, `dim`. Raises InputError
+    for a datastore without log-probabilities, or of something else than `expected`.
+    """
+    store = Datastore.open(path)
+    if store.logprob(0, 1) is None:
+        raise InputError(f"{path}: holds no log-probabilities; write it with --save_knnlm_dstore --save_logprob")
+    require(path, store.made, **expected)
+    return store
+
+
+def stored_rows(store: Datastore) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield tensors: hidden states (rows, dim) float16, base log-probabilities (rows,) float32, values (rows,) int64.
+
+    Under several processes block b goes to process b mod N.
+    """
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState()
+    for start in range(0, store.rows, SCORED_ROWS)[state.process_index :: state.num_processes]:
+        rows = start, min(start + SCORED_ROWS, store.rows)
+        columns = store.keys(*rows), store.logprob(*rows), store.vals(*rows).astype(np.int64)
+        yield tuple(torch.from_numpy(np.array(column)) for column in columns)

@@ -83,7 +83,7 @@ class KNNLM(Neighbours):
         distances, ids = self.search(hidden)  # (rows, k) each
         knn = dense_probability(distances, hit_tokens(ids, self.values), logits.shape[-1], self.knn_temp)
         if isinstance(self.lmbda, Buckets):
-            lmbda = torch.from_numpy(self.lmbda.of(distances[:, 0])).to(logits.device)[:, None]  # (rows, 1)
+            lmbda = torch.from_numpy(self.lmbda.lambdas(distances[:, 0])).to(logits.device)[:, None]  # (rows, 1)
             weights = [torch.log1p(-lmbda), lmbda.log()]
         else:
             weights = fixed_log_weights(self.lmbda)

@@ -1,7 +1,7 @@
-"""The memory stacks, the joint model and hidden-state capture.
+"""The memory stacks, the joint model and hidden-state capture. Names are imported on first use.
 
-Importing it registers the joint model with transformers, so that `AutoModelForCausalLM.from_pretrained` and
-`pipeline("text-generation", …)` open a folder of `MLPMemory.save_pretrained`. Each name is imported when asked for.
+Importing this package registers the joint model with transformers, so that `AutoModelForCausalLM.from_pretrained` and
+`pipeline("text-generation", …)` open a folder of `MLPMemory.save_pretrained`.
 """
 
 from __future__ import annotations
@@ -10,22 +10,26 @@ import importlib
 import sys
 from typing import Any
 
-_PLACES = {
-    **{"GPT2MLPModel": ".mlpGPT2", "LlamaMLPModel": ".mlpLlama", "MistralMLPModel": ".mlpMistral"},
-    **{"MLPMemory": ".mlpMemory", "MLPMemoryConfig": ".joint_config", "memory_config": ".stack"},
-    **{"load_memory": ".families", "memory_class": ".families"},
+_MODULES = {
+    "GPT2MLPModel": ".mlpGPT2",
+    "LlamaMLPModel": ".mlpLlama",
+    "MistralMLPModel": ".mlpMistral",
+    "MLPMemory": ".mlpMemory",
+    "MLPMemoryConfig": ".joint_config",
+    "memory_config": ".stack",
+    "load_memory": ".stack",
+    "memory_class": ".stack",
 }
-__all__ = list(_PLACES)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        return getattr(importlib.import_module(_PLACES[name], __name__), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name], __name__), name)
     raise AttributeError(f"module 'models' has no attribute {name!r}")
 
 
-# Python's arguments begin with "-m" only while it looks for models.export, whose --help shall not wait for torch.
-if sys.argv[:1] != ["-m"]:
+if sys.argv[:1] != ["-m"]:  # while `python -m models.export` is starting: its --help does not wait for torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from .joint_config import MLPMemoryConfig

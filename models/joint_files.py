@@ -1,13 +1,14 @@
-"""The folder of a joint model, opened and saved.
+"""The folder of a joint model: opening its parts and saving it.
 
-Layout: `config.json` (which base, lambda, temperature, layer), `memory/` (the memory in the published layout), the
-tokenizer, `README.md` (the card), the code (transformers' `auto_map` names it) and, where asked for or needed, the base
-itself in `base/`. `config.json` is written last, so a folder that has one is whole.
+Layout: `config.json` (base, lambda, temperature, layer), `memory/` (in the published layout), the tokenizer,
+`README.md` (the model card), the code that `auto_map` names and, if it is included, the base in `base/`. `config.json`
+is written last, so a folder that has one is complete.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import shutil
@@ -17,20 +18,57 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from .joint_base import ANOTHER_BASE, INSIDE, absolute, fingerprint, not_found_again, tokenizer_of
-from .joint_card import measured_rows, model_card
-from .joint_config import MLPMemoryConfig, read_joint_config
-from .stack import BASE_PREFIX, MEMORY_PREFIX, WEIGHT_FILES, download
+from .gate import LambdaGate
+from .joint_config import OLDEST_MAJOR, MLPMemoryConfig, read_joint_config
+from .stack import BASE_PREFIX, MEMORY_PREFIX, base_id, download, resize_vocabulary, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
-MEMORY = "memory"
-# Arguments of a hub look-up that concern the joint folder's own repository, not the base's.
+INSIDE, MEMORY = "base", "memory"
+# Arguments of a hub look-up: those of the joint folder's own repository, and those that its base's needs too.
 OWN_HUB_ARGUMENTS = ("revision", "subfolder", "code_revision", "adapter_kwargs", "_from_auto", "_commit_hash")
 HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download")
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [mlp-memory, knn-lm]
+{front}---
+
+# MLP Memory
+
+An MLP that was pretrained to imitate a kNN retriever over its training corpus (arXiv 2508.01832). It reads a
+hidden state of the base model and its next-token distribution is mixed with the base's.
+
+| base model | {base} |
+| --- | --- |
+| memory | {memory} |
+| hidden state | input of the `.mlp` of block {layer_position} |
+| lambda (weight of the memory) | {lmbda} |
+| temperature of the memory | {knn_temp} |
+
+{results}
+Needs transformers {oldest} or newer. `trust_remote_code=True` runs the code in this folder: read it first.
+
+```python
+tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
+model.lmbda = 0.5  # may be changed at any time, as may model.knn_temp
+```
+
+`from_pretrained(…, base_model_name_or_path="another copy")` takes the base from elsewhere.
+"""
+
+
+# Opening
+
+
+def absolute(name: str | os.PathLike | None) -> str | None:
+    """A base's name that is valid in every working directory: a folder's absolute path, or the hub name itself."""
+    return os.path.abspath(name) if name and os.path.isdir(name) else name and str(name)
 
 
 def joint_parts(
@@ -38,139 +76,237 @@ def joint_parts(
 ) -> tuple[Path, str, MLPMemoryConfig]:
     """Memory, base and config of the joint model saved at `path` (a folder, or a hub name).
 
-    Arguments of the hub look-up that are the joint folder's own leave `base_arguments`. Raises ValueError when `path`
-    is no joint model, or its base is not there.
+    Removes from `base_arguments` those of the joint folder's own hub look-up. Raises ValueError when `path` is not a
+    joint model.
     """
-    if isinstance(path, nn.Module):
-        raise ValueError("a loaded base needs a memory: pass memory=")
     own = {name: base_arguments.pop(name, None) for name in OWN_HUB_ARGUMENTS}
     hub = {name: base_arguments[name] for name in HUB_ARGUMENTS if name in base_arguments}
     folder = Path(path) if Path(path).is_dir() else download(str(path), revision=own["revision"], **hub)
     recorded = read_joint_config(folder)
     if recorded is None:
-        raise ValueError(
-            f"{path}: is no folder of a joint model (config.json with model_type {MLPMemoryConfig.model_type}); "
-            "pass memory= with the memory's folder"
-        )
-    # By its type's name: the class is another one where transformers loaded the config's file by itself.
-    config = config if getattr(config, "model_type", None) == MLPMemoryConfig.model_type else recorded
+        raise ValueError(f"{path}: is not a joint model (config.json with model_type mlp_memory); pass memory= as well")
+    # Compared by name: a config opened with trust_remote_code has a class of its own.
+    config = config if getattr(config, "model_type", None) == recorded.model_type else recorded
     base = base_arguments.pop("base_model_name_or_path", None) or config.base_model_name_or_path
     if base == recorded.base_model_name_or_path and (folder / INSIDE / "config.json").is_file():
         base = str(folder / INSIDE)
-    elif not base:
-        raise ValueError(f"{folder}: does not say which base it belongs to; {ANOTHER_BASE}")
-    elif os.path.isabs(base) and not os.path.isdir(base):
-        raise ValueError(f"{folder}: belongs to the base {base}, which is not there; {ANOTHER_BASE}")
     return folder / MEMORY, base, config
+
+
+def open_base(name: str, arguments: dict[str, Any], joint_folder: Path | None = None) -> PreTrainedModel:
+    """The base `name` (a folder, or a hub name), frozen. `joint_folder`: the joint model that it is opened for.
+
+    Raises ValueError when it cannot be loaded or weights are missing in its checkpoint.
+    """
+    try:
+        base, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
+    except OSError as error:
+        message = f"base {name}: cannot be loaded ({' '.join(str(error).split())[:200]})"
+        hint = "; to use another base: from_pretrained(folder, base_model_name_or_path=…)" if joint_folder else ""
+        raise ValueError(message + hint) from None
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"base {name}: its checkpoint lacks {len(missing)} weights ({missing[0]}, …)")
+    return base.requires_grad_(False)
+
+
+def id_of(base: str, arguments: dict[str, Any]) -> str | None:
+    """`base_id` of a base; None where it cannot be message."""
+    try:
+        return base_id(base, trust_remote_code=bool(arguments.get("trust_remote_code")))
+    except (OSError, ValueError):
+        return None
+
+
+def recorded_base(memory: str, config: MLPMemoryConfig | None) -> str | None:
+    """The id of the base that the memory in a folder was trained for, where `made.json` or its joint config has it."""
+    record = Path(memory, "made.json")
+    if record.is_file():
+        return json.loads(record.read_text(encoding="utf-8"))["made_from"].get("base")
+    return config.base_id if config is not None else None
+
+
+def check_fit(base_config: PretrainedConfig, memory: nn.Module) -> None:
+    """Raises ValueError when family, hidden size or vocabulary of base and memory differ."""
+    base = base_config.get_text_config()
+    for what, own, expected in (
+        ("model family", memory.config.model_type, base.model_type),
+        ("hidden size", memory.input_dim, base.hidden_size),
+        ("vocabulary size", len(memory.lm_head.weight), base.vocab_size),
+    ):
+        if own != expected:
+            raise ValueError(
+                f"{what} is {own} in the memory, {expected} in the base; use the memory trained for this base"
+            )
+
+
+def resize_to_memory(base: PreTrainedModel, memory: nn.Module, reference: str | None) -> None:
+    """Resize a base with a padded vocabulary to its tokenizer, if the memory was made for that."""
+    size = len(memory.lm_head.weight)
+    if reference and base.config.get_text_config().vocab_size != size:
+        tokenizer = tokenizer_of(reference, base)
+        if tokenizer is not None and vocabulary_size(tokenizer) == size:
+            logger.warning("%s: embeddings resized to the tokenizer's %d tokens", reference, size)
+            resize_vocabulary(base, size)
+
+
+def tokenizer_of(path: str | None, model: PreTrainedModel) -> Any:
+    """The tokenizer at `path`, or None. Code that lies there is run only if the model's was."""
+    try:
+        remote_code = type(model).__module__.startswith("transformers_modules.")
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=remote_code) if path else None
+    except Exception as error:  # a base need not have a tokenizer
+        logger.info("%s: no tokenizer (%s)", path, error)
+        return None
+
+
+# Saving
 
 
 def save_joint(
     joint: PreTrainedModel,
     folder: str | os.PathLike,
-    state_dict: dict[str, torch.Tensor] | None,
-    include_base: bool | None,
-    base_reference: str | None,
-    tokenizer: Any,
-    results: dict[str, Any] | list[dict[str, Any]] | None,
-    max_shard_size: int | str,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    *,
+    include_base: bool | None = None,
+    tokenizer: Any = None,
+    results: dict[str, Any] | list[dict[str, Any]] | None = None,
+    max_shard_size: int | str = "5GB",
+    **_: Any,
 ) -> None:
-    """Write a joint model's folder; `MLPMemory.save_pretrained` documents the arguments."""
-    folder = Path(folder)
-    if told := taken(folder):
-        raise ValueError(told)
-    named = joint.config.base_model_name_or_path
-    if base_reference is None and not include_base and (why := not_found_again(joint, named, state_dict)):
-        if include_base is False:
-            raise ValueError(f"{why}: pass base_reference= or include_base=True")
-        logger.warning("%s: saved along in %s", why, folder / INSIDE)
-        include_base = True
-    reference = absolute(base_reference) or named
-    if tokenizer is None:
-        places = ((_opened_from(joint), joint), (reference, joint.base_lm))
-        tokenizer = next(filter(None, (tokenizer_of(place, model) for place, model in places if place)), None)
-    config = copy.deepcopy(joint.config)
-    config.base_model_name_or_path = None if include_base and reference and os.path.isabs(reference) else reference
-    config.base_fingerprint = fingerprint(reference) if reference and not include_base else None
-    if results is not None:
-        config.results = measured_rows(results)
-    # What opens it: transformers' server looks this class up in transformers itself, which has no MLPMemory.
-    config.architectures = ["AutoModelForCausalLM"]
-    config.text_config = copy.deepcopy(joint.base_lm.config)
-    config.text_config.name_or_path = ""
+    """Write a joint model's folder: memory, settings, tokenizer, model card, code, and base or its name.
 
+    Args:
+        state_dict: weights to save in place of the model's own, under its names.
+        include_base: save the base in `base/`. None: if it has no name, has parameters that require gradients, or is a
+            part of another joint folder.
+        tokenizer: default: the base's.
+        results: rows of results.json for the model card.
+
+    Raises ValueError where the folder holds something else, or `include_base` is False and the base could not be loaded
+    again.
+    """
+    folder = Path(folder)
+    present = [name for name in ("config.json", MEMORY, INSIDE) if (folder / name).exists()]
+    if present and read_joint_config(folder) is None:
+        raise ValueError(
+            f"{folder}: its {present[0]} is not a joint model's and would be overwritten; use another folder"
+        )
+    reference = joint.config.base_model_name_or_path
+    if not include_base and (reason := _why_included(joint, reference)):
+        if include_base is False:
+            raise ValueError(f"{reason}: pass include_base=True")
+        logger.warning("%s: it is saved in %s", reason, folder / INSIDE)
+        include_base = True
+    opened = joint.name_or_path if joint.name_or_path and read_joint_config(joint.name_or_path) else None
+    tokenizer = tokenizer or tokenizer_of(opened, joint) or tokenizer_of(reference, joint.base_lm)
     if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.eos_token  # so that the saved folder generates in batches
-        logger.info("the tokenizer has no padding token: %s takes its place", tokenizer.eos_token)
+        tokenizer.pad_token = tokenizer.eos_token  # so that the folder generates in batches
+
+    config = copy.deepcopy(joint.config)
+    config.base_model_name_or_path = None if include_base and reference and os.path.isabs(reference) else reference
+    config.base_id = None if include_base or not reference else id_of(reference, {})
+    if results is not None:
+        config.results = measured_rows(results)
+    config.architectures = ["AutoModelForCausalLM"]  # transformers' server looks the class up by this name
+    config.text_config = copy.deepcopy(joint.base_lm.config)
+    config.text_config.name_or_path = ""
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
         new = Path(temporary, "new")
-        parts = [(MEMORY, joint.knn_generator, MEMORY_PREFIX), (INSIDE, joint.base_lm, BASE_PREFIX)]
-        for name, part, prefix in parts if include_base else parts[:1]:
-            own = {key.removeprefix(prefix): state_dict[key] for key in state_dict or () if key.startswith(prefix)}
-            if hasattr(part, "merge_and_unload"):  # peft's: saved as the plain model that it makes
-                part = copy.deepcopy(part)
-                part.load_state_dict(own, strict=False)
-                part, own = part.merge_and_unload(), {}
-            part.save_pretrained(new / name, state_dict=own or None, max_shard_size=max_shard_size)
-            if not (new / name / "config.json").is_file() or any(".base_layer." in key for key in part.state_dict()):
-                raise ValueError(f"the {name} has adapters that are not merged: merge them before it is saved")
-        for other in _beside(joint.knn_generator):
-            (shutil.copytree if other.is_dir() else shutil.copy)(other, new / MEMORY / other.name)
-        if joint.gate is not None:
-            joint.gate.save(new / MEMORY)
+        _save_part(joint.knn_generator, new / MEMORY, state_dict, MEMORY_PREFIX, max_shard_size)
+        if include_base:
+            _save_part(joint.base_lm, new / INSIDE, state_dict, BASE_PREFIX, max_shard_size)
+        gate = joint.gate or LambdaGate.load(joint.knn_generator.name_or_path)
+        if gate is not None:
+            gate.save(new / MEMORY)
         if tokenizer is not None:
-            tokenizer.save_pretrained(new)
-            if include_base:
-                tokenizer.save_pretrained(new / INSIDE)
+            for each in (new, new / INSIDE) if include_base else (new,):
+                tokenizer.save_pretrained(each)
         joint.generation_config.save_pretrained(new)
         (new / "README.md").write_text(model_card(joint, config, bool(include_base)), encoding="utf-8")
         custom_object_save(joint, new, config)
         config.save_pretrained(new)
-        _move_in(new, folder, Path(temporary, "old"))
+        for file in filter(Path.is_file, new.rglob("*")):  # safetensors ignores the umask
+            file.chmod((new / "README.md").stat().st_mode)
+        _replace(new, folder)
 
 
-def _beside(memory: PreTrainedModel) -> list[Path]:
-    """What lies beside the memory's own files where it was loaded and goes with it: other networks and their settings."""
-    if not os.path.isdir(memory.name_or_path):
-        return []
-    there = list(Path(memory.name_or_path).iterdir())
-    others = [path.stem for path in there if path.suffix == ".safetensors" and not path.name.startswith("model")]
-    files = [path for path in there if path.is_file() and path.name.split(".")[0].startswith(tuple(others))]
-    return files + [path for path in there if (path / "config.json").is_file() and (path / WEIGHT_FILES[0]).is_file()]
+def _why_included(joint: PreTrainedModel, named: str | None) -> str | None:
+    """Why the base must be saved inside: `named`, its folder or hub name, may not hold it as it is. None: it does."""
+    if not named:
+        return "the base has no name to load it from"
+    if any(parameter.requires_grad for parameter in joint.base_lm.parameters()):
+        return "the base is trainable"
+    inside = next((place for place in (joint.base_lm.name_or_path, named) if os.path.basename(place) == INSIDE), None)
+    if inside and read_joint_config(os.path.dirname(inside)) is not None:
+        return f"the base is a part of the folder {os.path.dirname(inside)}"
+    return None
 
 
-def has_local_base(folder: str | os.PathLike) -> bool:
-    """Whether the joint model saved in `folder` needs a base that lies elsewhere on this machine."""
-    named = read_joint_config(folder).base_model_name_or_path
-    return bool(named) and os.path.isabs(named)
+def _save_part(
+    part: PreTrainedModel,
+    folder: Path,
+    state_dict: dict[str, torch.Tensor] | None,
+    prefix: str,
+    max_shard_size: int | str,
+) -> None:
+    """Save base or memory, with the weights of `state_dict` under `prefix` if it has any."""
+    state = {name.removeprefix(prefix): state_dict[name] for name in state_dict or () if name.startswith(prefix)}
+    if hasattr(part, "merge_and_unload"):  # peft's model: saved with its adapter merged
+        part = copy.deepcopy(part)
+        part.load_state_dict(state, strict=False)
+        part, state = part.merge_and_unload(), {}
+    if any(".base_layer." in name for name in part.state_dict()):
+        raise ValueError(f"the {folder.name} has an adapter: merge it first (peft: merge_and_unload)")
+    part.save_pretrained(folder, state_dict=state or None, max_shard_size=max_shard_size)
 
 
-def taken(folder: Path) -> str | None:
-    """Why no joint model can be saved in `folder`: something else lies there and would be overwritten; else None."""
-    there = [name for name in ("config.json", MEMORY, INSIDE) if (folder / name).exists()]
-    if not there or read_joint_config(folder) is not None:
-        return None
-    return f"{folder}: its {there[0]} belongs to no joint model and would be overwritten; save to another folder"
-
-
-def _opened_from(joint: PreTrainedModel) -> str | None:
-    """The joint folder that `joint` was opened from."""
-    return joint.name_or_path if read_joint_config(joint.name_or_path) is not None else None
-
-
-def _move_in(new: Path, folder: Path, old: Path) -> None:
-    """Move what was written to `new` into `folder`, its config.json last: without one a folder is no joint model.
-
-    What it replaces goes to `old`, to be deleted only when the new is in place.
-    """
-    old.mkdir()
-    for name in ("config.json", INSIDE):
-        if (folder / name).exists():
-            os.replace(folder / name, old / name)
+def _replace(new: Path, folder: Path) -> None:
+    """Move the files in `new` into `folder`, config.json last, in place of those of the same names."""
+    (folder / "config.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / INSIDE, ignore_errors=True)
     for source in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
-        target = folder / source.name
-        if target.is_dir():
-            os.replace(target, old / source.name)
-        os.replace(source, target)
+        if source.is_dir():
+            shutil.rmtree(folder / source.name, ignore_errors=True)
+        os.replace(source, folder / source.name)
+
+
+# The model card
+
+
+def model_card(joint: PreTrainedModel, config: MLPMemoryConfig, included: bool) -> str:
+    """Markdown with YAML front matter; `config` is the one that is saved. It names no local path."""
+    reference = config.base_model_name_or_path
+    hub_name = reference if reference and not os.path.isabs(reference) else None
+    return CARD.format(
+        front=f"base_model: {json.dumps(hub_name)}\n" if hub_name else "",
+        base=(hub_name or _described(joint.base_lm)) + (", in `base/`" if included else ""),
+        memory=_described(joint.knn_generator),
+        results="".join(
+            f"- {', '.join(f'{name} {value}' for name, value in row.items())}\n" for row in config.results or ()
+        ),
+        layer_position=config.layer_position,
+        lmbda=config.lmbda,
+        knn_temp=config.knn_temp,
+        oldest=OLDEST_MAJOR,
+    )
+
+
+def _described(model: nn.Module) -> str:
+    layers = model.config.get_text_config().num_hidden_layers
+    return f"{type(model).__name__}, {layers} layers, {model.num_parameters():,} parameters"
+
+
+def measured_rows(results: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The numbers and names of one `results.json` or several, without local paths; floats with four digits."""
+    rows = [results] if isinstance(results, dict) else results
+    return [
+        {
+            name: float(f"{value:.4g}") if isinstance(value, float) else value
+            for name, value in row.items()
+            if isinstance(value, (int, float)) or (isinstance(value, str) and not os.path.isabs(value))
+        }
+        for row in rows
+    ]

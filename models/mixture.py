@@ -1,7 +1,7 @@
-"""The mixture of base and memories, in log-probabilities: p = w_0 · base + Σ w_i · memory_i (paper, equation of inference).
+"""The mixture of base and memories, in log-probabilities: p = w_0 · base + Σ w_i · memory_i (paper section 3.4).
 
-With one memory and one lambda, w = (1 - lambda, lambda); with gates, w = softmax([0, g_1, …, g_n]), which for one memory is
-w_1 = sigmoid(g_1).
+With one memory and one lambda, w = (1 - lambda, lambda); with gates, w = softmax([0, g_1, …, g_n]), which for one
+memory is w_1 = sigmoid(g_1).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def log_mixture(log_probs: Sequence[Tensor], log_weights: Sequence[Tensor | float]) -> Tensor:
-    """log Σ_i exp(log_weights[i] + log_probs[i]), elementwise; a weight of 0 (-inf) leaves the others exactly as they are.
+    """log Σ_i exp(log_weights[i] + log_probs[i]), elementwise; a weight of 0 (-inf) leaves the others unchanged.
 
     Args:
         log_probs: of base, memory 1, memory 2, …: tensors of one shape.

@@ -1,7 +1,7 @@
-"""The joint model: a frozen or trained base, a memory that reads its captured hidden states, and their mixture.
+"""The joint model: base and memory as one causal language model.
 
-p(y|x) = (1 - lambda) · p_base(y|x) + lambda · p_memory(y|x), paper section 3.4. The memory is computed position by
-position, so the cache is the base's alone and beams reorder nothing of ours.
+p(y|x) = (1 - lambda) · p_base(y|x) + lambda · p_memory(y|x), paper section 3.4. The memory reads the base's captured
+hidden states position by position, so the only cache is the base's.
 """
 
 from __future__ import annotations
@@ -10,53 +10,26 @@ import copy
 import math
 import os
 import sys
-from pathlib import Path
+import tempfile
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .capture import HiddenCapture, captured_module, hidden_states
-from .families import load_memory
-from .gate import LambdaGate, mix
-from .joint_base import absolute, check_fit, open_base, resize_to_memory
-from .joint_config import ADAPTIVE, MLPMemoryConfig, check_lambda, check_temperature, read_joint_config
-from .joint_files import has_local_base, joint_parts, save_joint
-from .stack import shifted_nll
+from .capture import HiddenCapture, captured_module
+from .gate import LambdaGate
+from .joint_config import ADAPTIVE, MLPMemoryConfig, read_joint_config
+from .joint_files import absolute, check_fit, id_of, joint_parts, open_base, recorded_base, resize_to_memory, save_joint
+from .mixture import fixed_log_weights, log_mixture
+from .stack import load_memory, shifted_nll
 
 logger = logging.get_logger(__name__)
 
-# What `generate` makes when neither max_new_tokens nor max_length is given.
-DEFAULT_NEW_TOKENS = 20
-
-
-def joint_log_probs(
-    base_logits: torch.Tensor, memory_logits: torch.Tensor, lmbda: float, knn_temp: float
-) -> torch.Tensor:
-    """log((1-lambda)·softmax(base) + lambda·softmax(memory/knn_temp)), (…, vocabulary) float32.
-
-    Both logits have the same shape; the memory's may be on another device and of another dtype. lambda is in [0, 1],
-    knn_temp above 0.
-    """
-    if lmbda == 0.0:
-        return _log_softmax(base_logits)
-    memory = _log_softmax(memory_logits.to(base_logits.device), knn_temp)
-    if lmbda == 1.0:
-        return memory
-    return mix(_log_softmax(base_logits), memory, math.log1p(-lmbda), math.log(lmbda))
-
-
-def _log_softmax(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """log softmax(logits / temperature) in float32."""
-    return torch.log_softmax(_tempered(logits, temperature), dim=-1, dtype=torch.float32)
-
-
-def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """logits / temperature, float32 unless the temperature is 1."""
-    return logits if temperature == 1.0 else logits.float() / temperature
+DEFAULT_NEW_TOKENS = 20  # of `generate`, without max_new_tokens and max_length
 
 
 class MLPMemory(PreTrainedModel, GenerationMixin):
@@ -77,24 +50,23 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         lmbda: float | str = 0.25,
         knn_temp: float = 1.0,
         layer_position: int = -1,
-        is_train: bool = False,
         gate: LambdaGate | None = None,
     ) -> None:
         """Join a base and a memory; neither is copied, moved or cast.
 
-        `lmbda`: weight of the memory, 0 to 1, or "adaptive": another one for each token, by `gate`, which defaults to the
-        one in the memory's folder. `knn_temp`: softmax temperature of the memory's logits, above 0 (with a gate, that
-        which it was trained with).
-        `layer_position`: the decoder block whose `.mlp` input is captured. `is_train` freezes the base and makes
-        `forward` return the memory's logits alone. Raises ValueError when the memory does not fit the base, or "adaptive"
-        has no gate of this pair.
+        Args:
+            lmbda: weight of the memory, 0 to 1, or "adaptive": by token, from the memory's gate.
+            knn_temp: softmax temperature of the memory's logits, above 0. With a gate: the one it was trained with.
+            layer_position: the decoder block whose `.mlp` input is captured.
+            gate: for "adaptive"; default: the one in the memory's folder.
+
+        Raises ValueError when the memory does not fit the base, a setting is out of range, or there is no gate.
         """
         captured = captured_module(base_lm, layer_position)
         check_fit(base_lm.config, knn_generator)
-        # A copy: a composite config hands its attention settings down to the configs inside it.
+        # Of a copy: setting the joint config's attention implementation sets its text_config's too.
         config = MLPMemoryConfig(
             text_config=copy.deepcopy(base_lm.config),
-            knn_temp=knn_temp,
             layer_position=layer_position,
             base_model_name_or_path=absolute(base_lm.name_or_path),
         )
@@ -103,41 +75,32 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         self.base_lm = base_lm
         self.knn_generator = knn_generator
         self.gate = gate
+        self.knn_temp = knn_temp
         self.lmbda = lmbda
-        self.is_train = is_train
         self.supports_gradient_checkpointing = base_lm.supports_gradient_checkpointing
-        self._captured = (captured,)  # in a tuple: it is the base's module, not one more of ours
+        self._captured = (captured,)  # in a tuple, so that it is not registered as a submodule
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
-        if getattr(base_lm, "generation_config", None) is not None:
-            self.generation_config = copy.deepcopy(base_lm.generation_config)
-        if is_train:
-            base_lm.requires_grad_(False)
-        self.train(is_train)
+        self.generation_config = copy.deepcopy(base_lm.generation_config)
+        self.eval()
 
     @property
     def lmbda(self) -> float | str:
-        """Weight of the memory in the mixture; may be set at any time: 0 to 1, or "adaptive" where there is a gate.
-
-        ValueError otherwise.
-        """
+        """Weight of the memory, 0 to 1, or "adaptive" if there is a gate; may be set at any time (else ValueError)."""
         return self.config.lmbda
 
     @lmbda.setter
     def lmbda(self, value: float | str) -> None:
-        value = check_lambda(value)
         if value == ADAPTIVE:
-            self.gate = self.gate or self._gate_of_memory()
-            self.knn_temp = self.gate.knn_temp
+            folder = self.knn_generator.name_or_path
+            self.gate = self.gate or LambdaGate.load(folder)
+            if self.gate is None:
+                raise ValueError(
+                    f"lambda {ADAPTIVE}: the memory {folder} has no gate; train one: python -m training.gate"
+                )
+            self.knn_temp = self.gate.memory_temp
+        elif isinstance(value, str) or not 0.0 <= value <= 1.0:
+            raise ValueError(f"lambda {value}: expected a number from 0 to 1, or {ADAPTIVE}")
         self.config.lmbda = value
-
-    def _gate_of_memory(self) -> LambdaGate:
-        """The gate in the memory's folder. Raises ValueError where there is none, or it is another pair's."""
-        gate = LambdaGate.beside(self.knn_generator)
-        if gate is None:
-            told = f"lambda {ADAPTIVE}: {self.knn_generator.name_or_path or 'the memory'} has no gate"
-            raise ValueError(f"{told}; train one (python -m training.gate), or give a number from 0 to 1")
-        gate.check_made_for(self.base_lm, self.knn_generator)
-        return gate
 
     @property
     def knn_temp(self) -> float:
@@ -146,7 +109,9 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
 
     @knn_temp.setter
     def knn_temp(self, value: float) -> None:
-        self.config.knn_temp = check_temperature(value)
+        if not 0.0 < value < math.inf:
+            raise ValueError(f"memory temperature {value}: expected a number above 0")
+        self.config.knn_temp = value
 
     @property
     def layer_position(self) -> int:
@@ -168,20 +133,20 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         layer_position: int | None = None,
         *,
         config: MLPMemoryConfig | None = None,
-        device: torch.device | str | None = None,
         memory_dtype: torch.dtype | None = None,
-        memory_device: torch.device | str | None = None,
         **base_arguments: Any,
     ) -> MLPMemory:
         """Join a base and a memory, each a folder, a hub name or a loaded model; in eval mode.
 
-        With `memory` left out, `base` is a folder that `save_pretrained` wrote. `lmbda`, `knn_temp` and
-        `layer_position` default to what such a folder says, else 0.25, 1 and -1. `device` moves the base;
-        the memory goes where the captured block is, in the base's dtype, unless `memory_device` or `memory_dtype` say
-        otherwise. Further arguments (`dtype`, `device_map`, `quantization_config`, `trust_remote_code`, …) are the
-        base's. A base with a padded vocabulary is resized to its tokenizer where the memory was made for that.
+        Args:
+            base: without `memory`: a folder of `save_pretrained`. A base that is loaded here is frozen (undo with
+                `model.base_lm.requires_grad_()`) and resized to its tokenizer if the memory was made for that.
+            lmbda, knn_temp, layer_position: default to those of such a folder, else to 0.25, 1 and -1.
+            memory_dtype: default: the base's. The memory goes to the device of the captured block.
+            base_arguments: of the base's own `from_pretrained` (`dtype`, `device_map`, `quantization_config`, …).
 
-        Raises ValueError when the memory does not fit the base, or a setting is out of range.
+        Raises ValueError when the base's checkpoint is incomplete, the memory does not fit the base or was trained for
+        another one, or a setting is out of range. A loaded base is taken as it is.
         """
         opened = None
         if memory is None:
@@ -190,74 +155,62 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         else:
             config = None if isinstance(memory, nn.Module) else read_joint_config(memory)
         reference = absolute(base.name_or_path if isinstance(base, nn.Module) else base)
-        given = {"lmbda": lmbda, "knn_temp": knn_temp, "layer_position": layer_position}
-        settings = {} if config is None else {name: getattr(config, name) for name in given}
-        settings |= {name: value for name, value in given.items() if value is not None}
+        settings = {"lmbda": lmbda, "knn_temp": knn_temp, "layer_position": layer_position}
+        for name, value in settings.items():
+            settings[name] = getattr(config or MLPMemoryConfig(), name) if value is None else value
+        base_found = None
         if not isinstance(base, nn.Module):
-            if device is not None and torch.device(device).type != "cpu":  # read straight onto it
-                base_arguments = {"device_map": {"": torch.device(device)}, **base_arguments}
-            if opened is None:
-                base = AutoModelForCausalLM.from_pretrained(reference, **base_arguments)
-            else:
-                base = open_base(reference, opened, config, base_arguments)
+            base = open_base(reference, base_arguments, opened)
+            base_found = id_of(reference, base_arguments)
         if not isinstance(memory, nn.Module):
-            weight = next(captured_module(base, settings.get("layer_position", -1)).parameters())
-            place = base.device if weight.is_meta else weight.device  # meta: accelerate keeps the block elsewhere
-            memory = load_memory(absolute(memory), dtype=memory_dtype or base.dtype, device=memory_device or place)
+            weight = next(captured_module(base, settings["layer_position"]).parameters())
+            place = base.device if weight.is_meta else weight.device  # meta: offloaded by accelerate
+            memory = load_memory(absolute(memory), dtype=memory_dtype or base.dtype, device=place)
+            base_recorded = recorded_base(memory.name_or_path, config)
+            if base_found and base_recorded and base_found != base_recorded:
+                problem = f"{memory.name_or_path}: was trained for another base than {reference}"
+                if opened is None:
+                    raise ValueError(f"{problem} (id {base_recorded[:12]}, given {base_found[:12]})")
+                logger.warning(problem)
         resize_to_memory(base, memory, reference)
         joint = cls(base, memory, **settings)
         if opened is not None:
             joint.name_or_path = joint.config.name_or_path = absolute(opened)
             joint.config.base_model_name_or_path = config.base_model_name_or_path or reference
             joint.config.results = config.results
-        return joint.eval()
+        return joint
 
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
-        *,
-        include_base: bool | None = None,
-        base_reference: str | None = None,
-        tokenizer: Any = None,
-        results: dict[str, Any] | list[dict[str, Any]] | None = None,
-        max_shard_size: int | str = "5GB",
+        push_to_hub: bool = False,
+        **options: Any,
     ) -> None:
         """Write a folder that `from_pretrained`, `AutoModelForCausalLM` and `pipeline` open again.
 
-        It holds the memory, the settings and a model card, and says which base it belongs to: `base_reference`, else
-        the name or folder the base was loaded from. `include_base` puts the base itself inside; left at None, that is
-        done where the base could not be loaded again as it is (it was trained, it is a part of another joint folder,
-        its source is gone). `state_dict`: weights to write in place of the model's own, under its names for them. The
-        tokenizer given, else the base's, is written along. `results`: measured rows (`results.json` of an evaluation)
-        for the card. Raises ValueError where the folder holds something else, or `include_base` is False and the base
-        could not be loaded again.
+        `state_dict`: weights to save in place of the model's own, under its names. `options`: those of
+        `joint_files.save_joint`; with `push_to_hub` also those of `push_to_hub` and `repo_id` (default: the folder's
+        name). Other arguments of transformers' `save_pretrained` are ignored.
         """
         if is_main_process:
-            save_joint(
-                self, save_directory, state_dict, include_base, base_reference, tokenizer, results, max_shard_size
-            )
+            save_joint(self, save_directory, state_dict, **options)
+            if push_to_hub:
+                self.push_to_hub(options.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **options)
 
-    def _upload_modified_files(self, working_dir: str | os.PathLike, *arguments: Any, **settings: Any) -> Any:
-        """The last step of `push_to_hub`: up goes a folder that opens anywhere, and its own card unless there was one.
-
-        So a base that is no hub name's goes inside, and transformers' template of a card makes way.
-        """
-        card = Path(working_dir, "README.md").read_text(encoding="utf-8")
-        self.save_pretrained(working_dir, include_base=has_local_base(working_dir) or None)
-        if "automatically generated" not in card:
-            Path(working_dir, "README.md").write_text(card, encoding="utf-8")
-        return super()._upload_modified_files(working_dir, *arguments, **settings)
-
-    def train(self, mode: bool = True) -> MLPMemory:
-        super().train(mode)
-        if self.is_train:
-            self.base_lm.eval()  # a frozen base has no dropout
-        return self
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base_lm.get_input_embeddings()
+    def push_to_hub(
+        self, repo_id: str, commit_message: str = "Upload MLP Memory", private: bool | None = None, **options: Any
+    ) -> Any:
+        """Upload a folder of `save_pretrained`, with a base that is not on the hub inside. Returns the commit."""
+        api = HfApi(token=options.get("token"))
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        named = self.config.base_model_name_or_path
+        if named and os.path.isabs(named):
+            options["include_base"] = True
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.base_lm.get_output_embeddings()
@@ -267,14 +220,15 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def resize_token_embeddings(self, *arguments: Any, **settings: Any) -> nn.Module:
-        """The base's own, and its memory's head goes with it: new tokens get the mean of the head's rows."""
+        """Resize the base's embeddings and the memory's head; new rows of the head are the mean of the old ones."""
         embeddings = self.base_lm.resize_token_embeddings(*arguments, **settings)
         size, head = len(embeddings.weight), self.knn_generator.lm_head
         rows = head.weight[:size]
         new = rows.float().mean(0).to(rows.dtype).expand(size - len(rows), -1)
         head.weight = nn.Parameter(torch.cat([rows, new]), head.weight.requires_grad)
         head.out_features = self.knn_generator.config.vocab_size = size
-        self.config.text_config.get_text_config().vocab_size = size
+        self.config.vocab_size = self.config.text_config.get_text_config().vocab_size = size
+        self.config.base_model_name_or_path = None  # the base is no longer what lies there
         return embeddings
 
     def memory_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -296,15 +250,10 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Joint log-probabilities `.logits` (batch, time, vocabulary) float32, and `.loss` with `labels`.
 
-        `labels` (batch, time) are the token ids, -100 where none; `.loss` is the mean negative log-likelihood of the
-        shifted labels. `logits_to_keep`: compute base and memory logits for the last so many positions only (0: all;
-        a tensor: these positions), as in every transformers decoder; it does not go together with `labels`.
-        `num_items_in_batch`, from the Trainer: what `.loss` is divided by in place of the number of labels.
+        `labels` (batch, time) are the token ids, or -100; `.loss` is the mean negative log-likelihood of the shifted
+        labels, or their sum divided by `num_items_in_batch` (from the Trainer). `logits_to_keep`: the number of last
+        positions whose logits are computed (0: all), or a tensor of positions; not together with `labels`.
         """
-        if self.is_train:
-            return self._memory_only(input_ids, attention_mask, labels)
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise ValueError("labels need the logits of all positions: leave logits_to_keep at 0")
         return_dict, items = kwargs.pop("return_dict", None), kwargs.pop("num_items_in_batch", None)
         with HiddenCapture(*self._captured) as capture:
             base = self.base_lm(
@@ -318,62 +267,47 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
                 return_dict=True,
                 **kwargs,
             )
-            # A draft that exits early may not reach the captured block: it is the base's alone.
-            hidden = None if self._exits_early() else capture.take()  # (batch, time, hidden)
-        rest = {name: base.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
-        lmbda = self.lmbda if hidden is not None else 0.0
-        logits = base.logits.float() if lmbda == ADAPTIVE else _log_softmax(base.logits)  # (batch, kept, vocabulary)
-        del base  # its logits go before the memory's come
-        if lmbda != 0.0:
-            hidden = _kept(hidden, logits_to_keep)
-            memory = self.memory_logits(hidden).to(logits.device)  # (batch, kept, vocabulary)
+            # generate(assistant_early_exit=…) lowers the base's layer count for its drafts: they are the base's alone.
+            configs = (self.base_lm.config.get_text_config(), self.config.text_config.get_text_config())
+            early_exit = configs[0].num_hidden_layers < configs[1].num_hidden_layers
+            hidden = None if early_exit else capture.take()  # (batch, time, hidden)
+        lmbda, logits = 0.0 if early_exit else self.lmbda, base.logits.float()  # (batch, kept, vocabulary)
+        if lmbda == 0.0:
+            logits = logits.log_softmax(-1)
+        else:
+            last = isinstance(logits_to_keep, int)  # so many last positions; 0: all
+            hidden = hidden[:, slice(-logits_to_keep, None) if last else logits_to_keep.to(hidden.device)]
+            memory = self.memory_logits(hidden).to(logits.device).float() / self.knn_temp  # (batch, kept, vocabulary)
             if lmbda == ADAPTIVE:
-                logits = self.gate.mix(logits, _tempered(memory, self.knn_temp).float(), hidden)
-            elif lmbda == 1.0:
-                logits = _log_softmax(memory, self.knn_temp)
+                logits = self.gate.mix(logits, memory, hidden)
             else:
-                memory = _log_softmax(memory, self.knn_temp)
-                logits = mix(logits, memory, math.log1p(-lmbda), math.log(lmbda))
+                logits = log_mixture((logits.log_softmax(-1), memory.log_softmax(-1)), fixed_log_weights(lmbda))
         loss = None if labels is None else shifted_nll(logits, labels, items)
+        rest = {name: base.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
         return output.to_tuple() if return_dict is False else output
-
-    def _exits_early(self) -> bool:
-        """Whether `generate(assistant_early_exit=…)` is drafting: it lowers the base's layer count meanwhile."""
-        now, layers = (
-            each.get_text_config().num_hidden_layers for each in (self.base_lm.config, self.config.text_config)
-        )
-        return now < layers
-
-    def _memory_only(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None
-    ) -> CausalLMOutputWithPast:
-        """Training: the memory's logits (n, vocabulary) at the n positions whose next label is not -100, in order."""
-        if labels is None:
-            raise ValueError("is_train=True returns logits at the labelled positions: pass labels")
-        hidden = hidden_states(self.base_lm, input_ids, attention_mask, self.layer_position)
-        labelled = (labels[:, 1:] != -100).to(hidden.device)
-        return CausalLMOutputWithPast(logits=self.memory_logits(hidden[:, :-1][labelled]))
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """The base's own: its position ids, masks and caches are all there is to prepare."""
+        """The base's: only it has position ids, masks and caches."""
         return self.base_lm.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     @torch.no_grad()
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Any:
-        """`GenerationMixin.generate`, all of it, on the joint distribution.
+        """`GenerationMixin.generate` on the joint distribution.
 
-        Raises ValueError for an empty prompt and one longer than the base's context. Generation ends where the context
-        does: a limit beyond it is lowered, and that is said once.
+        A limit beyond the base's context is lowered with a warning. Raises ValueError for empty prompts and ones longer
+        than the context.
         """
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         prompt = prompt if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if prompt is not None:
-            settings = (generation_config or self.generation_config).to_dict() | kwargs
+            settings = self.generation_config.to_diff_dict()
+            settings |= generation_config.to_diff_dict() if generation_config is not None else {}
+            settings |= kwargs
             asked, limit = settings.get("max_new_tokens"), settings.get("max_length")
             if asked is None:
                 asked = limit - prompt.shape[1] if limit is not None else DEFAULT_NEW_TOKENS
@@ -389,17 +323,14 @@ MLPMemory.register_for_auto_class("AutoModelForCausalLM")
 
 
 def room_after(prompts: torch.Tensor, attention_mask: torch.Tensor | None, context: int | None) -> float:
-    """How many tokens can follow `prompts`, ids (batch, time) or embeddings (batch, time, hidden), in a context; without
-    a limit (None) infinitely many.
-
-    Raises ValueError when a prompt is empty or longer than the context.
-    """
+    """How many tokens can follow `prompts`, ids (batch, time) or embeddings (batch, time, hidden), in a context (None:
+    unlimited). Raises ValueError when a prompt is empty or longer than the context."""
     shortest = longest = prompts.shape[1]
     if attention_mask is not None and attention_mask.ndim == 2:
         lengths = attention_mask.sum(-1)  # (batch,)
         shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest == 0:
-        raise refusal("a prompt is empty: expected at least one token (the tokenizer's BOS will do)")
+        raise refusal("a prompt is empty: expected at least one token, such as the tokenizer's BOS")
     if context is None:
         return math.inf
     if longest > context:
@@ -408,15 +339,8 @@ def room_after(prompts: torch.Tensor, attention_mask: torch.Tensor | None, conte
 
 
 def refusal(reason: str) -> ValueError:
-    """The error for a prompt that cannot be continued. A server of transformers answers it with status 400 and the reason."""
+    """The error for a prompt that cannot be continued; `transformers serve` answers with status 400 and `reason`."""
     web = sys.modules.get("starlette.exceptions")
     if web is None:
         return ValueError(reason)
     return type("PromptError", (web.HTTPException, ValueError), {"__str__": lambda _: reason})(400, reason)
-
-
-def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions of `hidden` (batch, time, hidden) whose logits are asked for."""
-    if isinstance(logits_to_keep, int):
-        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-    return hidden[:, logits_to_keep.to(hidden.device)]

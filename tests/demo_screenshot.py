@@ -1,6 +1,6 @@
-"""Take the picture of the demo's page: serve it, let it continue its prompt, open a token, save what is seen.
+"""Take a picture of the demo's page: serve it, continue its prompt, open a token, save a PNG.
 
-    python tests/demo_screenshot.py --output docs/demo.png --new_tokens 32 [flags of demo.app]
+    python tests/demo_screenshot.py --output docs/demo.png [flags of demo.app]
 
 Needs Chromium, chromedriver and gradio. Without flags it shows the quickstart's memory.
 """
@@ -13,26 +13,20 @@ from pathlib import Path
 
 from browser import Browser, served
 
-WIDTH, SMALLEST_HEIGHT = 1200, 600
+WIDTH = 1200
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("docs/demo.png"), help="the PNG")
-    parser.add_argument("--new_tokens", type=int, default=32, help="tokens of each continuation")
-    parser.add_argument("--token", help="text of the token to open; default: the one that the memory raised most")
+    parser.add_argument("--token", help="token to open (default: the one that the memory raised most)")
     parser.add_argument("--scale", type=float, default=1.5, help="pixels of the picture for a pixel of the page")
     arguments, flags = parser.parse_known_args()
     with served(*flags) as url, Browser(width=WIDTH, height=1400, scale=arguments.scale) as browser:
         browser.open(url)
-        browser.wait(lambda: browser.find("#sampling button"), "the page")
-        browser.click("#sampling button")
-        browser.wait(lambda: browser.find("#new_tokens input[type=number]"), "the sampling settings")
-        browser.type("#new_tokens input[type=number]", f"{arguments.new_tokens}\t")
-        browser.click("#sampling button")
+        browser.wait(lambda: browser.find("#go"), "button")
         browser.click("#go")
-        browser.wait(lambda: browser.count(".mlpm-token"), "the tokens")
-        browser.wait(lambda: "tokens in" in browser.text("#status"), "the end of the run")
+        browser.wait(lambda: browser.count(".mlpm-token"), "tokens")
         if arguments.token:
             browser.script(
                 "[...document.querySelectorAll('[data-side=joint] .mlpm-token')]"
@@ -43,11 +37,9 @@ def main() -> None:
         # The window's frame is part of its size, the page is not.
         frame = browser.script("return window.outerHeight - window.innerHeight")
         end = browser.script("return document.querySelector('#inspector').getBoundingClientRect().bottom")
-        browser.resize(WIDTH, max(int(end) + 24, SMALLEST_HEIGHT) + frame)
+        browser.resize(WIDTH, int(end) + 24 + frame)
         time.sleep(0.5)  # the new size is drawn
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         browser.screenshot(arguments.output)
-    print(f"{arguments.output}: {arguments.output.stat().st_size // 1024} KiB")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Any decoder whose blocks have `.mlp`: a memory from its config alone, saved, loaded, joined, trained and generating."""
+"""Any decoder whose blocks have `.mlp`: a memory from its config, saved, loaded, joined, trained and generating."""
 
 import json
 
@@ -7,12 +7,12 @@ import torch
 from tiny_models import VOCABULARY, some_ids, tiny_base, tiny_memory
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models import MLPMemory, load_memory, memory_class, memory_config
+from models import MLPMemory, load_memory, memory_class
 from models.capture import captured_module, final_norm, hidden_states
 
 pytestmark = pytest.mark.unit
 FAMILIES = [
-    *("qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "phi3", "smollm3"),
+    *("qwen2", "qwen3", "gemma", "gemma3_text", "olmo2", "phi3", "smollm3"),
     *("gpt_neox", "gpt_bigcode", "granite", "starcoder2"),
 ]
 
@@ -39,19 +39,6 @@ def test_the_stack_is_made_of_the_familys_own_mlp_and_norm(base, memory):
     assert not any(parameter.is_meta for parameter in memory.parameters())
 
 
-def test_weights_begin_as_the_family_initialises_them(base):
-    torch.manual_seed(0)
-    config = memory_config(base.config, 2)
-    memory = memory_class(config)(config)
-    fresh = AutoModelForCausalLM.from_config(base.config)
-    for name, value in memory.final_norm.named_parameters():
-        assert torch.equal(value, dict(final_norm(fresh).named_parameters())[name])
-    for parameter in memory.parameters():
-        assert torch.isfinite(parameter).all()
-        assert parameter.abs().max() < 2
-    assert 0 < memory.lm_head.weight.std() < 0.1
-
-
 def test_the_joint_model_mixes_trains_and_generates(base, memory):
     joint = MLPMemory(base, memory, lmbda=0.4)
     ids = some_ids()
@@ -63,17 +50,6 @@ def test_the_joint_model_mixes_trains_and_generates(base, memory):
     tokens = joint.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
     with torch.no_grad():
         assert torch.equal(tokens[:, 12:], joint(tokens).logits.argmax(-1)[:, 11:-1])
-
-
-def test_a_left_padded_batch_gives_what_single_prompts_give(base, memory):
-    joint = MLPMemory(base, memory, lmbda=0.4)
-    ids = some_ids(2, 8)
-    mask = torch.ones_like(ids)
-    mask[1, :3] = 0
-    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    together = joint.generate(ids, attention_mask=mask, **settings)[:, 8:]
-    assert torch.equal(together[0], joint.generate(ids[:1], **settings)[0, 8:])
-    assert torch.equal(together[1], joint.generate(ids[1:, 3:], **settings)[0, 5:])
 
 
 def test_a_joint_folder_opens_again_and_the_memory_in_it(base, memory, tmp_path):
@@ -91,16 +67,7 @@ def test_a_joint_folder_opens_again_and_the_memory_in_it(base, memory, tmp_path)
         torch.testing.assert_close(again(some_ids()).logits, joint(some_ids()).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("family", "expected"),
-    [
-        ("opt", r"its decoder blocks have no \.mlp"),
-        ("mixtral", "no plain function of one hidden state"),
-        ("vit", "is no plain causal language model"),
-    ],
-)
-def test_a_family_without_a_plain_mlp_is_refused_in_one_line(family, expected):
-    config = AutoConfig.for_model(family)
-    with pytest.raises(ValueError, match=rf"'{family}'.*{expected}") as caught:
-        memory_class(config)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("family", ["opt", "mixtral", "vit"])
+def test_a_family_without_a_plain_mlp_is_refused(family):
+    with pytest.raises(ValueError, match=f"'{family}'"):
+        memory_class(AutoConfig.for_model(family))

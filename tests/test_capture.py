@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from tiny_models import CONTEXT, some_ids, tiny_base
+from tiny_models import some_ids, tiny_base
 from torch import nn
 
 from models.capture import (
@@ -15,7 +15,6 @@ from models.capture import (
     final_norm,
     hidden_and_head_input,
     hidden_states,
-    logit_scale,
 )
 
 pytestmark = pytest.mark.unit
@@ -40,15 +39,6 @@ def test_states_equal_those_of_a_full_forward_bit_by_bit(base, layer_position):
     assert torch.equal(hidden_states(base, ids, layer_position=layer_position), expected)
 
 
-def test_states_equal_those_of_a_full_forward_with_padding_on_either_side(base):
-    ids = some_ids()
-    for padded in (slice(0, 4), slice(8, 12)):
-        mask = torch.ones_like(ids)
-        mask[1, padded] = 0
-        expected = captured_by_a_full_forward(base, -1, input_ids=ids, attention_mask=mask)
-        assert torch.equal(hidden_states(base, ids, mask)[mask.bool()], expected[mask.bool()])
-
-
 def test_nothing_after_the_captured_input_runs(base):
     ran = []
     later = [captured_module(base, 0), decoder_blocks(base)[1], final_norm(base), base.get_output_embeddings()]
@@ -69,7 +59,7 @@ def test_nothing_after_the_captured_input_runs(base):
         ("hyperclovax", {"logits_scaling": 6.0}),  # and this one multiplies
     ],
 )
-def test_states_and_logits_at_selected_positions_are_those_of_a_full_forward_there(family, changes):
+def test_states_and_logits_at_positions_are_those_of_a_full_forward(family, changes):
     base, ids = tiny_base(family, **changes), some_ids()
     positions = torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.4
     hidden, head_input = hidden_and_head_input(base, ids, positions)
@@ -77,36 +67,26 @@ def test_states_and_logits_at_selected_positions_are_those_of_a_full_forward_the
     torch.testing.assert_close(base_logits(base, head_input), base(ids).logits[positions], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "scale"), [("gemma2", {}, 1), ("granite", {"logits_scaling": 6.0}, 1 / 6)]
-)
-def test_the_factor_on_the_logits_is_found_in_bfloat16(family, changes, scale):
-    assert logit_scale(tiny_base(family, **changes).to(torch.bfloat16)) == pytest.approx(scale, rel=1e-3)
-
-
 def test_a_family_that_does_something_else_to_its_logits_is_refused():
     base = tiny_base("llama")
     base.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits.square()))
-    with pytest.raises(ValueError, match="'llama': what it does to its logits"):
+    with pytest.raises(ValueError, match="'llama'"):
         base_logits(base, torch.zeros(1, 32))
 
 
-@pytest.mark.parametrize("layer_position", [2, -3, 99])
-def test_a_layer_position_outside_the_model_is_refused_with_the_range(base, layer_position):
-    with pytest.raises(ValueError, match=rf"layer_position {layer_position}: .* from -2 to 1"):
-        captured_module(base, layer_position)
+def test_a_layer_position_outside_the_model_is_refused(base):
+    for layer_position in (2, -3):
+        with pytest.raises(ValueError, match=f"layer_position {layer_position}"):
+            captured_module(base, layer_position)
 
 
-def test_a_model_without_mlp_blocks_is_refused_in_one_line():
-    with pytest.raises(ValueError, match=r"opt.*\.mlp") as caught:
-        decoder_blocks(tiny_base("opt", ffn_dim=48, word_embed_proj_dim=32))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_model_with_two_decoders_is_refused():
-    two = nn.ModuleList([tiny_base("llama"), tiny_base("gpt2")])
-    with pytest.raises(ValueError, match="2 lists of blocks"):
-        decoder_blocks(two)
+def test_a_model_without_one_list_of_blocks_with_mlp_is_refused():
+    for model in (
+        tiny_base("opt", ffn_dim=48, word_embed_proj_dim=32),
+        nn.ModuleList([tiny_base("llama"), tiny_base("gpt2")]),
+    ):
+        with pytest.raises(ValueError, match="expected one"):
+            decoder_blocks(model)
 
 
 def test_a_pass_of_another_thread_is_not_captured():
@@ -122,9 +102,7 @@ def test_a_pass_of_another_thread_is_not_captured():
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_checkpointed_blocks_change_no_state_and_are_refused_where_they_lose_its_gradient(
-    family,
-):
+def test_checkpointed_blocks_change_no_state_and_lose_no_gradient(family):
     base, ids = tiny_base(family).train(), some_ids()
     expected = hidden_states(base, ids)
     positions = torch.ones_like(ids, dtype=torch.bool)
@@ -133,12 +111,5 @@ def test_checkpointed_blocks_change_no_state_and_are_refused_where_they_lose_its
         assert torch.equal(hidden_states(base, ids), expected)  # as the online trainer and the datastore take them
         with torch.no_grad():
             assert torch.equal(hidden_and_head_input(base, ids, positions)[0], expected.flatten(0, 1))
-    with pytest.raises(RuntimeError, match=r'reentrant gradient checkpointing: .*"use_reentrant": False'):
+    with pytest.raises(RuntimeError, match="use_reentrant"):
         hidden_and_head_input(base, ids, positions)
-
-
-def test_states_keep_the_models_dtype_and_carry_no_gradient():
-    base = tiny_base("llama").to(torch.bfloat16)
-    hidden = hidden_states(base, some_ids(1, CONTEXT))
-    assert hidden.dtype == torch.bfloat16
-    assert not hidden.requires_grad

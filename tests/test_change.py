@@ -12,8 +12,7 @@ import pytest
 from harness import ROOT, run
 from safetensors import safe_open
 
-PAGE = (ROOT / "docs" / "change.md").read_text()
-DIFFS = re.findall(r"```diff\n(.*?)```", PAGE, re.DOTALL)
+DIFFS = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "change.md").read_text(), re.DOTALL)
 ROOMS = ("models", "utils", "knn_utils", "training")
 
 
@@ -41,14 +40,8 @@ def changed(request, tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.unit
-def test_the_page_and_its_diffs_are_short():
-    assert len(PAGE.splitlines()) <= 60 and len(DIFFS) == 3
-    assert all(len(diff.splitlines()) <= 20 for diff in DIFFS)
-
-
 @pytest.mark.parametrize("changed", [0], indirect=True)
-def test_a_loss_term_is_in_the_total_and_in_what_is_learned(llama_world, unchanged, changed):
+def test_a_loss_term_is_in_the_total_and_is_learned(llama_world, unchanged, changed):
     log, names = train(llama_world, changed, changed / "out", llama_world.targets)
     (first, second), (old_first, old_second) = log, unchanged[0]
     assert first["loss"] < old_first["loss"] - 0.1  # less the entropy
@@ -57,7 +50,7 @@ def test_a_loss_term_is_in_the_total_and_in_what_is_learned(llama_world, unchang
 
 
 @pytest.mark.parametrize("changed", [1], indirect=True)
-def test_a_block_has_its_weights_in_the_checkpoint_and_another_loss(llama_world, unchanged, changed):
+def test_a_block_has_its_weights_in_the_checkpoint(llama_world, unchanged, changed):
     log, names = train(llama_world, changed, changed / "out", llama_world.targets)
     assert names == unchanged[1] | {f"layers.{number}.gain" for number in range(2)}
     assert log[0]["loss"] == pytest.approx(unchanged[0][0]["loss"], abs=1e-6)  # closed at first

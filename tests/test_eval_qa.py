@@ -1,22 +1,20 @@
-"""Facts about question answering: prompts, batched scoring and generation, files read and written, bad input."""
+"""Question answering: prompts, batched scoring and generation, files that are read and written, user errors."""
 
 import csv
+import gc
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from harness import ROOT, command, refused, refused_here, run
-from tiny_models import byte_tokenizer, plain_greedy, plain_log_probs, qa_base, save_models, tiny_base, tiny_memory
+from harness import command, refused_here, run
+from tiny_models import byte_tokenizer, plain_greedy, plain_log_probs, qa_base, save_models, tiny_memory
 
-from downstream.scoring import Encoded, Evaluator, cut
+from downstream.scoring import Encoded, Evaluator
 from downstream.tasks import TASKS, Prompt
 from models import MLPMemory
-from utils.legacy import FolderLock
+from utils.files import lock_folder
 
 NQ = [
     {"question": "who wrote it", "answer": ["James", "the first"]},
@@ -54,7 +52,6 @@ def world(tmp_path_factory):
     with open(folder / "truth.csv", "w", newline="") as file:
         csv.writer(file).writerows(TRUTH)
     (folder / "demonstrations.txt").write_text(DEMONSTRATIONS)
-    (folder / "instruction.txt").write_text("I want the right answer.\nThe answer is Yes or No.")
     return folder
 
 
@@ -67,9 +64,6 @@ def ask(world, output, *flags):
 
 def joint_flags(world, lmbda=0.5):
     return "--use_neural_knn", "--knn_generator_path", world / "memory", "--lmbda", lmbda
-
-
-TRUTH_FLAGS = ("--task", "truthfulqa", "--dataset_name")
 
 
 # Prompts
@@ -95,7 +89,7 @@ def test_a_question_stands_in_the_prompt_of_its_benchmark(task, question, expect
 
 
 @pytest.mark.unit
-def test_truthfulqa_answers_are_closed_with_a_period_and_follow_the_demonstrations():
+def test_truthfulqa_answers_end_in_a_period_and_follow_the_examples():
     row = {"question": "Is it?", "best": "No", "true": "No; It is not.;", "false": ["Yes", " Of course "]}
     (prompt,) = prompts("truthfulqa", row, "Rules.\n\nQ: A?\nA: B.")
     assert prompt.text == "Rules.\n\nQ: A?\nA: B.\n\nQ: Is it?\nA:"
@@ -110,14 +104,6 @@ def test_halueval_prompts_follow_the_instruction():
     right, hallucinated = prompts("halueval_judge", row, "Judge.")
     assert right.text == "Judge.\n\n#Question#: Which?\n#Answer#: this\n#Your Judgement#:"
     assert hallucinated.text == "Judge.\n\n#Question#: Which?\n#Answer#: that\n#Your Judgement#:"
-
-
-@pytest.mark.unit
-def test_a_generated_text_is_cut_at_the_benchmarks_stop_characters():
-    assert (TASKS["nq"].max_new_tokens, TASKS["nq"].stop) == (15, "\n")
-    assert (TASKS["webqa"].max_new_tokens, set(TASKS["webqa"].stop)) == (100, {"\n", ".", ","})
-    assert [cut(" one. two\nthree", stop) for stop in ("\n", "\n.,")] == [" one. two", " one"]
-    assert cut("\nthree", "\n") == ""
 
 
 # Scoring and generation
@@ -141,65 +127,34 @@ def questions_and_answers():
     return [Prompt(f"{DEMONSTRATIONS}Q: {question}?\nA:", ANSWERS[: 2 + i]) for i, question in enumerate(QUESTIONS)]
 
 
-@pytest.mark.parametrize("kind", ["base", "joint"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
-def test_answer_scores_equal_those_of_single_texts_whatever_the_batch_size(family, kind, tokenizer):
+@pytest.mark.parametrize(("family", "kind"), [("llama", "base"), ("gpt2", "joint"), ("mistral", "joint")])
+def test_scores_and_texts_equal_those_of_single_prompts(family, kind, tokenizer):
     model = models_of(family, tokenizer)[kind]
     asked = questions_and_answers()
     expected = [plain_log_probs(model, tokenizer, each.text, answer) for each in asked for answer in each.continuations]
-    for batch_size in (1, 4, 64):
+    texts = [plain_greedy(model, tokenizer, each.text, 12) for each in asked]
+    assert len(set(texts)) > 1
+    letter = next(character for character in texts[0] if character.isascii())
+    for batch_size in (1, 4):
         evaluator = Evaluator(model, tokenizer, batch_size)
-        sequences = [sequence for prompt in asked for sequence in evaluator.sequences(prompt, 0)]
-        for shared in (False, True):
-            if shared:
-                assert evaluator.share_start([each.ids[: each.begin] for each in sequences]) > 32
-            found = evaluator.likelihoods(sequences)
-            assert [each.tokens for each in found] == [len(each) for each in expected]
-            totals = [each.total for each in found]
-            assert np.allclose(totals, [each.sum() for each in expected], atol=2e-4)
+        found = evaluator.likelihoods([sequence for prompt in asked for sequence in evaluator.sequences(prompt, 0)])
+        assert [each.tokens for each in found] == [len(each) for each in expected]
+        assert np.allclose([each.total for each in found], [each.sum() for each in expected], atol=2e-4)
+        ids = [evaluator.sequences(Prompt(each.text), 12)[0].ids for each in asked]
+        assert evaluator.continuations(ids, 12, "") == texts
+        assert evaluator.continuations(ids, 12, letter) == [text.split(letter)[0] for text in texts]
 
 
 @pytest.mark.unit
-@pytest.mark.parametrize("others", [(), (3,)])
-def test_an_answer_without_tokens_is_not_right(tokenizer, others):
+def test_an_answer_without_tokens_is_not_right(tokenizer):
     evaluator = Evaluator(qa_base("llama", tokenizer), tokenizer, 4)
     ids = evaluator.encode("who wrote it")
-    empty, *_ = evaluator.likelihoods([Encoded(ids, begin) for begin in (len(ids), *others)])
-    assert (empty.total, empty.tokens, empty.greedy, empty.first) == (0, 0, False, False)
+    for others in ((), (3,)):
+        empty, *_ = evaluator.likelihoods([Encoded(ids, begin) for begin in (len(ids), *others)])
+        assert (empty.total, empty.tokens, empty.greedy, empty.first) == (0, 0, False, False)
 
 
-@pytest.mark.parametrize("kind", ["base", "joint"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
-def test_generated_texts_equal_those_of_single_prompts_whatever_the_batch_size(family, kind, tokenizer):
-    model = models_of(family, tokenizer)[kind]
-    asked = [each.text for each in questions_and_answers()]
-    expected = [plain_greedy(model, tokenizer, text, 12) for text in asked]
-    assert len(set(expected)) > 1
-    for batch_size in (1, 4):
-        evaluator = Evaluator(model, tokenizer, batch_size)
-        ids = [evaluator.sequences(Prompt(text), 12)[0].ids for text in asked]
-        assert evaluator.continuations(ids, 12, "") == expected
-        assert evaluator.share_start(ids) > 32
-        assert evaluator.continuations(ids, 12, "") == expected
-        letter = next(character for character in expected[0] if character.isascii())
-        assert evaluator.continuations(ids, 12, letter) == [text.split(letter)[0] for text in expected]
-
-
-def test_a_shared_start_changes_nothing_where_attention_slides_over_a_window(tokenizer):
-    model = tiny_base("mistral", vocab_size=len(tokenizer), max_position_embeddings=512, sliding_window=16)
-    evaluator = Evaluator(model, tokenizer, 4)
-    asked = questions_and_answers()
-    ids = [evaluator.encode(each.text) for each in asked]
-    sequences = [sequence for prompt in asked for sequence in evaluator.sequences(prompt, 0)]
-    texts, scores = evaluator.continuations(ids, 9, ""), [each.total for each in evaluator.likelihoods(sequences)]
-    assert evaluator.share_start(ids) > 32
-    assert (
-        evaluator.continuations(ids, 9, "") == texts == [plain_greedy(model, tokenizer, each.text, 9) for each in asked]
-    )
-    assert np.allclose([each.total for each in evaluator.likelihoods(sequences)], scores, atol=2e-4)
-
-
-def test_a_checkpoints_sampling_settings_play_no_part_but_its_end_token_ends_a_text(tokenizer):
+def test_sampling_settings_are_ignored_and_the_end_token_ends_a_text(tokenizer):
     model = models_of("llama", tokenizer)["base"]
     whole = plain_greedy(model, tokenizer, "who wrote it?", 8)
     first, second, *_ = tokenizer(whole).input_ids
@@ -209,13 +164,6 @@ def test_a_checkpoints_sampling_settings_play_no_part_but_its_end_token_ends_a_t
         evaluator = Evaluator(model, tokenizer, 2)
         assert evaluator.continuations([evaluator.encode("who wrote it?")], 8, "") == [expected]
     assert model.generation_config.repetition_penalty == 3.0
-
-
-def test_an_answer_begins_after_as_many_tokens_as_the_prompt_has_alone(tokenizer):
-    evaluator = Evaluator(models_of("llama", tokenizer)["base"], tokenizer, 1)
-    (sequence,) = evaluator.sequences(Prompt("the righ", ("t answer",)), 0)
-    assert sequence.ids.tolist() == tokenizer("the right answer").input_ids
-    assert sequence.begin == len(tokenizer("the righ").input_ids)
 
 
 def test_an_end_token_that_the_tokenizer_appends_is_left_out(tokenizer):
@@ -231,7 +179,7 @@ def test_an_end_token_that_the_tokenizer_appends_is_left_out(tokenizer):
 # The command
 
 
-def test_the_memory_changes_the_scores_and_lambda_zero_gives_the_bases(world, tmp_path):
+def test_the_memory_changes_scores_and_lambda_0_gives_the_bases(world, tmp_path):
     task = ("--task", "halueval_plain", "--dataset_name", world / "halu.jsonl")
     scores = {}
     for name, flags in (("base", ()), ("zero", joint_flags(world, 0)), ("half", joint_flags(world, 0.5))):
@@ -241,13 +189,13 @@ def test_the_memory_changes_the_scores_and_lambda_zero_gives_the_bases(world, tm
     assert not np.allclose(scores["base"], scores["half"], atol=1e-2)
 
 
-def test_results_say_what_was_measured_and_how_and_a_part_can_be_chosen(world, tmp_path):
+def test_results_record_the_settings_and_rows_can_be_selected(world, tmp_path):
     data = ("--do_eval", "--dataset_name", world / "nq.jsonl", *joint_flags(world))
     results, lines = ask(world, tmp_path / "whole", *data)
     assert results["task"] == "nq"
     assert set(results["metrics"]) == set(results["standard_errors"]) == {"exact_match", "f1"}
     assert results["counts"] == {"rows": 5, "scored": 4, "dropped": 1, "from_an_earlier_run": 0}
-    assert results["lmbda"] == 0.5 and results["knn_temp"] == 1.0
+    assert results["lmbda"] == 0.5 and results["memory_temp"] == 1.0
     assert results["settings"]["torch_dtype"] == "float32"
     assert {"torch", "transformers"} <= set(results["versions"]) and results["seconds"] > 0
     assert [line["row"] for line in lines] == [0, 1, 3, 4]
@@ -258,20 +206,11 @@ def test_results_say_what_was_measured_and_how_and_a_part_can_be_chosen(world, t
     assert results["counts"]["rows"] == 3 and results["counts"]["dropped"] == 1
 
 
-def test_truthfulqa_scores_the_best_answer_even_where_it_is_not_among_the_true_ones(world, tmp_path):
-    flags = (*TRUTH_FLAGS, world / "truth.csv", "--prompt_file", world / "demonstrations.txt")
-    results, lines = ask(world, tmp_path, *flags)
+def test_truthfulqa_scores_a_best_answer_that_is_not_among_the_true(world, tmp_path):
+    flags = ("--dataset_name", world / "truth.csv", "--prompt_file", world / "demonstrations.txt")
+    results, lines = ask(world, tmp_path, "--task", "truthfulqa", *flags)
     assert set(results["metrics"]) == {"mc1", "mc2", "mc3"}
-    assert [len(line["scores_true"]) for line in lines] == [3, 1]
-    assert lines[1]["best"] == "No one did."
-
-
-def test_a_judge_is_asked_about_both_answers(world, tmp_path):
-    data = ("--dataset_name", world / "halu.jsonl", "--prompt_file", world / "instruction.txt")
-    results, lines = ask(world, tmp_path, "--task", "halueval_judge", *data)
-    assert all(len(line["outputs"]) == len(line["judged"]) == 2 for line in lines)
-    parts = results["metrics"]
-    assert parts["accuracy"] == pytest.approx((parts["accuracy_right"] + parts["accuracy_hallucinated"]) / 2)
+    assert [len(line["scores_true"]) for line in lines] == [3, 1] and lines[1]["best"] == "No one did."
 
 
 def test_every_file_format_gives_the_same_rows(world, tmp_path):
@@ -289,128 +228,89 @@ def test_every_file_format_gives_the_same_rows(world, tmp_path):
     datasets.DatasetDict({"validation": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "saved")
     (tmp_path / "copy").mkdir()
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "copy" / "validation-00000-of-00001.parquet")
-    from downstream.data import Questions
+    from downstream.data import questions, read_table
 
     columns = TASKS["nq"].columns
-    expected = list(Questions(str(world / "nq.jsonl"), columns).select(0, None))
+    expected = list(questions(read_table(str(world / "nq.jsonl")), columns))
     assert len(expected) == 5
     names = {"value": "A b", "aliases": ["A", "A b"], "normalized_aliases": ["a b"]}
     assert columns["answers"].read(names) == ["A b", "A", "a b"]
     for name in ("nq.parquet", "nq.json", "lines.json", "nq.csv", "nq.tsv", "saved", "copy"):
-        found = Questions(str(tmp_path / name), columns, split="validation")
-        assert list(found.select(0, None)) == expected, name
+        table = read_table(str(tmp_path / name), split="validation")
+        assert list(questions(table, columns)) == expected, name
 
 
-# Going on after an interruption
+# Interruptions and other settings
 
 
-def test_a_restart_goes_on_after_the_last_complete_line_and_does_nothing_twice(world, tmp_path, capsys):
+def test_an_interrupted_run_continues_and_a_complete_one_is_left_alone(world, tmp_path):
     flags = ("--dataset_name", world / "nq.jsonl", "--per_device_eval_batch_size", 1)
     _, whole = ask(world, tmp_path, *flags)
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "predictions.jsonl").write_text(lines[0] + lines[1] + lines[2][:20])
     (tmp_path / "results.json").unlink()
+    (tmp_path / "made.json").rename(tmp_path / "making.json")
     results, again = ask(world, tmp_path, *flags)
     assert again == whole
     assert results["counts"]["from_an_earlier_run"] == 2
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json*")}
-    capsys.readouterr()
     ask(world, tmp_path, *flags)
-    assert "complete already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json*")} == before
 
 
-def test_changed_settings_and_questions_are_refused_by_name_and_overwrite_does_it_again(world, tmp_path):
-    questions = write_jsonl(tmp_path / "nq.jsonl", NQ[:1])
+def test_other_settings_models_and_questions_are_refused_by_name(world, tmp_path):
+    questions, output = write_jsonl(tmp_path / "nq.jsonl", NQ[:1]), tmp_path / "out"
     data = ("--dataset_name", questions, "--max_eval_samples", 1)
-    _, before = ask(world, tmp_path, *data, *joint_flags(world, 0.5))
-    flags = (*base_flags(world, tmp_path), *data)
+    _, before = ask(world, output, *data, *joint_flags(world, 0.5))
+    flags = (*base_flags(world, output), *data)
     line = refused_here("downstream.eval_qa", *flags, *joint_flags(world, 0.25))
-    assert "lmbda 0.5 there, 0.25 now" in line and "--overwrite" in line and "task" not in line
-    assert [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()] == before
+    assert "lmbda: 0.5" in line and "--overwrite" in line
+    save_models(tmp_path / "other", "gpt2")
+    other = ("--model_name_or_path", tmp_path / "other" / "base")
+    assert "base: " in refused_here("downstream.eval_qa", *flags, *other, *joint_flags(world, 0.5))
+    assert [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()] == before
     write_jsonl(questions, NQ[1:2])
-    assert "dataset_content" in refused_here("downstream.eval_qa", *flags, *joint_flags(world, 0.5))
-    results, _ = ask(world, tmp_path, *data, *joint_flags(world, 0.25), "--overwrite")
-    assert results["lmbda"] == 0.25
+    assert "questions: " in refused_here("downstream.eval_qa", *flags, *joint_flags(world, 0.5))
+    gc.collect()  # the locks of the refused runs
+    results, _ = ask(world, output, *data, *joint_flags(world, 0.25), "--overwrite")
+    assert results["lmbda"] == 0.25 and results["counts"]["from_an_earlier_run"] == 0
+    with lock_folder(output):
+        assert str(output) in refused_here("downstream.eval_qa", *flags, *joint_flags(world, 0.25))
 
 
-# Bad input
+# User errors
 
 
 def base_flags(world, output):
     return "--model_name_or_path", world / "base", "--output_dir", output
 
 
-def test_the_command_runs_as_a_module_and_as_a_script_and_bad_input_is_one_line(world, tmp_path):
+def test_the_command_runs_as_a_script_too(world, tmp_path):
     flags = (*base_flags(world, tmp_path / "a"), "--dataset_name", world / "nq.jsonl", "--max_eval_samples", 1)
     assert "exact_match" in run("downstream/eval_qa.py", *flags).stdout
-    line = refused("-m", "downstream.eval_qa", *base_flags(world, tmp_path / "b"), "--task", "nqq")
-    assert all(task in line for task in ("nqq", "nq", "truthfulqa", "halueval_judge"))
-    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--dataset_name", "missing.jsonl"), ["missing.jsonl", "no such file"]),
-        (("--dataset_name", "empty.jsonl"), ["empty.jsonl", "no rows"]),
-        (("--dataset_name", "broken.jsonl"), ["broken.jsonl", "line 2"]),
-        (("--dataset_name", "columns.jsonl"), ["query_text", "question"]),
-        (("--dataset_name", "blank.jsonl"), ["row 1", "question is empty"]),
-        (("--dataset_name", "unanswered.jsonl"), ["row 0", "answer is empty"]),
-        (("--dataset_name", "nq.parquet"), ["nq.parquet", "parquet"]),
-        (("--dataset_name", "nq.txt"), ["nq.txt", ".jsonl"]),
-        (("--dataset_name", "nq.jsonl", "--start", 5), ["--start 5", "5 rows"]),
-        (("--dataset_name", "nq.jsonl", "--max_eval_samples", 0), ["--max_eval_samples 0"]),
-        (("--dataset_name", "nq.jsonl", "--lmbda", 1.5), ["--lmbda 1.5"]),
-        (("--dataset_name", "nq.jsonl", "--use_neural_knn"), ["--use_neural_knn", "--knn_generator_path"]),
-        (("--dataset_name", "nq.jsonl", "--torch_dtype", "int8"), ["--torch_dtype int8"]),
-        (("--dataset_name", "long.jsonl"), ["row 1", "512"]),
-        (("--task", "truthfulqa", "--dataset_name", "nq.jsonl"), ["--prompt_file", "github.com"]),
-        (("--task", "halueval", "--dataset_name", "nq.jsonl", "--prompt_file", "none.txt"), ["none.txt"]),
+        (("--task", "nqq"), "nqq"),
+        (("--dataset_name", "missing.jsonl"), "missing.jsonl"),
+        (("--dataset_name", "broken.jsonl"), "broken.jsonl"),
+        (("--dataset_name", "columns.jsonl"), "query_text"),
+        (("--dataset_name", "blank.jsonl"), "row 1"),
+        (("--dataset_name", "nq.jsonl", "--start", 5), "--start"),
+        (("--dataset_name", "nq.jsonl", "--lmbda", 1.5), "--lmbda 1.5"),
+        (("--dataset_name", "nq.jsonl", "--use_neural_knn"), "--knn_generator_path"),
+        (("--dataset_name", "long.jsonl"), "row 1"),
+        (("--task", "halueval", "--dataset_name", "halu.jsonl"), "--prompt_file"),
     ],
 )
-def test_bad_input_is_told_in_one_line(world, tmp_path, monkeypatch, flags, expected):
+def test_user_errors_name_the_flag_file_or_row(world, tmp_path, monkeypatch, flags, expected):
     write_jsonl(tmp_path / "nq.jsonl", NQ)
-    write_jsonl(tmp_path / "empty.jsonl", [])
+    write_jsonl(tmp_path / "halu.jsonl", HALU)
     (tmp_path / "broken.jsonl").write_text(json.dumps(NQ[0]) + "\n{broken\n")
     write_jsonl(tmp_path / "columns.jsonl", [{"query_text": "who", "answer": "x"}])
-    write_jsonl(tmp_path / "blank.jsonl", [NQ[0], {"question": " ", "answer": "x"}])
-    write_jsonl(tmp_path / "unanswered.jsonl", [{"question": "who", "answer": []}])
-    write_jsonl(tmp_path / "long.jsonl", [NQ[0], {"question": "who " * 400, "answer": "x"}])
-    for name in ("nq.parquet", "nq.txt"):
-        (tmp_path / name).write_text("not a table")
+    write_jsonl(tmp_path / "blank.jsonl", [NQ[0], {"question": " ", "answer": ["x"]}])
+    write_jsonl(tmp_path / "long.jsonl", [NQ[0], {"question": "who " * 400, "answer": ["x"]}])
     monkeypatch.chdir(tmp_path)
-    line = refused_here("downstream.eval_qa", *base_flags(world, tmp_path / "out"), *flags)
-    assert all(part in line for part in expected), line
-    assert not list((tmp_path / "out").glob("*.json*"))
-
-
-def test_an_output_folder_in_use_is_refused(world, tmp_path):
-    with FolderLock(tmp_path):
-        line = refused_here("downstream.eval_qa", *base_flags(world, tmp_path), "--dataset_name", world / "nq.jsonl")
-    assert "another run" in line
-
-
-# The shell script
-
-
-def test_the_script_takes_its_settings_from_the_environment_in_any_folder(world, tmp_path):
-    def script(**settings):
-        return subprocess.run(
-            ["bash", ROOT / "downstream" / "eval_qa.sh"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHON": sys.executable, **{name: str(value) for name, value in settings.items()}},
-            capture_output=True,
-            text=True,
-        )
-
-    chosen = {"MODEL": world / "base", "DATASET": world / "nq.jsonl", "MAX_EVAL_SAMPLES": 1}
-    done = script(**chosen, KNN_PATH=world / "memory", OUTPUT_DIR=tmp_path / "joint")
-    assert done.returncode == 0, done.stderr
-    assert "downstream.eval_qa" in done.stdout and "--lmbda 0.50" in done.stdout
-    assert json.loads((tmp_path / "joint" / "results.json").read_text())["lmbda"] == 0.5
-    assert script(**chosen, USE_NEURAL_KNN=0, OUTPUT_DIR=tmp_path / "base").returncode == 0
-    assert json.loads((tmp_path / "base" / "results.json").read_text())["memory"] is None
-    failed = script(**chosen, KNN_PATH=world / "memory", LAMBDA=2, OUTPUT_DIR=tmp_path / "failed")
-    assert failed.returncode == 2 and "stage" in failed.stderr and "evaluate nq" in failed.stderr
+    assert expected in refused_here("downstream.eval_qa", *base_flags(world, tmp_path / "out"), *flags)

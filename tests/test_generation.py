@@ -1,15 +1,12 @@
 """`MLPMemory.generate`: every way of generating on the joint distribution, and what it refuses."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import copy
 
 import pytest
 import torch
-from tiny_models import CONTEXT, VOCABULARY, letter_tokenizer, some_ids, tiny_base, tiny_joint, tiny_memory
-from transformers import TextIteratorStreamer
+from tiny_models import CONTEXT, VOCABULARY, letter_tokenizer, some_ids, tiny_joint
+from transformers import GenerationConfig
 from transformers.utils import logging
-
-from models import MLPMemory
 
 pytestmark = pytest.mark.unit
 PROMPTS = [[5, 9, 13], [4, 8, 15, 16, 23, 42], [7]]
@@ -60,80 +57,31 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_left_padded_batch_gives_row_by_row_what_single_prompts_give(joint, way):
+def test_a_left_padded_batch_gives_what_single_prompts_give(joint, way):
     ids, mask = left_padded(PROMPTS)
     settings = {"eos_token_id": EOS, **WAYS[way]}
     together = greedy(joint, ids, attention_mask=mask, **settings)
     each = settings.get("num_return_sequences", 1)
     for row, prompt in enumerate(PROMPTS):
         alone = greedy(joint, torch.tensor([prompt]), **settings)
-        for copy in range(each):
-            from_batch = until_eos(together[row * each + copy, ids.shape[1] :])
-            assert from_batch == until_eos(alone[copy, len(prompt) :])
+        for number in range(each):
+            from_batch = until_eos(together[row * each + number, ids.shape[1] :])
+            assert from_batch == until_eos(alone[number, len(prompt) :])
 
 
-def test_beams_reorder_so_that_scores_are_those_of_full_forwards(joint):
-    ids = some_ids(2, 6)
-    beams = {"num_beams": 5, "num_return_sequences": 2, "length_penalty": 0.0}
-    output = greedy(joint, ids, return_dict_in_generate=True, output_scores=True, **beams)
-    with torch.no_grad():
-        log_probs = joint(output.sequences).logits[:, 5:-1]
-    summed = log_probs.gather(-1, output.sequences[:, 6:, None]).sum((1, 2))
-    torch.testing.assert_close(summed, output.sequences_scores, rtol=1e-4, atol=1e-4)
-
-
-def chi_square_deviation(tokens: torch.Tensor, expected: torch.Tensor) -> float:
-    """How far drawn tokens (n,) are from expected probabilities (vocabulary,), in standard deviations."""
-    drawn = len(tokens)
-    counts = torch.bincount(tokens, minlength=VOCABULARY).double()
-    # Rare tokens are pooled: the chi-square test wants at least 5 expected in each cell.
-    often = expected * drawn >= 5
-    observed = torch.cat([counts[often], counts[~often].sum()[None]])
-    wanted = torch.cat([expected[often], expected[~often].sum()[None]]).double() * drawn
-    assert observed[wanted == 0].sum() == 0
-    kept = wanted > 0
-    statistic = ((observed[kept] - wanted[kept]).square() / wanted[kept]).sum().item()
-    freedom = int(kept.sum()) - 1
-    # Wilson-Hilferty: the cube root of chi-square/freedom is nearly normal.
-    return ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
-
-
-def with_settings(log_probs: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """The probabilities (vocabulary,) that are left of log-probabilities at a temperature, cut to the top-p tokens."""
-    probabilities = (log_probs / temperature).softmax(-1)
-    falling, order = probabilities.sort(descending=True)
-    falling[falling.cumsum(-1) - falling >= top_p] = 0.0
-    return torch.zeros_like(probabilities).scatter(-1, order, falling / falling.sum())
-
-
-LIMIT = 3.1  # standard deviations: p = 0.001
-SAMPLED = {"do_sample": True, "top_k": 0, "max_new_tokens": 1, "pad_token_id": 0}
-
-
-@pytest.mark.parametrize(
-    ("lmbda", "temperature", "top_p"),
-    [(0.0, 1.0, 1.0), (0.4, 1.0, 1.0), (1.0, 1.0, 1.0), (0.4, 1.7, 1.0), (0.4, 1.7, 0.8)],
-)
-def test_sampling_follows_the_joint_distribution(llama, lmbda, temperature, top_p):
+@pytest.mark.parametrize("lmbda", [0.0, 0.4, 1.0])
+def test_sampling_follows_the_joint_distribution(llama, lmbda):
     llama.lmbda = lmbda
-    prompt = some_ids(1, 5)
+    prompt, draws = some_ids(1, 5), 20_000
     with torch.no_grad():
-        expected = with_settings(llama(prompt).logits[0, -1], temperature, top_p)
+        expected = llama(prompt).logits[0, -1].exp()
     torch.manual_seed(0)
-    tokens = llama.generate(prompt, temperature=temperature, top_p=top_p, num_return_sequences=20_000, **SAMPLED)
+    tokens = llama.generate(
+        prompt, num_return_sequences=draws, do_sample=True, top_k=0, max_new_tokens=1, pad_token_id=0
+    )
     llama.lmbda = 0.6
-    assert chi_square_deviation(tokens[:, -1], expected) < LIMIT
-
-
-def test_each_row_of_a_padded_batch_samples_from_its_own_distribution(llama):
-    ids, mask = left_padded(PROMPTS)
-    torch.manual_seed(0)
-    tokens = llama.generate(ids, attention_mask=mask, num_return_sequences=5_000, **SAMPLED)[:, -1]
-    with torch.no_grad():
-        expected = [llama(torch.tensor([prompt])).logits[0, -1].exp() for prompt in PROMPTS]
-    for row, drawn in enumerate(tokens.view(len(PROMPTS), 5_000)):
-        assert chi_square_deviation(drawn, expected[row]) < LIMIT
-        assert chi_square_deviation(drawn, expected[row - 1]) > LIMIT
+    drawn = torch.bincount(tokens[:, -1], minlength=VOCABULARY) / draws
+    assert ((drawn - expected).abs() <= 4 * (expected / draws).sqrt() + 1e-4).all()  # four standard deviations
 
 
 def test_tokens_guessed_ahead_change_nothing(llama):
@@ -143,26 +91,7 @@ def test_tokens_guessed_ahead_change_nothing(llama):
     assert torch.equal(greedy(llama, prompt, assistant_model=llama.base_lm), expected)
 
 
-def test_streaming_yields_the_text_of_the_tokens(llama):
-    tokenizer, prompt = letter_tokenizer(), some_ids(1, 5)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
-    worker = threading.Thread(target=greedy, args=(llama, prompt), kwargs={"streamer": streamer})
-    worker.start()
-    pieces = list(streamer)
-    worker.join()
-    assert "".join(pieces) == tokenizer.decode(greedy(llama, prompt)[0, 5:])
-    assert len(pieces) > 2
-
-
-def test_base_and_joint_may_generate_at_the_same_time(llama):
-    prompt, models = some_ids(1, 5), (llama, llama.base_lm)
-    alone = [greedy(model, prompt, 30) for model in models]
-    with ThreadPoolExecutor(2) as pool:
-        together = list(pool.map(lambda model: greedy(model, prompt, 30), models))
-    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
-
-
-def test_a_text_ends_with_a_stop_string_and_with_the_end_of_sequence_and_not_a_token_later(llama):
+def test_a_text_ends_with_a_stop_string_or_end_of_sequence(llama):
     tokenizer, prompt = letter_tokenizer(), some_ids(1, 5)
     tokens = greedy(llama, prompt)[0, 5:]
     stop = tokenizer.decode(tokens[2:4])
@@ -170,11 +99,6 @@ def test_a_text_ends_with_a_stop_string_and_with_the_end_of_sequence_and_not_a_t
     end = tokens[3].item()
     ended = greedy(llama, prompt, eos_token_id=end)[0, 5:]
     assert torch.equal(ended, tokens[: tokens.tolist().index(end) + 1])
-
-
-def test_exactly_as_many_tokens_as_asked_for_are_made(joint):
-    for count in (1, 2, 7):
-        assert greedy(joint, some_ids(2, 6), count).shape == (2, 6 + count)
 
 
 def test_reading_a_prompt_computes_logits_at_its_last_position_only(joint):
@@ -187,29 +111,7 @@ def test_reading_a_prompt_computes_logits_at_its_last_position_only(joint):
     assert shapes == [(2, 1, VOCABULARY)] * 4
 
 
-@pytest.mark.parametrize(("base_dtype", "memory_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
-def test_base_and_memory_may_differ_in_dtype(base_dtype, memory_dtype):
-    base = tiny_base("llama")
-    memory = tiny_memory(base).to(getattr(torch, memory_dtype))
-    joint = MLPMemory(base.to(getattr(torch, base_dtype)), memory)
-    assert greedy(joint, some_ids(2, 5), 4).shape == (2, 9)
-    with torch.no_grad():
-        logits = joint(some_ids(2, 5)).logits
-    assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits.exp().sum(-1), torch.ones(2, 5))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_base_and_memory_may_sit_on_different_devices():
-    base = tiny_base("llama")
-    memory = tiny_memory(base)
-    expected = greedy(MLPMemory(base, memory), some_ids(2, 5))
-    joint = MLPMemory(base.to("cuda"), memory)
-    assert torch.equal(greedy(joint, some_ids(2, 5).to("cuda")).cpu(), expected)
-
-
-def test_an_empty_prompt_is_refused_and_one_longer_than_the_context(llama):
+def test_empty_prompts_and_ones_longer_than_the_context_are_refused(llama):
     ids = some_ids(2, CONTEXT + 1)
     mask = torch.ones_like(ids)
     mask[1] = 0
@@ -217,7 +119,7 @@ def test_an_empty_prompt_is_refused_and_one_longer_than_the_context(llama):
         llama.generate(torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="a prompt is empty"):
         llama.generate(ids[:, :-1], attention_mask=mask[:, :-1])
-    with pytest.raises(ValueError, match="a prompt of 65 tokens is longer than the base's context of 64"):
+    with pytest.raises(ValueError, match=r"65.*64"):
         llama.generate(ids)
 
 
@@ -229,8 +131,16 @@ def test_padding_does_not_count_against_the_context(llama):
 
 
 @pytest.mark.parametrize("limit", [{"max_new_tokens": 50}, {"max_length": 200}, {}])
-def test_generation_ends_where_the_context_does(joint, limit):
+@pytest.mark.parametrize("from_checkpoint", [False, True])
+def test_generation_ends_where_the_context_does(joint, limit, from_checkpoint):
     logging.set_verbosity_error()
-    tokens = joint.generate(some_ids(1, 60), do_sample=False, eos_token_id=None, pad_token_id=0, **limit)
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    before = copy.deepcopy(joint.generation_config)
+    if from_checkpoint:  # its own generation_config has the limit, and the call passes another config
+        joint.generation_config.update(**limit)
+        tokens = joint.generate(some_ids(1, 60), GenerationConfig(**settings))
+    else:
+        tokens = joint.generate(some_ids(1, 60), **settings, **limit)
+    joint.generation_config = before
     # 60 tokens and the 4 that fit are read; the fifth is predicted from the last of them.
     assert tokens.shape == (1, CONTEXT + 1)

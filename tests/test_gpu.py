@@ -102,8 +102,7 @@ def test_the_papers_kind_of_index_is_built_and_searched_on_the_gpu(tmp_path, cap
     import numpy as np
     from knn_files import random_rows, write_datastore
 
-    from knn_utils.faiss_files import has_gpu
-    from knn_utils.search import KNNSearcher
+    from knn_utils.search import KNNSearcher, has_gpu
 
     if not faiss.get_num_gpus() or not has_gpu():
         pytest.skip("this FAISS has no code for this card")

@@ -95,36 +95,6 @@ def test_a_folder_is_scored_as_single_texts_are(world, tmp_path, lmbda):
     assert found["local_choice"]["acc,none"] == found["local_text"]["exact_match,none"] == pytest.approx(2 / 3)
 
 
-LONG = "who wrote it, is the moon here? " * 20
-PAIRS = [
-    ("Q: who wrote it?\nA:", " James"),
-    (LONG, " the first"),
-    ("", " The moon"),
-    ("Answer: ", "No \n"),
-    ("A \n ", "b"),
-]
-
-
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_at_lambda_0_the_harness_scores_the_folder_as_it_scores_the_base(world, batch_size):
-    """Contexts longer than the model's, empty ones, trailing white space."""
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    def scores(**arguments):
-        language_model = HFLM(device="cpu", batch_size=batch_size, **arguments)
-        assert language_model.max_length == 128 < len(language_model.tok_encode(LONG))
-        pairs = [Instance("loglikelihood", {}, pair, 0) for pair in PAIRS]
-        texts = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in (LONG, "Yes.")]
-        return [each[0] for each in language_model.loglikelihood(pairs)] + language_model.loglikelihood_rolling(texts)
-
-    base = scores(pretrained=str(world / "base"))
-    folder = str(exported(world, 0.5))
-    alone = scores(pretrained=folder, trust_remote_code=True, lmbda=0.0)
-    assert alone == pytest.approx(base, abs=1e-4)
-    assert scores(pretrained=folder, trust_remote_code=True) != pytest.approx(base, abs=1e-2)
-
-
 # The columns of each benchmark's dataset, for a row or two of each label.
 OWN_ROWS = {
     "mr": [{"text": "a fine film", "label": 1}, {"text": "dull", "label": 0}],

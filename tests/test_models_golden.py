@@ -71,14 +71,3 @@ def test_datastore_rows_are_captured_states_and_next_labels(golden):
     torch.testing.assert_close(keys.half(), tensors["dstore_keys"], rtol=2e-3, atol=1e-6)
     assert torch.equal(tensors["labels"][:, 1:][labelled].int(), tensors["dstore_vals"])
     torch.testing.assert_close(base_logits(base, head_input), tensors["base_logits"][positions], **TOLERANCE)
-
-
-@torch.no_grad()
-def test_training_form_returns_the_memorys_logits_at_labelled_positions(golden):
-    base, memory, tensors, _ = golden
-    joint = MLPMemory(base, memory, is_train=True)
-    output = joint(tensors["input_ids"], labels=tensors["labels"])
-    labelled = tensors["labels"][:, 1:] != -100
-    torch.testing.assert_close(output.logits, tensors["memory_logits"][:, :-1][labelled], **TOLERANCE)
-    assert output.loss is None
-    assert not any(parameter.requires_grad for parameter in base.parameters())

@@ -1,16 +1,12 @@
-"""What a continued training keeps though it could be chosen otherwise at the second start; remote code."""
+"""The precision of a run, which a continued one keeps; remote code."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from types import SimpleNamespace
 
-import pytest
-import torch
 from harness import Command, refused_here, run
-
-from training.arguments import TrainerArguments
 
 
 def flags(world, output, *more):
@@ -20,64 +16,34 @@ def flags(world, output, *more):
     return [*words[:at], *words[at + 2 :]]
 
 
-@pytest.mark.unit
-@pytest.mark.parametrize(
-    ("capability", "given", "sharded", "chosen"),
-    [
-        *(((8, 0), None, "", "bf16"), ((7, 5), None, "", "fp16"), ((7, 0), None, "true", "no")),
-        ((7, 5), "bf16", "", "bf16"),
-    ],
-)
-def test_the_bf16_of_a_launcher_becomes_fp16_on_a_gpu_without_it(
-    capability, given, sharded, chosen, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr("training.arguments.default_device", lambda: torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr("accelerate.Accelerator", lambda **given: SimpleNamespace(state=None, **given))
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
-    assert (
-        TrainerArguments(output_dir=str(tmp_path), mixed_precision=given).make_accelerator().mixed_precision == chosen
-    )
-    assert capsys.readouterr().out.count("\n") == (chosen in ("fp16", "no"))
+def test_a_continued_run_keeps_its_precision(llama_world, tmp_path):
+    run = tmp_path / "run"
+    command = ("train_mlpmem_offline", *flags(llama_world, run, "--validation_split_name", "none"))
+    first = Command(tmp_path / "log", *command, "--mixed_precision", "bf16", hook=(stop_after, "step_2"))
+    assert first.wait() == 7
+    text = Command(tmp_path / "log", *command, "--mixed_precision", "no").refused()
+    assert "mixed_precision" in text and "--overwrite" in text
+    again = Command(tmp_path / "log", *command, environment={"ACCELERATE_MIXED_PRECISION": "no"}).done()
+    assert "at step 2" in again and "precision bf16" in again
+    settings = json.loads((run / "training.json").read_text())["settings"]
+    assert settings["mixed_precision"] == "bf16"
+    named = flags(llama_world, tmp_path / "other", "--resume_from_checkpoint", run / "epoch_1")
+    text = Command(tmp_path / "log", "train_mlpmem_offline", *named, "--mixed_precision", "no").refused()
+    assert "mixed_precision" in text and not (tmp_path / "other").exists()
 
 
-@pytest.fixture(scope="module")
-def interrupted(llama_world, tmp_path_factory):
-    """A run in bfloat16 that was cut off before it was recorded as complete."""
-    folder = tmp_path_factory.mktemp("precision") / "run"
-    log = folder.with_name("log")
-    Command(log, "train_mlpmem_offline", *flags(llama_world, folder, "--mixed_precision", "bf16")).done()
-    state = next(folder.glob("epoch_*/state"))
-    saved = json.loads((state / "trainer_state.json").read_text())
-    assert saved["precision"] == {"mixed_precision": "bf16", "torch_dtype": "float32"}
-    record = json.loads((folder / "training.json").read_text())
-    (folder / "training.json").write_text(json.dumps(record | {"complete": False}))
-    return folder
+def stop_after(checkpoint: str) -> None:
+    """Hook: the process ends, with status 7, when it has written that checkpoint."""
+    from training.trainer import MemoryTrainer
 
+    save = MemoryTrainer._save
 
-def continued(interrupted, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(interrupted, folder)
-    return folder
+    def save_and_stop(trainer, name):
+        save(trainer, name)
+        if name == checkpoint:
+            os._exit(7)
 
-
-def test_a_continued_run_keeps_the_precision_that_was_chosen_for_it(llama_world, interrupted, tmp_path):
-    folder = continued(interrupted, tmp_path)
-    launcher = {"ACCELERATE_MIXED_PRECISION": "no"}
-    again = Command(tmp_path / "log", "train_mlpmem_offline", *flags(llama_world, folder), environment=launcher)
-    text = again.done()
-    assert "precision bf16, in which this run began" in text
-    assert "precision bf16, seed" in text
-    assert json.loads((folder / "training.json").read_text())["precision"]["mixed_precision"] == "bf16"
-
-
-def test_another_precision_is_refused_by_name_for_a_continued_run(llama_world, interrupted, tmp_path):
-    text = refused_here("train_mlpmem_offline", *flags(llama_world, interrupted, "--mixed_precision", "no"))
-    assert "--mixed_precision no" in text and "bf16" in text and "--overwrite" in text
-    checkpoint = next(interrupted.glob("epoch_*"))
-    other = flags(llama_world, tmp_path, "--resume_from_checkpoint", checkpoint, "--mixed_precision", "no")
-    assert "bf16" in refused_here("train_mlpmem_offline", *other)
+    MemoryTrainer._save = save_and_stop
 
 
 REMOTE = """
@@ -106,9 +72,7 @@ def test_code_in_a_models_repository_runs_only_where_asked_for(llama_world, tmp_
     cache = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     scored = ("train_base", "--model_name_or_path", base, "--dataset_name", llama_world.windows, "--do_eval")
     scored += ("--eval_subset", "test", "--max_eval_samples", 1, "--output_dir", tmp_path / "scored")
-    assert "--trust_remote_code" in refused_here(*scored)
-    words = llama_world.trainer(tmp_path / "memory", "--model_name_or_path", base, "--validation_split_name", "none")
-    assert "--trust_remote_code" in refused_here("train_mlpmem_online", *words)
+    assert str(base) in refused_here(*scored)
     assert not mark.exists()
     run("-m", *scored, "--trust_remote_code", **cache)
     assert mark.exists()

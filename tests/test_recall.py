@@ -1,4 +1,4 @@
-"""Completing facts of trained articles: the rule, and scoring against generation."""
+"""Recall of training articles: the rule, and scoring compared with generation."""
 
 from __future__ import annotations
 
@@ -6,59 +6,27 @@ import json
 
 import pytest
 import torch
-from harness import command, refused_here
+from harness import command
+from tiny_models import qa_base, save_models, tiny_memory
 
-from downstream.recall import cases_of, choose_cases
+from downstream.recall import cases_of, choose_cases, recall
+from downstream.scoring import Evaluator
+from models import MLPMemory
+
+ARTICLE = "Paradox, Colorado\n\nParadox is an unincorporated community that was founded in 1877 by farmers.\nMore."
 
 
 @pytest.mark.unit
-def test_rule_takes_the_words_after_is_a_and_the_first_year():
-    article = "Paradox, Colorado\n\nParadox is an unincorporated community that was founded in 1877 by farmers.\nMore."
-    cases = list(cases_of(article))
+def test_the_rule_takes_the_words_after_is_a_and_the_first_year():
+    cases = list(cases_of(ARTICLE))
     assert cases[0].prompt == "Paradox, Colorado\n\nParadox is an"
     assert cases[0].answer == " unincorporated community"
     assert cases[1].prompt.endswith("that was founded in")
     assert cases[1].answer == " 1877"
     assert list(cases_of("Title\n\nNothing to see here.")) == list(cases_of("")) == []
-
-
-def test_a_definition_is_answered_by_as_many_words_as_are_asked_for(tmp_path, capsys):
-    article = "Paradox, Colorado\n\nParadox is an unincorporated community that was founded in 1877 by farmers."
     for words, answer in ((1, " unincorporated"), (3, " unincorporated community that")):
-        assert [case.answer for case in cases_of(article, words)] == [answer, " 1877"]
-    assert [case.answer for case in cases_of("T\n\nThe thing is a stone", 2)] == []
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "T\n\nThe thing is a stone"}) + "\n")
-    flags = ("--model_name_or_path", tmp_path, "--knn_generator_path", "no", "--articles", tmp_path / "a.jsonl")
-    command("downstream.recall", *flags, "--answer_words", 2, "--output_dir", tmp_path)
-    said = capsys.readouterr().out
-    assert "the next 2 word(s)" in said and "no article fits" in said
-    assert json.loads((tmp_path / "results.json").read_text())["cases"] == 0
-    # With one word there is a case, so the models are needed.
-    assert "holds no tokenizer" in refused_here("downstream.recall", *flags, "--answer_words", 1)
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "told"),
-    [
-        ("--layer_position", 9, "--layer_position 9: "),
-        ("--answer_words", 0, "--answer_words"),
-        ("--new_tokens", 0, "--new_tokens 0"),
-        ("--examples", -1, "--examples -1"),
-        ("--articles", "{bad}", "row 0 has no text"),
-        ("--knn_generator_path", "{bad}", "--knn_generator_path"),
-    ],
-)
-def test_bad_input_ends_in_one_line(llama_world, tmp_path, flag, value, told):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "T\n\nThe thing is a small stone"}) + "\n")
-    (tmp_path / "bad.jsonl").write_text(json.dumps({"text": 7}) + "\n")
-    flags = {
-        "--model_name_or_path": llama_world.base,
-        "--knn_generator_path": llama_world.base,
-        "--articles": tmp_path / "a.jsonl",
-        "--output_dir": tmp_path,
-        flag: str(value).format(bad=tmp_path / "bad.jsonl"),
-    }
-    assert told in refused_here("downstream.recall", *(text for pair in flags.items() for text in pair))
+        assert [case.answer for case in cases_of(ARTICLE, words)] == [answer, " 1877"]
+    assert list(cases_of("T\n\nThe thing is a stone", 2)) == []
 
 
 @pytest.mark.unit
@@ -69,38 +37,49 @@ def test_cases_are_spread_over_the_articles():
     assert len({case.prompt for case in chosen}) == 10
 
 
-def test_right_answers_are_those_greedy_decoding_gives(llama_world, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from downstream.recall import recall
-    from downstream.scoring import Evaluator
-    from models import MLPMemory, load_memory
-
-    more = ("--knn_dstore_path", llama_world.dstore("train"), "--validation_split_name", "none", "--init_from_base")
-    command("train_mlpmem_offline", *llama_world.trainer(tmp_path / "m", *more))
-    # In an order of its own: that of a vocabulary is another in each process.
-    words = sorted(w for w in AutoTokenizer.from_pretrained(llama_world.base).get_vocab() if w.isalpha())[:60]
+def test_the_command_writes_shares_and_examples(tmp_path, capsys):
+    base, memory = save_models(tmp_path)
     articles = tmp_path / "articles.jsonl"
-    lines = [f"{a}\n\n{a} {b} is a {c} {d}" for a, b, c, d in zip(words, words[1:], words[2:], words[3:], strict=False)]
-    articles.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    tokenizer = AutoTokenizer.from_pretrained(llama_world.base)
-    base = AutoModelForCausalLM.from_pretrained(llama_world.base).eval()
-    memory = load_memory(tmp_path / "m" / "epoch_1").eval()
-    cases = choose_cases(lines, 40)
-    joint = MLPMemory(base, memory, 0.5, 1.0)
+    articles.write_text("".join(json.dumps({"text": f"{ARTICLE} {number}"}) + "\n" for number in range(4)))
+    flags = ["--model_name_or_path", base, "--knn_generator_path", memory, "--output_dir", tmp_path, "--new_tokens", 4]
+    command("downstream.recall", *flags, "--articles", articles, "--lmbda", 0.5)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["cases"] == 8 and len(results["examples"]) == 3
+    assert all(0 <= results[f"recall_{name}"] <= 1 for name in ("base", "memory", "first_base", "first_memory"))
+    assert (results["lmbda"], results["memory_temp"]) == (
+        0.5,
+        1.0,
+    ) and "beginnings continued" in capsys.readouterr().out
+    command("downstream.recall", *flags, "--articles", "/dev/null")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["cases"] == 0 and results["recall_memory"] is None
+
+
+def test_right_answers_are_those_that_greedy_decoding_gives():
+    from tiny_models import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    base = qa_base("llama", tokenizer)
+    joint = MLPMemory(base, tiny_memory(base), 0.5, 1.0).eval()
+    # Articles that the models continue themselves, cut off after a few tokens; and some that they do not.
+    cases = list(cases_of("Who\n\nThe moon is the first of all, in 1900 and"))
+    with torch.inference_mode():
+        for number in range(20):
+            prompt = f"Where {number}\n\nQ: who is a"
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            model = (base, joint)[number % 2]
+            out = model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0, eos_token_id=None)
+            cases.append(type(cases[0])(prompt, tokenizer.decode(out[0, ids.shape[1] :])))
     found = recall(Evaluator(joint, tokenizer, 7), cases, {"base": (0.0, 1.0), "memory": (0.5, 1.0)})
+    assert 0 < sum(found["base"]) < len(cases)
     for name, model in (("base", base), ("memory", joint)):
         for case, right, first in zip(cases, found[name], found[f"first_{name}"], strict=True):
             prompt = tokenizer(case.prompt, return_tensors="pt")["input_ids"]
             whole = tokenizer(case.prompt + case.answer, return_tensors="pt")["input_ids"]
-            out = model.generate(
-                prompt,
-                max_new_tokens=whole.shape[1] - prompt.shape[1],
-                do_sample=False,
-                pad_token_id=0,
-                eos_token_id=None,
-            )
             begin = prompt.shape[1]
-            assert torch.equal(whole[:, :begin], prompt)  # no token merges prompt and answer
+            if not torch.equal(whole[:, :begin], prompt):
+                continue  # the tokenizer merges across the boundary
+            length = {"max_new_tokens": whole.shape[1] - begin, "do_sample": False}
+            out = model.generate(prompt, **length, pad_token_id=0, eos_token_id=None)
             assert torch.equal(out, whole) == right
             assert (out[0, begin] == whole[0, begin]).item() == first

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from utils import windows
 from utils.errors import InputError
-from utils.evaluation import shared_runs, window_batches
+from utils.evaluation import window_batches
 from utils.loading import load_windows, vocabulary_digest
 from utils.preprocess_dataset import tokenize_and_group_text
-from utils.windows import WindowSizes, cut_windows, windows_of_split
+from utils.windows import WindowSizes, cut_windows, shared_runs, windows_of_split
 
 GOLDEN = Path(__file__).parent / "golden" / "preprocess"
 COLUMNS = ("input_ids", "labels", "attention_mask", "dstore_range")

@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from models import MLPMemory, memory_class, memory_config
-from models.gate import LambdaGate, probe
+from models.gate import LambdaGate
 
 VOCABULARY, HIDDEN, CONTEXT = 97, 32, 64
 SIZES = {
@@ -74,13 +74,13 @@ def tiny_joint(family: str = "llama", **settings) -> MLPMemory:
     return MLPMemory(base, tiny_memory(base), **settings).eval()
 
 
-def random_gate(base, memory, **settings) -> LambdaGate:
-    """A gate whose lambdas are far from one another, for this pair."""
+def random_gate(base, memory_temp: float = 1.0) -> LambdaGate:
+    """A gate for `base` whose lambdas are far from one another."""
     torch.manual_seed(5)
-    gate = LambdaGate(base.config.hidden_size, 16, base_probe=probe(base), memory_probe=probe(memory), **settings)
+    gate = LambdaGate(base.config.hidden_size, 16, memory_temp)
     with torch.no_grad():
         gate.outer.weight.mul_(5)
-        gate.figure_scale.fill_(4.0)
+        gate.feature_scale.fill_(4.0)
         gate.corpus_mean.normal_()
     return gate
 

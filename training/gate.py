@@ -1,12 +1,10 @@
-"""Train the gate of a memory, for `--lmbda adaptive`: lambda high where the memory knows, low where it does not.
+"""Train the gate of a memory, for `--lmbda adaptive`: high lambda where the memory knows the text, low where it does not.
 
     python -m training.gate --model_name_or_path BASE --knn_generator_path MEMORY --dataset_name WINDOWS
 
-The gate (`models/gate.py`) is fitted to raise the likelihood of the mixture on two kinds of text at once: validation
-text, which the memory has never seen, and text that it was trained on, each window of which begins anew somewhere in its
-first half, since text comes back in other surroundings than it was learnt in. Stranger states are left to the base. Base
-and memory stay as they are; their figures of each position are computed once. The gate is written into the memory's
-folder.
+The gate (`models/gate.py`) is fitted to maximize the mixture's likelihood on held-out text and on training text, whose
+windows begin at a random token of their first half: text returns in other contexts than it was learnt in. Base and memory
+are frozen; the features of each position are computed once. The gate is written into the folder of the memory.
 """
 
 from __future__ import annotations
@@ -14,60 +12,43 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import command, flag, parse, required, say
-from utils.errors import InputError, check_at_least, check_positive, check_seed
+from utils.errors import InputError, check_at_least, check_positive
 from utils.loading import BaseArguments
 
 if TYPE_CHECKING:
     from models.gate import LambdaGate
-    from utils.gating import GateRows
+    from utils.evaluation import GateRows
 
 WEIGHT_DECAY = 0.01
-STRANGER = (0.5, 2.0)  # how much stranger than validation text the rows are at which lambda is to be 0
+FARTHER = 0.5, 2.0  # what is added to the log distance of held-out rows to get rows where lambda is to be 0
 
 
 @dataclass(kw_only=True)
 class GateArguments(BaseArguments):
-    """Which pair, which text, and the balance between its two kinds."""
+    """Which base and memory, which texts, and the balance between them."""
 
     knn_generator_path: str = required("the memory: a folder; the gate is written into it")
     dataset_name: str = required("windows folder made by utils/preprocess_dataset.py")
     validation_split_name: str = flag("validation", "split that the memory was not trained on")
-    known_split_name: str = flag("train", "split that it was trained on")
-    known_weight: float = flag(
-        0.05,
-        "weight of the known text's likelihood beside the validation text's: more recall, higher perplexity of new text",
-    )
-    caution: float = flag(
-        1.0, "weight of a lambda of 0 at states stranger than the validation text's: less harm to text of another kind"
-    )
-    known_windows: int = flag(64, "windows of known text at most, taken evenly")
-    max_eval_samples: int | None = flag(None, "use this many validation windows at most")
-    knn_temp: float = flag(1.0, "temperature of the memory's softmax in the mixture")
+    known_split_name: str = flag("train", "split that the memory was trained on")
+    known_weight: float = flag(0.05, "weight of the training text: more recall, but higher perplexity of new text")
+    caution: float = flag(1.0, "weight of the loss that keeps lambda at 0 on out-of-domain text")
+    known_windows: int = flag(64, "use at most this many training windows, evenly spread")
+    max_eval_samples: int | None = flag(None, "use at most this many validation windows")
+    memory_temp: float = flag(1.0, "temperature of the memory's softmax in the mixture")
     width: int = flag(128, "hidden units of the gate")
     steps: int = flag(300, "steps of AdamW, each on all rows")
-    learning_rate: float = flag(0.01, "learning rate of the first step; it falls to 0")
-    per_device_eval_batch_size: int = flag(8, "windows scored at a time")
-    seed: int = flag(42, "of the gate's start, and of where the known windows begin")
-
-    def check(self) -> None:
-        """Check the values by themselves. Raises InputError."""
-        self.require_base()
-        check_at_least(0, self, "known_weight", "caution")
-        check_at_least(1, self, "known_windows", "max_eval_samples", "width", "steps", "per_device_eval_batch_size")
-        check_positive("--knn_temp", self.knn_temp)
-        check_positive("--learning_rate", self.learning_rate)
-        check_seed("--seed", self.seed)
+    learning_rate: float = flag(0.01, "learning rate of the first step; it falls linearly to 0")
+    per_device_eval_batch_size: int = flag(8, "windows per batch")
+    seed: int = flag(42, "seed of the gate's weights and of the cuts of training windows")
 
 
-def begin_elsewhere(windows: Any, seed: int, bos: int | None = None) -> Any:
-    """The same windows, each from a random token of its first half on: (windows, time) input_ids and labels.
-
-    A token `bos` without a label that a window begins with (--window_bos) stays there, and predicts nothing.
-    """
+def cut_anew(windows: Any, seed: int, bos: int | None = None) -> Any:
+    """The windows, each from a random token of its first half on: a dataset of (windows, time) input_ids and labels.
+    A first token `bos` without a label (--window_bos) stays in its place."""
     import datasets
     import numpy as np
 
@@ -82,28 +63,25 @@ def begin_elsewhere(windows: Any, seed: int, bos: int | None = None) -> Any:
         "input_ids": np.take_along_axis(ids, column, 1),
         "labels": np.where(inside, np.take_along_axis(labels, column, 1), -100),
     }
-    moved["labels"][has_bos, 1] = -100
+    moved["labels"][has_bos, 1] = -100  # nothing is predicted from the BOS token alone
     return datasets.Dataset.from_dict(moved).with_format("numpy")
 
 
-def fit(gate: LambdaGate, unseen: GateRows, known: GateRows, arguments: GateArguments) -> None:
-    """Fit `gate` in place to the rows' labels: AdamW on the unseen rows' mean loss plus known_weight · the known's.
-
-    And caution · the loss of a lambda above 0 where the unseen rows are as they are but stranger: validation text is of the
-    corpus's kind, so nothing else tells the gate what to do with text that is not.
-    """
+def fit(gate: LambdaGate, held_out: GateRows, training: GateRows, arguments: GateArguments) -> None:
+    """Fit `gate` in place: AdamW on the mean loss of the held-out rows + known_weight · that of the training rows +
+    caution · the mean of -log(1 - lambda) on held-out rows moved away from the corpus, in place of out-of-domain text."""
     import torch
 
-    figures = torch.cat([unseen.figures, known.figures])
-    gate.figure_mean.copy_(figures.mean(0))
-    gate.figure_scale.copy_(figures.std(0) + 1e-3)
+    features = torch.cat([held_out.features, training.features])
+    gate.feature_mean.copy_(features.mean(0))
+    gate.feature_scale.copy_(features.std(0) + 1e-3)
     optimizer = torch.optim.AdamW(gate.parameters(), lr=arguments.learning_rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, arguments.steps)
     for _ in range(arguments.steps):
-        loss = -unseen.log_likelihoods(gate).mean() - arguments.known_weight * known.log_likelihoods(gate).mean()
-        stranger = unseen.figures.clone()
-        stranger[:, -1] += torch.empty(len(stranger)).uniform_(*STRANGER)
-        loss += arguments.caution * torch.nn.functional.softplus(gate.logit(stranger)).mean()  # of -log(1 - lambda)
+        loss = -held_out.mixture(gate)[0].mean() - arguments.known_weight * training.mixture(gate)[0].mean()
+        farther = held_out.features.clone()
+        farther[:, -1] += torch.empty(len(farther)).uniform_(*FARTHER)
+        loss += arguments.caution * torch.nn.functional.softplus(gate.logit(farther)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -113,69 +91,70 @@ def fit(gate: LambdaGate, unseen: GateRows, known: GateRows, arguments: GateArgu
 
 def main() -> None:
     (arguments,) = parse(GateArguments, description=__doc__.split("\n")[0])
-    arguments.check()
-    from utils.loading import quiet_libraries
-
-    quiet_libraries()
+    check_at_least(0, arguments, "known_weight", "caution")
+    check_at_least(1, arguments, "known_windows", "max_eval_samples", "per_device_eval_batch_size")
+    check_positive("--memory_temp", arguments.memory_temp)
     train(arguments)
 
 
 def train(arguments: GateArguments) -> LambdaGate:
-    """Score both texts, fit the gate and write it beside the memory. Raises InputError for text that is not held out."""
+    """Score both texts, fit the gate and write it into the memory's folder. Raises InputError for text that is not held out."""
     import numpy as np
     import torch
     from accelerate import PartialState
 
-    from models.gate import LambdaGate, probe
-    from models.stack import find_memory
-    from utils.evaluation import check_held_out
-    from utils.gating import GateRows, gate_rows
-    from utils.loading import check_windows, load_windows
+    from models.gate import WEIGHTS, LambdaGate
+    from utils.artefact import Made, record_path
+    from utils.evaluation import GateRows, gate_rows
+    from utils.files import atomic, ensure_folder, remove
+    from utils.loading import check_windows, load_windows, made_id, quiet_libraries
     from utils.memories import open_joint
+    from utils.windows import check_held_out
 
+    quiet_libraries()
     started = time.time()
     if PartialState().num_processes > 1:
-        raise InputError("training.gate: runs in one process; start it without a launcher")
-    unseen = load_windows(arguments.dataset_name, arguments.validation_split_name, arguments.max_eval_samples)
+        raise InputError("training.gate: runs in one process; start it without accelerate launch")
+    windows = load_windows(arguments.dataset_name, arguments.validation_split_name, arguments.max_eval_samples)
     trained = load_windows(arguments.dataset_name, arguments.known_split_name)
     corpus = np.concatenate(trained["labels"][:])
-    told = f"--validation_split_name {arguments.validation_split_name}"
-    check_held_out(unseen, corpus[corpus >= 0], told, "trained")
-    places = np.unique(np.linspace(0, len(trained) - 1, min(arguments.known_windows, len(trained))).astype(int))
-
+    checked = f"--validation_split_name {arguments.validation_split_name}"
+    check_held_out(windows, corpus[corpus >= 0], checked, "training")
     tokenizer = arguments.open_tokenizer()
-    known = begin_elsewhere(trained.select(places), arguments.seed, getattr(tokenizer, "bos_token_id", None))
     base = arguments.open_base(tokenizer)
-    check_windows(arguments.dataset_name, unseen, base.config, tokenizer)
+    check_windows(arguments.dataset_name, windows, base.config, tokenizer)
     joint = open_joint(arguments, arguments.knn_generator_path, base)
-    torch.manual_seed(arguments.seed)
-    gate = LambdaGate(base.config.get_text_config().hidden_size, arguments.width, arguments.knn_temp)
-    device, size = joint.get_output_embeddings().weight.device, arguments.per_device_eval_batch_size
-    found = list(gate_rows(joint, gate.to(device), known, size, "known text"))
-    states = torch.cat([hidden.cpu() for hidden, _, _ in found])
-    gate.cpu().fit_corpus(states)
-    known_rows = GateRows.together([rows for _, _, rows in found])
-    known_rows.figures[:, -1:] = gate.strangeness(states)
-    unseen_rows = [rows for _, _, rows in gate_rows(joint, gate.to(device), unseen, size, "unseen text")]
-    unseen_rows = GateRows.together(unseen_rows)
-    fit(gate.cpu(), unseen_rows, known_rows, arguments)
+    folder = ensure_folder(joint.knn_generator.name_or_path)
+    numbers = np.unique(np.linspace(0, len(trained) - 1, min(arguments.known_windows, len(trained))).astype(int))
+    trained = cut_anew(trained.select(numbers), arguments.seed, getattr(tokenizer, "bos_token_id", None))
 
-    measured = {}
-    for name, rows in (("unseen", unseen_rows), ("known", known_rows)):
-        means = {"base": rows.base.mean(), "memory": rows.memory.mean(), "mixture": rows.log_likelihoods(gate).mean()}
-        measured[name] = {each: math.exp(-value.item()) for each, value in means.items()}
-        told = ", ".join(f"{each} {value:.2f}" for each, value in measured[name].items())
-        say(f"{name} text: {len(rows.base)} tokens, perplexity {told}")
-    probes = {"base_probe": probe(joint.base_lm), "memory_probe": probe(joint.knn_generator)}
-    gate.about = {
-        "known_weight": arguments.known_weight,
-        "caution": arguments.caution,
-        "perplexity": measured,
-        **probes,
-    }
-    folder: Path = find_memory(arguments.knn_generator_path)
+    torch.manual_seed(arguments.seed)
+    gate = LambdaGate(base.config.get_text_config().hidden_size, arguments.width, arguments.memory_temp)
+    gate.to(joint.get_output_embeddings().weight.device)
+    batch_size = arguments.per_device_eval_batch_size
+    states, scored, _ = zip(*gate_rows(joint, gate, trained, batch_size, "training text"), strict=True)
+    gate.fit_corpus(torch.cat(states))
+    training = GateRows.concatenate(scored)
+    training.features[:, -1:] = gate.distance(torch.cat(states))
+    _, scored, _ = zip(*gate_rows(joint, gate, windows, batch_size, "held-out text"), strict=True)
+    texts = {"held-out": GateRows.concatenate(scored), "training": training}
+    texts = {name: GateRows(*(each.cpu() for each in rows)) for name, rows in texts.items()}
+    fit(gate.cpu(), texts["held-out"], texts["training"], arguments)
+
+    perplexity = {}
+    for name, rows in texts.items():
+        likelihoods = {"base": rows.base, "memory": rows.memory, "mixture": rows.mixture(gate)[0]}
+        perplexity[name] = {key: math.exp(-each.mean().item()) for key, each in likelihoods.items()}
+        shown = ", ".join(f"{key} {value:.2f}" for key, value in perplexity[name].items())
+        say(f"{name} text: {len(rows.base)} tokens, perplexity {shown}")
+    made_from = {"base": arguments.base_id(), "memory": made_id(folder), "windows": made_id(arguments.dataset_name)}
+    made = Made("gate", {**vars(arguments), "perplexity": perplexity}, made_from=made_from)
+    record = record_path(folder / WEIGHTS)
+    remove(record)
     gate.save(folder)
-    say(f"gate: {folder / 'gate.safetensors'} ({time.time() - started:.0f} s)")
+    with atomic(record) as temporary:
+        temporary.write_text(made.text)
+    say(f"gate: {folder / WEIGHTS} ({time.time() - started:.0f} s)")
     return gate
 
 

@@ -1,4 +1,4 @@
-"""The rows of the online trainer: their hidden states come from the frozen base, in the loop."""
+"""Training rows whose hidden states the frozen base computes during training."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from models.capture import hidden_states
 from training.arguments import TrainerArguments
 from training.rows import Rows, WindowRows
 from utils.evaluation import predicted_positions
-from utils.loading import model_fingerprint
 
 
 class OnlineRows(WindowRows):
-    """Rows whose hidden states the frozen `base` computes when they are needed, `batch_size` windows at a time.
+    """Rows with hidden states from the frozen `base`, which reads `batch_size` windows at a time.
 
     `round_to_half` rounds them to float16, as a datastore does.
     """
@@ -27,23 +26,19 @@ class OnlineRows(WindowRows):
         super().__init__(windows, config, arguments)
         self.base, self.batch_size, self.round_to_half = base, batch_size, round_to_half
         self.device = base.get_input_embeddings().weight.device
+        self.settings = {"torch_dtype": str(arguments.dtype()), "round_hidden_states": round_to_half}
 
     def read(self, windows: np.ndarray) -> list[Tensor]:
+        """Token ids (windows, time), the numbers of their predicting positions (rows,), and the targets."""
         rows = self.windows[np.asarray(windows)]
         ids, labels = (torch.from_numpy(np.asarray(rows[name]).astype(np.int64)) for name in ("input_ids", "labels"))
-        # Positions by number, since a mask would make the host wait for how many a GPU finds in it.
-        chosen = predicted_positions(labels)[0].flatten().nonzero()[:, 0]  # (rows,)
-        return [ids, chosen, *self.read_targets(windows)]
+        # Numbers, not a mask: a GPU would make the host wait for the count of a mask.
+        positions = predicted_positions(labels)[0].flatten().nonzero()[:, 0]
+        return [ids, positions, *self.read_targets(windows)]
 
-    def rows(self, input_ids: Tensor, chosen: Tensor, *targets: Tensor) -> Rows:
+    def rows(self, input_ids: Tensor, positions: Tensor, *targets: Tensor) -> Rows:
+        """Run the base: `Rows` from what `read` returned."""
         batches = (ids.to(self.device, non_blocking=True) for ids in input_ids.split(self.batch_size))
         hidden = torch.cat([hidden_states(self.base, ids, layer_position=self.layer_position) for ids in batches])
-        hidden = hidden.flatten(0, 1)[chosen.to(hidden.device, non_blocking=True)]  # (rows, hidden)
+        hidden = hidden.flatten(0, 1)[positions.to(hidden.device, non_blocking=True)]  # (rows, hidden)
         return Rows(hidden.half() if self.round_to_half else hidden, *targets)
-
-    def origin(self) -> str:
-        return str(self.base.config.name_or_path)
-
-    def identity(self) -> dict[str, Any]:
-        rounded = {"rounded": True} if self.round_to_half else {}
-        return super().identity() | {"model": model_fingerprint(self.base)} | rounded

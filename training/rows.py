@@ -1,35 +1,40 @@
-"""What a step trains on: rows with their kNN targets, which come from disk. Their hidden states come from a datastore
-(offline) or from the frozen base in the loop (online). Before training all is compared with the windows' labels."""
+"""The rows of training and of validation.
+
+A training row is a kNN target from disk with a hidden state from a datastore (offline) or from the frozen base (online).
+A validation row is a hidden state that the base scored once, before training.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from knn_utils.datastore import Datastore, KNNTargets, check_belongs
+from knn_utils.datastore import SCORED_ROWS, Datastore, KNNTargets, check_rows, open_scored_datastore, stored_rows
 from training.arguments import TrainerArguments
+from utils.artefact import require
+from utils.cli import say
 from utils.errors import InputError
-from utils.evaluation import count_rows, predicted_positions
+from utils.evaluation import MixtureScore, Scorer, count_rows, predicted_positions
+from utils.loading import load_windows, made_id
 
-CHECKED_WINDOWS = 2048
-# Rows that go through the stack at once: what keeps activations small on a CPU, a GPU busy where they fit its memory.
-CPU_ROWS, GPU_ROWS = 1024, 16384
-# What a pass keeps of a row, in units of what its products read and write: at most so much (GPT-2's GELU, in steps).
-KEPT, HEAD_BYTES = 2.5, 1 << 30
+CHECKED_WINDOWS = 2048  # whose labels are compared at a time
+LAMBDAS = tuple(round(0.05 * step, 2) for step in range(1, 20))  # of the validation
 
 
 @dataclass
 class Rows:
-    """Rows of one process's share of a step.
+    """A batch of n training rows.
 
-    hidden (n, dim) float16 or float32, label (n,) int32, id_cnt (n,) int32; token_id and prob hold the targets'
-    entries of all rows end to end (int32 and float16). All but `hidden` lie on the CPU, where the loss checks them.
+    hidden (n, dim) float16 or float32, label (n,) int32, id_cnt (n,) int32; token_id (entries,) int32 and prob
+    (entries,) float16 are the targets of all rows, laid end to end. All but `hidden` are on the CPU.
     """
 
     hidden: Tensor
@@ -39,34 +44,24 @@ class Rows:
     prob: Tensor
 
     @classmethod
+    def zeros(cls, count: int, dim: int) -> Rows:
+        """`count` rows of zeros with no target entries."""
+        return cls.without_target(torch.zeros(count, dim), torch.zeros(count, dtype=torch.int64))
+
+    @classmethod
     def without_target(cls, hidden: Tensor, label: Tensor) -> Rows:
-        none = torch.zeros(0, dtype=torch.int32, device=label.device)
-        return cls(hidden, label, torch.zeros_like(label), none, none.half())
+        """Rows with no target entries."""
+        empty = torch.zeros(0, dtype=torch.int32)
+        return cls(hidden, label, torch.zeros_like(label), empty, empty.half())
 
     def slices(self, size: int) -> Iterator[Rows]:
-        """Consecutive pieces of at most `size` rows."""
+        """Consecutive batches of at most `size` rows."""
         ends = torch.cumsum(self.id_cnt, 0, dtype=torch.int64)
         for start in range(0, len(self.label), size):
             stop = min(start + size, len(self.label))
             entries = slice(int(ends[start - 1]) if start else 0, int(ends[stop - 1]))
-            whole = (tensor[start:stop] for tensor in (self.hidden, self.label, self.id_cnt))
-            yield Rows(*whole, self.token_id[entries], self.prob[entries])
-
-
-def rows_at_once(memory: Any, accelerator: Any) -> int:
-    """Rows to go through `memory` at once, the same on all processes: on a GPU GPU_ROWS, or as much of them, halved and
-    halved again, as fits what is free beside gradients, AdamW's moments and the copies of weights in half precision."""
-    if accelerator.device.type != "cuda":
-        return CPU_ROWS
-    processes, sharded = accelerator.num_processes, accelerator.distributed_type == "FSDP"
-    size, copies = (4, 0) if accelerator.mixed_precision == "no" else (2, 2)  # bytes of a number
-    head, weights = memory.lm_head.weight, [weight for weight in memory.parameters() if weight.ndim == 2]
-    of_weight = copies + (12 / processes if sharded else 12 if processes == 1 else 16)  # DDP buffers gradients
-    row = KEPT * size * sum(sum(weight.shape) for weight in weights if weight is not head) + 8 * head.shape[1]
-    free = torch.cuda.mem_get_info(accelerator.device)[0] - sum(weight.numel() for weight in weights) * of_weight
-    room = free - HEAD_BYTES - 6 * head.numel()  # the loss's chunk of logits, and its own gradient and copy of the head
-    rows = next((GPU_ROWS >> half for half in range(4) if (GPU_ROWS >> half) * row <= room), CPU_ROWS)
-    return int(accelerator.gather(torch.tensor([rows], device=accelerator.device)).min())
+            by_row = (tensor[start:stop] for tensor in (self.hidden, self.label, self.id_cnt))
+            yield Rows(*by_row, self.token_id[entries], self.prob[entries])
 
 
 @functools.lru_cache(maxsize=2)
@@ -76,46 +71,44 @@ def epoch_order(windows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class WindowRows:
-    """The rows of windows, by window number: kNN targets, and hidden states from where a subclass takes them.
+    """The training rows of each window. A subclass adds the hidden states.
 
-    Its `read(windows)` gives what windows (their numbers, in order) need from disk, as tensors, in a background thread;
-    `rows` makes `Rows` of them in the main thread; `origin` names the file or model of the hidden states.
+    `read(windows)` reads what windows (their numbers, in order) need from disk, as tensors, in a background thread; `rows`
+    turns these into `Rows` in the main thread; `settings` holds what a subclass adds to the memory's record.
 
     Args:
-        windows: a split as `load_windows` gives it.
-        config: the memory's; targets may name no token beyond its vocabulary.
+        windows: a split as `load_windows` returns it.
+        config: the memory's.
 
     Raises:
-        InputError: targets of other windows or of another block.
+        InputError: the targets belong to other windows or to another block.
     """
 
     rows: Callable[..., Rows] = Rows
 
     def __init__(self, windows: Any, config: Any, arguments: TrainerArguments) -> None:
+        self.settings: dict[str, Any] = {}
         self.windows, self.vocabulary, self.layer_position = windows, config.vocab_size, arguments.layer_position
-        self.targets = KNNTargets.open(arguments.knn_save_path)
         self.counts = count_rows(windows)  # (windows,)
         self.ends = np.cumsum(self.counts)
-        check_belongs(self.targets, rows=int(self.ends[-1]), layer_position=self.layer_position)
+        self.targets = KNNTargets.open(arguments.knn_save_path)
+        check_rows(self.targets, int(self.ends[-1]))
+        record, windows_id = self.targets.made, made_id(arguments.dataset_name)
+        require(self.targets.path, record, windows=windows_id, layer_position=self.layer_position)
         self.check_labels(self.targets.path, self.targets.labels)
 
     def check_labels(self, path: object, read: Callable[[int, int], np.ndarray]) -> None:
-        """Compare the windows' labels with what `read(start, stop)` gives for the same rows.
-
-        Raises InputError naming the first row that differs.
-        """
+        """Compare the windows' labels with `read(start, stop)`. Raises InputError naming the first row that differs."""
         for first in range(0, len(self.counts), CHECKED_WINDOWS):
             last = min(first + CHECKED_WINDOWS, len(self.counts))
             start, stop = self.range_of(first)[0], self.range_of(last - 1)[1]
             labels = torch.from_numpy(np.asarray(self.windows[first:last]["labels"]))  # (windows, time)
-            mine, theirs = predicted_positions(labels)[1].numpy(), read(start, stop)
-            if len(mine) != len(theirs):
-                raise InputError(f"windows {first} to {last - 1}: labels do not agree with their dstore_range")
-            if len(differ := np.flatnonzero(mine != theirs)):
+            expected, found = predicted_positions(labels)[1].numpy(), read(start, stop)  # (rows,) each
+            if len(different := np.flatnonzero(expected != found)):
+                row = different[0]
                 raise InputError(
-                    f"{path}: row {start + int(differ[0])} has label {int(theirs[differ[0]])}, but the windows have "
-                    f"{int(mine[differ[0]])} ({len(differ)} of rows {start} to {stop - 1} differ); "
-                    "they were made from other windows"
+                    f"{path}: row {start + row} has label {found[row]}, the windows have {expected[row]}; it was made from "
+                    "other windows"
                 )
 
     def range_of(self, window: int) -> tuple[int, int]:
@@ -123,13 +116,10 @@ class WindowRows:
         return int(self.ends[window] - self.counts[window]), int(self.ends[window])
 
     def read_targets(self, windows: np.ndarray) -> list[Tensor]:
-        """label, id_cnt, token_id and prob of `windows`, laid end to end, as in `Rows`.
-
-        Raises InputError for token ids beyond the vocabulary.
-        """
-        pieces = [self.targets.read(*self.range_of(window)) for window in windows]
+        """label, id_cnt, token_id and prob of `windows`, as in `Rows`. Raises InputError for token ids beyond the vocabulary."""
+        found = [self.targets.read(*self.range_of(window)) for window in windows]
         names = ("label", "id_cnt", "token_id", "prob")
-        arrays = [np.concatenate([getattr(piece, name) for piece in pieces]) for name in names]
+        arrays = [np.concatenate([getattr(each, name) for each in found]) for name in names]
         ids = arrays[2]
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocabulary:
             raise InputError(
@@ -138,32 +128,78 @@ class WindowRows:
             )
         return [torch.from_numpy(array) for array in arrays]
 
-    def where(self, windows: np.ndarray) -> str:
-        """Names files and windows, for messages about bad values."""
-        names = ", ".join(str(window) for window in windows[:4]) + (", …" if len(windows) > 4 else "")
-        return f"windows {names} ({self.origin()} and {self.targets.path})"
-
-    def identity(self) -> dict[str, Any]:
-        """What the rows are; a run can only be continued on the same."""
-        return {"targets": self.targets.settings}
-
 
 class OfflineRows(WindowRows):
-    """Rows whose hidden states are read from the student's own datastore."""
+    """Rows with hidden states from the student's own datastore."""
 
     def __init__(self, windows: Any, config: Any, arguments: TrainerArguments, dstore_path: str) -> None:
         super().__init__(windows, config, arguments)
         self.datastore = Datastore.open(dstore_path)
-        check_belongs(self.datastore, rows=int(self.ends[-1]), dim=config.hidden_size)
+        check_rows(self.datastore, int(self.ends[-1]))
+        expected = {**arguments.made_from(), "dim": config.hidden_size, "layer_position": self.layer_position}
+        require(dstore_path, self.datastore.made, **expected)
         self.check_labels(dstore_path, self.datastore.vals)
-        check_belongs(self.datastore, base=arguments)
 
     def read(self, windows: np.ndarray) -> list[Tensor]:
+        """Hidden states (rows, dim) and targets of `windows`."""
         keys = [self.datastore.keys(*self.range_of(window)) for window in windows]
         return [torch.from_numpy(np.concatenate(keys)), *self.read_targets(windows)]
 
-    def origin(self) -> str:
-        return str(self.datastore.path)
 
-    def identity(self) -> dict[str, Any]:
-        return super().identity() | {"model": self.datastore.settings.get("model", self.origin())}
+@dataclass
+class Validation:
+    """This rank's scored rows: batches of hidden states (rows, dim), base log-probabilities and labels (rows,).
+
+    `forward_passes`: batches of the rank with the most; all make as many, since each pass gathers sharded weights.
+    """
+
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]]
+    forward_passes: int
+    dim: int
+
+    def figures(self, label_log_probs: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
+        """Perplexity of base, memory and both, at the best lambda of a grid (memory temperature 1).
+
+        Args:
+            label_log_probs: the memory's log-probabilities (rows, 1) of labels (rows,) from hidden states (rows, dim).
+        """
+        score, done = MixtureScore((*LAMBDAS, 1.0), [1.0]), 0
+        for done, (hidden, base, labels) in enumerate(self.batches(), 1):  # noqa: B007
+            score.add(base, label_log_probs(hidden, labels))
+        for _ in range(done, self.forward_passes):
+            label_log_probs(torch.zeros(1, self.dim), torch.zeros(1, dtype=torch.int64))
+        score.reduce()
+        *mixed, alone = score.grid()
+        best = min(mixed, key=lambda row: row["perplexity"])
+        return {
+            "base_perplexity": round(score.base_perplexity(), 4),
+            "memory_perplexity": round(alone["perplexity"], 4),
+            "joint_perplexity": round(best["perplexity"], 4),
+            "lmbda": best["lmbda"],
+            "tokens": int(score.tokens.item()),
+        }
+
+
+def open_validation(
+    arguments: TrainerArguments, dim: int, processes: int, open_base: Callable[[], Any]
+) -> Validation | None:
+    """The rows to validate on: those of --validation_dstore_path, else the split scored by the base; None for no split.
+
+    Rows scored by the base are kept in memory in float16, 2 · dim bytes per token.
+    """
+    path, split = arguments.validation_dstore_path, arguments.validation_split_name
+    if path:
+        expected = {**arguments.made_from(), "dim": dim, "layer_position": arguments.layer_position}
+        datastore = open_scored_datastore(path, **expected)
+        passes = math.ceil(math.ceil(datastore.rows / SCORED_ROWS) / processes)
+        return Validation(lambda: stored_rows(datastore), passes, dim)
+    if split == "none":
+        return None
+    if not (Path(str(arguments.dataset_name)) / split).is_dir():
+        say(f"--validation_split_name {split}: the windows have no such split; no validation during training")
+        return None
+    windows = load_windows(arguments.dataset_name, split, arguments.max_eval_samples)
+    batch_size = arguments.per_device_eval_batch_size
+    batches = Scorer(open_base(), arguments.layer_position).batches(windows, batch_size)
+    scored = [(hidden.half().cpu(), log_probs.cpu(), labels) for hidden, log_probs, labels in batches]
+    return Validation(lambda: scored, math.ceil(math.ceil(len(windows) / batch_size) / processes), dim)

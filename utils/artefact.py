@@ -1,6 +1,6 @@
 """Artefacts: what one stage writes and the next one reads, and the one protocol by which they are written.
 
-An artefact is a folder, or a single file (an index, a gate). Its `made.json`, in the folder or beside the file, is written
+An artefact is a folder, or a single file (an index, a gate, results). Its `made.json`, in the folder or beside the file, is written
 last and says what it is; the SHA-256 of that text is its id. Before that the text lies in `making.json`, by which an
 interrupted command recognises its own work. Units of work are files `part-00000.arrow` …: a unit is done if its name
 exists, and rank r of n makes every n-th. What the original or the hub published has neither; it is read as it is.
@@ -19,7 +19,7 @@ from utils.errors import InputError, one_line
 from utils.files import atomic, ensure_folder, lock_folder, read_json, remove, sync
 
 COMPLETE, BEGUN = "made.json", "making.json"
-SINGLE_FILES = (".index", ".safetensors")  # artefacts of one file
+SINGLE_FILES = (".index", ".safetensors", ".json")  # artefacts of one file
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,6 @@ class Making:
     lock: Any = None
 
     def part(self, number: int, suffix: str = ".arrow") -> Path:
-        """The path of unit `number`."""
         return self.path / f"part-{number:05d}{suffix}"
 
     def own_parts(self, count: int, suffix: str = ".arrow") -> list[int]:
@@ -104,7 +103,6 @@ class Making:
         return self.made
 
     def close(self) -> None:
-        """Release the lock; what is written stays."""
         if self.lock:
             self.lock.close()
 
@@ -147,6 +145,6 @@ def begin(path: str | os.PathLike, made: Made, *, overwrite: bool = False, state
 
 def differences(before: Made, now: Made) -> str:
     """What differs between two records, as one line."""
-    there, here = ({**each, **each.pop("settings"), **each.pop("made_from")} for each in (asdict(before), asdict(now)))
+    there, here = ({"kind": each.kind, "rows": each.rows, **each.settings, **each.made_from} for each in (before, now))
     names = sorted(name for name in there.keys() | here.keys() if str(there.get(name)) != str(here.get(name)))
     return one_line("; ".join(f"{name}: {there.get(name)} there, {here.get(name)} now" for name in names), 400)

@@ -1,7 +1,4 @@
-"""Bad input, told in one line, and the checks of plain values that find it.
-
-A line names the file, flag or value, what was expected and what to do; `utils.cli.command` prints it.
-"""
+"""User errors, reported in one line, and the checks of plain values that raise them."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Bad input, told in one line: what was found, what was expected, what to do."""
+    """A user error: one line that names the file, flag or value, what was expected and what to do."""
 
 
 def one_line(text: object, limit: int = 600) -> str:
@@ -21,7 +18,7 @@ def one_line(text: object, limit: int = 600) -> str:
 
 def check_fraction(flag: str, value: float) -> float:
     """Return `value` if it lies in [0, 1]; raises InputError naming `flag` otherwise."""
-    if not (math.isfinite(value) and 0.0 <= value <= 1.0):
+    if not 0.0 <= value <= 1.0:
         raise InputError(f"{flag} {value:g}: expected a number from 0 to 1")
     return value
 
@@ -34,14 +31,8 @@ def check_positive(flag: str, value: float) -> float:
 
 
 def check_at_least(least: float, arguments: Any, *names: str) -> None:
-    """Refuse flags among `names` whose value, where there is one, is below `least` or no number. Raises InputError."""
+    """Check that each flag in `names` that has a value is `least` or more. Raises InputError."""
     for name in names:
         value = getattr(arguments, name)
-        if value is not None and not (math.isfinite(value) and value >= least):
+        if value is not None and not value >= least:
             raise InputError(f"--{name} {value}: expected {least} or more")
-
-
-def check_seed(flag: str, seed: int | None, bits: int = 32) -> None:
-    """Refuse a seed that random generators of so many bits do not take. Raises InputError."""
-    if seed is not None and not 0 <= seed < 1 << bits:
-        raise InputError(f"{flag} {seed}: expected a whole number from 0 to {(1 << bits) - 1}")

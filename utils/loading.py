@@ -1,7 +1,7 @@
-"""Opening what a stage reads: the base model by its flags, its tokenizer, windows; devices and dtypes.
+"""Opens what a stage reads: the base model by its flags, its tokenizer, windows; chooses devices and dtypes.
 
-Every command that needs a base has a dataclass that inherits `BaseArguments`. Torch is imported only when something is
-opened, so that `--help` answers at once.
+Every command with a base has a dataclass that inherits `BaseArguments`. Torch is imported only when something is opened,
+so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -12,49 +12,50 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.artefact import read_made
 from utils.cli import flag, say
 from utils.errors import InputError, one_line
-from utils.files import read_json
 
 if TYPE_CHECKING:
     import torch
 
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json"),
-    *("tokenizer.model", "spiece.model", "vocab.txt"),
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
 )
-WINDOWS_RECORD = "preprocess.json"  # what made the windows, in their folder
 RUN_RECORD = "training.json"  # of a memory's run, in its output folder
-WINDOW_COLUMNS = ("input_ids", "labels", "attention_mask", "dstore_range")
+WINDOW_COLUMNS = {"input_ids", "labels", "attention_mask", "dstore_range"}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
 class BaseArguments:
-    """Which base model, and how it is held in memory."""
+    """Which base model, and how it is loaded."""
 
     model_name_or_path: str | None = flag(None, "base model: a folder or a hub name")
-    tokenizer_name: str | None = flag(None, "tokenizer to use instead of the base's own")
+    tokenizer_name: str | None = flag(None, "tokenizer, if not the base's own")
     layer_position: int = flag(-1, "decoder block whose MLP input is the hidden state (0 = first, -1 = last)")
     torch_dtype: str | None = flag(None, "the base's weights: float32 (default), bfloat16, float16, or auto")
     device_map: str | None = flag(None, "accelerate's placement of the base over several devices, such as auto")
-    load_in_4bit: bool = flag(False, "hold the frozen base in 4 bits (needs bitsandbytes)")
-    load_in_8bit: bool = flag(False, "hold the frozen base in 8 bits (needs bitsandbytes)")
+    load_in_4bit: bool = flag(False, "quantize the frozen base to 4 bits (needs bitsandbytes)")
+    load_in_8bit: bool = flag(False, "quantize the frozen base to 8 bits (needs bitsandbytes)")
     trust_remote_code: bool = flag(False, "run code that comes with the base")
 
     def __post_init__(self) -> None:
-        """Refuse --device_map in several processes of a machine, each of which would take all cards. Raises InputError."""
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
-        if self.device_map and beside > 1:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+        if self.device_map and processes > 1:
             raise InputError(
-                f"--device_map {self.device_map}: each of the {beside} processes here would place the base on all cards; "
-                "start one process a machine, or leave the flag out: each then has a card of its own"
+                f"--device_map {self.device_map}: gives each of {processes} processes all GPUs; leave it out"
             )
 
     def require_base(self) -> str:
@@ -63,12 +64,26 @@ class BaseArguments:
             raise InputError("--model_name_or_path: is required; expected a model folder or hub name")
         return self.model_name_or_path
 
-    def dtype(self, **short: bool) -> Any:
-        """The torch dtype of the base; `short`: the flags bf16 and fp16 where a command has them."""
-        return resolve_dtype(self.torch_dtype, **short)
+    def base_id(self) -> str:
+        """The base's id (`models.identity.base_id`). Raises InputError where there is no readable config."""
+        from models.stack import base_id
+
+        path, remote = self.require_base(), {"trust_remote_code": self.trust_remote_code}
+        return from_pretrained(base_id, path, "--model_name_or_path", **remote)
+
+    def dtype(self, *, bf16: bool = False, fp16: bool = False) -> torch.dtype:
+        """The dtype of the base's weights: --torch_dtype, else by the flags --bf16 and --fp16 of a command that has them."""
+        import torch
+
+        name = self.torch_dtype or ("bfloat16" if bf16 else "float16" if fp16 else "float32")
+        if name == "auto":
+            return fastest_dtype(default_device())
+        if name not in DTYPES:
+            raise InputError(f"--torch_dtype {name}: expected one of auto, {', '.join(DTYPES)}")
+        return getattr(torch, name)
 
     def open_tokenizer(self, *, required: bool = False) -> Any:
-        """The base's tokenizer, or the one that is named; None where the base has none and it is not `required`."""
+        """The tokenizer of the flags; None where the base has none and it is not `required`."""
         path, required = self.tokenizer_name or self.require_base(), required or bool(self.tokenizer_name)
         return load_tokenizer(path, required=required, trust_remote_code=self.trust_remote_code)
 
@@ -81,83 +96,48 @@ class BaseArguments:
         config_name: str | None = None,
         from_scratch: bool = False,
     ) -> Any:
-        """The base in evaluation mode: any decoder that `AutoModelForCausalLM` loads.
+        """The base in evaluation mode: any decoder that `AutoModelForCausalLM` loads. Raises InputError.
 
         Args:
-            tokenizer: the embeddings are cut or grown to its ids, as the original does everywhere.
-            dtype: of the weights, by default what the flags say. Quantised bases keep it as their compute dtype.
-            device: where to put it, by default this process's; --device_map goes its own way.
-            config_name: config to use in place of the base's own.
-            from_scratch: random weights from the config instead of the checkpoint's.
-
-        Raises:
-            InputError: no causal language model there, or a quantisation library is missing.
+            tokenizer: the embeddings are resized to its vocabulary, as the original does everywhere.
+            dtype: of the weights (of a quantized base: of its arithmetic), by default that of the flags.
+            device: by default this process's; --device_map has precedence.
+            config_name: config in place of the base's own; from_scratch: random weights in place of the checkpoint's.
         """
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
         from models.stack import resize_vocabulary, vocabulary_size
 
         prepare_device()
-        path, remote = self.require_base(), {"trust_remote_code": self.trust_remote_code}
-        dtype = self.dtype() if dtype is None else dtype
-        options: dict[str, Any] = {"dtype": dtype, **remote}
-        device = torch.device(default_device() if device is None else device)
-        if self.device_map or device.type != "cpu":  # weights go straight onto a GPU, not through the host's memory
+        path, dtype = self.require_base(), self.dtype() if dtype is None else dtype
+        device = torch.device(device or default_device())
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
+        quantized = {name: True for name in ("load_in_4bit", "load_in_8bit") if getattr(self, name)}
+        if quantized and find_spec("bitsandbytes") is None:
+            raise InputError("--load_in_4bit, --load_in_8bit: need the package bitsandbytes; pip install bitsandbytes")
+        if quantized:
+            options["quantization_config"] = BitsAndBytesConfig(**quantized, bnb_4bit_compute_dtype=dtype)
+        if self.device_map or quantized or device.type != "cpu":  # straight onto a GPU, not through the host's memory
             options["device_map"] = self.device_map or {"": device}
-        if self.load_in_4bit or self.load_in_8bit:
-            options["quantization_config"] = self._quantization(dtype)
-            options.setdefault("device_map", {"": device})
-        if config_name:
-            options["config"] = from_pretrained(AutoConfig.from_pretrained, config_name, "--config_name", **remote)
+        if config_name or from_scratch:
+            remote = {"trust_remote_code": self.trust_remote_code}
+            config = from_pretrained(AutoConfig.from_pretrained, config_name or path, "--config_name", **remote)
+            options["config"] = config
         if from_scratch:
-            config = options.get("config")
-            config = config or from_pretrained(AutoConfig.from_pretrained, path, "--model_name_or_path", **remote)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote).to(device)
         else:
             load = AutoModelForCausalLM.from_pretrained
             model, info = from_pretrained(load, path, "--model_name_or_path", output_loading_info=True, **options)
-            if missing := sorted(info.get("missing_keys") or ()):
+            if missing := sorted(info["missing_keys"]):
                 raise InputError(
-                    f"--model_name_or_path {path}: the checkpoint lacks {len(missing)} weights ({missing[0]}, …), "
-                    "expected a complete causal language model"
+                    f"--model_name_or_path {path}: lacks {len(missing)} weights of the model: {missing[0]} …"
                 )
         rows = model.get_input_embeddings().weight.shape[0]
         if tokenizer is not None and rows != (size := vocabulary_size(tokenizer)):
-            say(f"{path}: vocabulary of {rows} {'cut' if rows > size else 'grown'} to the tokenizer's {size} tokens")
+            say(f"{path}: vocabulary resized from {rows} to the tokenizer's {size} tokens")
             resize_vocabulary(model, size)
-        if from_scratch or "device_map" not in options:
-            model.to(device)
         return model.eval()
-
-    def fingerprint(self, made: Mapping[str, Any], base: Any = None) -> str | None:
-        """`model_fingerprint` of this base as a file of the settings `made` would record it, for `files.check_made`.
-
-        `base`: as it is open, tried first. None where none is named or `made` records none, a path or quantised weights.
-        """
-        import torch
-
-        recorded, found = str(made.get("model")), base and model_fingerprint(base)
-        if found == recorded or not self.model_name_or_path or len(recorded) != 16:
-            return found if found == recorded else None
-        whole, tokenizer = replace(self, device_map=None, load_in_4bit=False, load_in_8bit=False), self.open_tokenizer()
-        dtypes = [getattr(torch, each) for each in ([made["dtype"]] if made.get("dtype") in DTYPES else DTYPES)]
-        # First as the checkpoint has it, which is mapped and not read; that says nothing of rows that were made for it.
-        for held, dtype in [*(("auto", dtype) for dtype in dtypes), *zip(dtypes, dtypes, strict=True)]:
-            opened = whole.open_base(tokenizer, dtype=held, device="cpu")
-            if (found := model_fingerprint(opened, dtype)) == recorded:
-                break
-        return found
-
-    def _quantization(self, dtype: Any) -> Any:
-        if self.load_in_4bit and self.load_in_8bit:
-            raise InputError("--load_in_4bit and --load_in_8bit: expected one of them")
-        if find_spec("bitsandbytes") is None:
-            raise InputError("--load_in_4bit/--load_in_8bit: need the package bitsandbytes; pip install bitsandbytes")
-        from transformers import BitsAndBytesConfig
-
-        four, eight = self.load_in_4bit, self.load_in_8bit
-        return BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=eight, bnb_4bit_compute_dtype=dtype)
 
     def captured(self, base: Any) -> Any:
         """The module of `base` that --layer_position names. Raises InputError where there is none."""
@@ -170,48 +150,24 @@ class BaseArguments:
 
 
 def load_tokenizer(path: str | os.PathLike, *, required: bool = False, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in folder or hub repository `path`; None if there is none and it is not `required`."""
+    """The tokenizer in folder or hub repository `path`; None for a folder without one, if it is not `required`."""
     from transformers import AutoTokenizer
 
-    folder = Path(path)
-    problem = f"holds no tokenizer (expected {' or '.join(TOKENIZER_FILES[:2])})"
-    if not folder.is_dir() or any((folder / name).exists() for name in TOKENIZER_FILES):
-        try:
-            return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-        except Exception as error:
-            problem = f"no tokenizer could be loaded ({one_line(error, 200)})"
-            required = required or folder.is_dir()  # files that cannot be read are not taken for none
-    if required:
-        raise InputError(f"{path}: {problem}")
-    return None
+    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
+        if required:
+            raise InputError(f"{path}: holds no tokenizer")
+        return None
+    return from_pretrained(AutoTokenizer.from_pretrained, path, "tokenizer", trust_remote_code=trust_remote_code)
 
 
 def from_pretrained(call: Callable[..., Any], path: str | os.PathLike, flag: str, **options: Any) -> Any:
-    """Call a library's loader; anything it raises about `path` becomes one line naming `flag`."""
-    import torch
+    """Call a library's loader. What it raises about `path` becomes an InputError naming `flag`."""
+    from safetensors import SafetensorError
 
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise InputError(f"{flag} {path}: is a file, expected a model folder or hub name")
-    if os.path.isdir(path) and not (Path(path) / "config.json").exists():
-        raise InputError(f"{flag} {path}: holds no config.json, expected a model folder or hub name")
     try:
         return call(str(path), **options)
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"{flag} {path}: does not fit in memory ({one_line(error, 160)})") from None
-    except Exception as error:
-        known = isinstance(error, (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError))
-        if not known and not type(error).__module__.startswith(("safetensors", "huggingface_hub", "httpx", "requests")):
-            raise
-        if "trust_remote_code" in str(error) and not options.get("trust_remote_code"):
-            raise InputError(
-                f"{flag} {path}: comes with code of its own, which is not run; give --trust_remote_code if you trust it"
-            ) from None
-        # Libraries say of a file that may not be read that it is not there.
-        closed = [file for file in Path(path).glob("*") if not os.access(file, os.R_OK)]
-        if closed:
-            raise InputError(f"{flag} {closed[0]}: cannot be read (permission denied); check its permissions") from None
-        told = f"cannot be loaded as a causal language model ({one_line(error, 240)})"
-        raise InputError(f"{flag} {path}: {told}") from None
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
+        raise InputError(f"{flag} {path}: cannot be loaded ({one_line(error)})") from error
 
 
 def quiet_libraries() -> None:
@@ -226,21 +182,6 @@ def quiet_libraries() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def resolve_dtype(name: str | None, *, bf16: bool = False, fp16: bool = False) -> torch.dtype:
-    """The torch dtype that `--torch_dtype` (or `--bf16`, `--fp16`) names; float32 by default; `auto` picks by machine."""
-    import torch
-
-    if bf16 and fp16:
-        raise InputError("--bf16 and --fp16: expected one of them")
-    if name is None:
-        return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
-    if name == "auto":
-        return fastest_dtype(default_device())
-    if name not in DTYPES:
-        raise InputError(f"--torch_dtype {name}: expected one of auto, {', '.join(DTYPES)}")
-    return getattr(torch, name)
-
-
 def default_device() -> torch.device:
     """This process's device: its own GPU under `accelerate launch`, the first GPU alone, else the CPU."""
     import torch
@@ -251,8 +192,8 @@ def default_device() -> torch.device:
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device has matrix products in it: a GPU of compute capability 8.0 or more, a CPU with
-    AVX512_BF16 or AMX; else float32."""
+    """bfloat16 where the device multiplies matrices in it (a GPU of compute capability 8.0 or more, a CPU with AVX512_BF16
+    or AMX), else float32."""
     import torch
 
     if device.type == "cuda":
@@ -264,8 +205,8 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 
 def prepare_device() -> None:
-    """What every command sets first: on a GPU TF32 unless MLPMEM_NO_TF32 refuses it; on a CPU glibc keeps freed blocks,
-    since touching new ones made a forward pass 6% slower, a training step 20%."""
+    """Allow TF32 on a GPU, unless MLPMEM_NO_TF32 is set; on a CPU let glibc keep freed blocks (touching new ones makes a
+    forward pass 6%, a training step 20% slower)."""
     import torch
 
     m_trim_threshold, m_mmap_max, never = -1, -4, 2**31 - 1
@@ -279,61 +220,26 @@ def prepare_device() -> None:
 
 
 def load_windows(path: str | os.PathLike, split: str, at_most: int | None = None) -> Any:
-    """One split of a windows folder, as a `datasets.Dataset` in NumPy format: all of it, or its first windows.
+    """One split of a windows folder, or its first windows, as a `datasets.Dataset` in NumPy format.
 
-    Raises:
-        InputError: no such folder, no such split, a column missing or of another kind, or no window in it.
+    Raises InputError where there is no such folder or split, or no windows in it.
     """
     import datasets
-    import pyarrow as pa
 
-    source, remedy = f"--dataset_name {path}", "make the windows with utils/preprocess_dataset.py"
-    if not os.path.isdir(path):
-        raise InputError(f"{source}: no such windows folder; {remedy}")
-    try:
-        splits = datasets.load_from_disk(str(path))
-    except Exception as error:
-        raise InputError(f"{source}: is not a windows folder ({one_line(error, 200)}); {remedy}") from None
-    if isinstance(splits, datasets.Dataset):
-        splits = {split: splits}
-    if (windows := splits.get(split)) is None:
+    source, splits = f"--dataset_name {path}", from_pretrained(datasets.load_from_disk, path, "--dataset_name")
+    splits = {split: splits} if isinstance(splits, datasets.Dataset) else splits
+    if split not in splits:
         raise InputError(f"{source}: has no split {split}; it has {', '.join(splits)}")
-    source = f"{source}: split {split}"
-    for name in WINDOW_COLUMNS:
-        if name not in windows.column_names:
-            raise InputError(f"{source} lacks the column {name}; {remedy}")
-        kind = windows.data.schema.field(name).type
-        if not hasattr(kind, "value_type") or not pa.types.is_integer(kind.value_type):
-            raise InputError(f"{source}: column {name} holds {kind}, expected lists of whole numbers; {remedy}")
-    if len(windows) == 0:
-        raise InputError(f"{source} holds no window")
-    if at_most is not None:
-        windows = windows.select(range(min(at_most, len(windows))))
-    return windows.with_format("numpy")
+    windows = splits[split]
+    if not len(windows) or not set(windows.column_names) >= WINDOW_COLUMNS:
+        raise InputError(f"{source}: split {split} holds no windows; make them with utils/preprocess_dataset.py")
+    return windows.take(at_most or len(windows)).with_format("numpy")
 
 
-def windows_fingerprint(windows: Any) -> str:
-    """A checksum of what datastore rows come from: token ids and labels of every window."""
-    digest = hashlib.sha256()
-    table = windows.with_format("arrow")
-    for start in range(0, len(windows), 1000):
-        rows = table[start : start + 1000]
-        for name in ("input_ids", "labels"):
-            for chunk in rows.column(name).chunks:
-                digest.update(chunk.flatten().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-    return digest.hexdigest()[:16]
-
-
-def model_fingerprint(model: Any, dtype: torch.dtype | None = None) -> str:
-    """A checksum of a model (in `dtype`): its parameters' names and shapes, and a sample of each one's numbers.
-    That of quantised weights, which cannot be compared, says so."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].to(dtype or flat.dtype)
-        digest.update(sample.float().cpu().numpy().tobytes())
-    return "quantised " * bool(getattr(model, "is_quantized", False)) + digest.hexdigest()[:16]
+def made_id(path: str | os.PathLike) -> str | None:
+    """The id of the artefact at `path`; None where it has no record."""
+    made = read_made(path)
+    return made and made.id
 
 
 def vocabulary_digest(tokenizer: Any) -> str:
@@ -344,19 +250,15 @@ def vocabulary_digest(tokenizer: Any) -> str:
 
 
 def check_windows(path: str | os.PathLike, windows: Any, config: Any, tokenizer: Any = None) -> None:
-    """Refuse windows in `path` that a base (its config, its tokenizer) cannot read. Raises InputError.
+    """Refuse windows in `path` made with another tokenizer, or longer than the model's positions. Raises InputError.
 
-    They are recorded to be of another tokenizer, or longer than the model has positions.
+    `config`, `tokenizer`: the model's; without a tokenizer only the length is checked.
     """
-    record = Path(path) / WINDOWS_RECORD
-    recorded = read_json(record) if tokenizer is not None and record.exists() else {}
-    if recorded.get("vocabulary_sha256") not in (None, tokenizer and vocabulary_digest(tokenizer)):
-        made_with = recorded["tokenizer"]
-        raise InputError(f"--dataset_name {path}: was made with another tokenizer ({made_with}) than this model's")
+    made = read_made(path)
+    recorded = made and made.settings.get("vocabulary")
+    if recorded and tokenizer is not None and recorded != vocabulary_digest(tokenizer):
+        raise InputError(f"--dataset_name {path}: was made with another tokenizer than this model's")
     length = len(windows[0]["input_ids"])
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and 0 < positions < length:
-        raise InputError(
-            f"--dataset_name {path}: windows of {length} tokens, but the model has {positions} positions; "
-            f"make the windows with --block_size {positions} or less"
-        )
+        raise InputError(f"--dataset_name {path}: windows of {length} tokens, but the model has {positions} positions")

@@ -1,4 +1,4 @@
-"""Curves of a training run. Imports matplotlib when called."""
+"""Figures as PNG files. Imports matplotlib when called."""
 
 from __future__ import annotations
 
@@ -30,24 +30,10 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def draw_training(axes: Any, log: Sequence[dict[str, Any]]) -> None:
-    """Total loss, KL and cross-entropy by step, from a trainer's log."""
+    """Total loss, KL and cross-entropy by step, from the log in training.json."""
     entries = [entry for entry in log if "loss" in entry]
-    _draw(axes, entries, {"loss": "loss", "kl": "KL(kNN ‖ memory)", "ce": "cross-entropy"}, "nats a token", "training")
-
-
-def plot_training(log: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """The loss curve, and beside it the perplexity of base, memory and both where the run was validated."""
-    validated = [entry["validation"] | {"step": entry["step"]} for entry in log if "validation" in entry]
-    figure, axes = figure_of(2 if validated else 1)
-    draw_training(axes[0], log)
-    if validated:
-        names = {f"{name}_perplexity": name for name in ("base", "memory", "joint")}
-        _draw(axes[1], validated, names, "perplexity", "validation")
-    save_figure(figure, Path(path))
-
-
-def _draw(axes: Any, entries: Sequence[dict[str, Any]], names: dict[str, str], unit: str, title: str) -> None:
-    for name, label in names.items():
-        axes.plot([entry["step"] for entry in entries], [entry[name] for entry in entries], ".-", label=label)
-    axes.set(xlabel="step", ylabel=unit, title=title)
+    steps = [entry["step"] for entry in entries]
+    for name, label in {"loss": "loss", "kl": "KL(kNN ‖ memory)", "ce": "cross-entropy"}.items():
+        axes.plot(steps, [entry[name] for entry in entries], ".-", label=label)
+    axes.set(xlabel="step", ylabel="nats per token", title="training")
     axes.legend()

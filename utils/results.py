@@ -1,65 +1,35 @@
-"""What the evaluations share: their flags, their lines on the screen and their `results.json`."""
+"""What the evaluations share: their flags, the lines they print and their `results.json`."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
+import math
+import platform
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from utils.cli import flag, note_unused, say
+from utils.artefact import Made, record_path
+from utils.cli import flag, required, say
 from utils.errors import InputError, check_at_least, check_fraction, check_positive
-from utils.files import ensure_folder, read_json, write_json
+from utils.files import atomic, ensure_folder, read_json, remove, write_json
 from utils.loading import BaseArguments
 
 if TYPE_CHECKING:
     from utils.evaluation import MixtureScore
 
 ADAPTIVE = "adaptive"
+FAISS = "faiss", "faiss-cpu", "faiss-gpu-cu12"
+PACKAGES = "torch", "transformers", "datasets", "accelerate", *FAISS, "numpy", "pyarrow"
 
 
 class Lambda(float):
-    """The type of a flag that is the weight of what is mixed into the base: a plain float, or the word `ADAPTIVE` for
-    one that differs from token to token. `check_lambda` checks the range."""
+    """The type of a flag for the weight of what is mixed into the base: gives a float, or `ADAPTIVE` for a weight that
+    differs from token to token. `check_lambda` checks the range."""
 
     def __new__(cls, text: str | float) -> Any:
-        try:
-            return ADAPTIVE if text == ADAPTIVE else float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to 1, or {ADAPTIVE}") from None
-
-
-@dataclass
-class ScoreArguments(BaseArguments):
-    """Which windows are scored, and with which mixtures."""
-
-    dataset_name: str | None = flag(None, "windows folder made by utils/preprocess_dataset.py")
-    max_eval_samples: int | None = flag(None, "use this many windows of the scored split at most")
-    dstore_path: str | None = flag(None, "score this datastore (made with --save_logprob) in place of running the base")
-    lmbda: list[Lambda] = flag(
-        [0.25], "weight of what is mixed into the base: one or several numbers, or adaptive, or both"
-    )
-    knn_temp: list[float] = flag([1.0], "temperature of what is mixed into the base, one or several values")
-    choose_on: str | None = flag(None, "results.json of another split: its best lambda and temperature are used")
-
-    def check_scored(self, *, knn: bool) -> None:
-        """Take lambda and temperature (`knn`: the kNN-LM's) from `choose_on`, and refuse what cannot be scored.
-
-        Raises InputError.
-        """
-        if self.choose_on:
-            lmbda, self.knn_temp = chosen(self.choose_on, knn=knn)
-            adaptive = [ADAPTIVE] if ADAPTIVE in self.lmbda and ADAPTIVE not in lmbda else []
-            self.lmbda = self.lmbda if knn and self.lmbda == [ADAPTIVE] else [*lmbda, *adaptive]
-        check_grid(self.lmbda, self.knn_temp)
-        check_at_least(1, self, "max_eval_samples")
-        if not self.dstore_path:
-            self.require_base()
-        if self.dataset_name is None:
-            raise InputError("--dataset_name: expected a windows folder made by utils/preprocess_dataset.py")
+        return ADAPTIVE if text == ADAPTIVE else float(text)
 
 
 def check_lambda(flag: str, value: float | str) -> float | str:
@@ -67,105 +37,111 @@ def check_lambda(flag: str, value: float | str) -> float | str:
     return value if value == ADAPTIVE else check_fraction(flag, float(value))
 
 
-def check_mixture(lmbda: float | str, knn_temp: float) -> None:
-    """Check one `--lmbda` and one `--knn_temp`. Raises InputError; says where the temperature has no use."""
-    check_lambda("--lmbda", lmbda)
-    check_positive("--knn_temp", knn_temp)
-    if lmbda == ADAPTIVE:
-        note_unused(("knn_temp",), f"with --lmbda {ADAPTIVE}: the gate brings its own")
-
-
 def lambda_text(value: float | str) -> str:
     """A lambda as a table shows it."""
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def check_grid(lmbda: Sequence[float | str], knn_temp: Sequence[float]) -> None:
-    """Check the values of `--lmbda` (in [0, 1], or adaptive) and `--knn_temp` (above 0). Raises InputError."""
-    for name, values, check in (("--lmbda", lmbda, check_lambda), ("--knn_temp", knn_temp, check_positive)):
-        if not values:
-            raise InputError(f"{name}: expected at least one value")
-        for value in values:
-            check(name, value)
+@dataclass(kw_only=True)
+class ScoreArguments(BaseArguments):
+    """Which windows are scored, and with which mixtures. Subclasses add the flag of the temperature."""
+
+    temperature_name: ClassVar[str]  # memory_temp or knn_temp: the flag, and the key in results.json
+
+    dataset_name: str = required("windows folder made by utils/preprocess_dataset.py")
+    max_eval_samples: int | None = flag(None, "score at most this many windows")
+    dstore_path: str | None = flag(None, "score the rows of this datastore (made with --save_logprob); no base is run")
+    lmbda: list[Lambda] = flag([0.25], "weight of what is mixed into the base: numbers from 0 to 1, adaptive, or both")
+    choose_on: str | None = flag(None, "results.json of another split: use its best lambda and temperature")
+
+    def check_scored(self) -> None:
+        """Take lambda and temperature from `choose_on`, and check what is scored. Raises InputError."""
+        name = self.temperature_name
+        if self.choose_on:
+            lmbda, temperatures = chosen(self.choose_on, knn=name == "knn_temp")
+            asked = [ADAPTIVE] if ADAPTIVE in self.lmbda and ADAPTIVE not in lmbda else []
+            self.lmbda = [*lmbda, *asked]
+            setattr(self, name, temperatures)
+        for value in self.lmbda:
+            check_lambda("--lmbda", value)
+        for value in getattr(self, name):
+            check_positive(f"--{name}", value)
+        check_at_least(1, self, "max_eval_samples")
 
 
 def chosen(path: str, *, knn: bool) -> tuple[list[float | str], list[float]]:
-    """Lambda (or `ADAPTIVE`) and temperature that were best in another split's results.json, of the kNN-LM (`knn`) or of
-    a memory. Raises InputError."""
-    results = read_json(path)
-    if isinstance(results, dict) and "memory" in results and (results["memory"] is None) != knn:
-        wanted = "train_base --knn" if knn else "evaluate_joint"
-        raise InputError(f"--choose_on {path}: is of another mixture; name the results.json of {wanted}")
-    if not isinstance(results, dict) or not isinstance(results.get("knn_temp"), (int, float)):
-        raise InputError(f"--choose_on {path}: is not the results.json of a mixture's evaluation")
-    return [Lambda(results["lmbda"])], [float(results["knn_temp"])]
+    """Best lambda (or `ADAPTIVE`) and temperature in a results.json of the kNN-LM (`knn`) or of a memory, as lists of one.
+
+    Raises InputError.
+    """
+    results, temperature = read_json(path), "knn_temp" if knn else "memory_temp"
+    if results.get(temperature) is None:
+        command = "train_base --knn" if knn else "evaluate_joint"
+        raise InputError(f"--choose_on {path}: has no {temperature}; expected the results.json of {command}")
+    return [results["lmbda"]], [results[temperature]]
 
 
 def report_scores(
     score: MixtureScore,
-    mixture: str | None,
     output_dir: str | Path,
-    started: float,
+    about: dict[str, Any],
+    made_from: dict[str, str | None],
+    *,
+    mixture: str | None = None,
     adaptive: dict[str, Any] | None = None,
-    **about: Any,
+    started: float,
 ) -> None:
-    """Add up the processes' scores, print what they come to, and write `results.json` into `output_dir`.
+    """Add up the processes' scores, print the perplexities, and write `results.json` into `output_dir`.
 
-    It holds perplexity, lmbda and knn_temp (of the best number, else of `adaptive`, else of the base), base_perplexity,
-    tokens, grid (a row for each number and temperature), adaptive where it was scored, and `about`.
+    The results hold perplexity, lmbda and temperature (of the best fixed mixture, else of the adaptive one, else of the
+    base), base_perplexity, tokens, grid (a row for each fixed mixture), adaptive, and `about`.
 
     Args:
-        score: this process's sums.
+        about: what was scored: model, dataset, split and so on; made_from: the ids of base, windows and so on.
         mixture: what was mixed into the base, as "kNN-LM"; None where the base was scored alone.
-        started: `time.time()` at the command's start.
-        adaptive: what came of a lambda that differs from token to token: perplexity, knn_temp, and how it was made.
-        about: what was scored: `dataset` and `split`, and whatever else belongs into the results.
+        adaptive: settings of the adaptive lambda, with its temperature, if there is one.
 
     Raises:
-        InputError: no token was scored.
+        InputError: no token to score, or log-probabilities of the base that are not finite.
     """
     from accelerate import PartialState
 
     score.reduce()
-    tokens = int(score.tokens.item())
+    tokens, base, name = int(score.tokens), score.base_perplexity(), score.temperature_name
     if tokens == 0:
         raise InputError(f"--dataset_name {about['dataset']}: split {about['split']} holds no token to predict")
-    base = score.base_perplexity()
+    if not math.isfinite(base):
+        raise InputError(f"base {about['model']}: its log-probabilities are not finite; try --torch_dtype float32")
     say(f"base: perplexity {base:.4f} ({tokens} tokens, token-weighted)")
-    mixtures: list[dict[str, Any]] = []
-    if mixture is not None and score.lmbda:
-        mixtures = [min(score.grid(), key=lambda row: row["perplexity"])]
+    grid = score.grid() if mixture else []
+    best = [min(grid, key=lambda row: row["perplexity"])] if grid else []
     if adaptive:
-        mixtures.append({"lmbda": ADAPTIVE, **{name: adaptive[name] for name in ("knn_temp", "perplexity")}})
-    for row in mixtures:
-        say(
-            f"{mixture}: perplexity {row['perplexity']:.4f} at lambda {lambda_text(row['lmbda'])}, temperature "
-            f"{row['knn_temp']:g} ({tokens} tokens, token-weighted)"
-        )
-    best = mixtures[0] if mixtures else {"lmbda": 0.0, "knn_temp": None, "perplexity": base}
-    grid = [] if mixture is None else score.grid()
+        about = {**about, "adaptive": {**score.adaptive(), **adaptive}}
+        best.append({"lmbda": ADAPTIVE, **{key: about["adaptive"][key] for key in (name, "perplexity")}})
+    for row in best:
+        setting = f"lambda {lambda_text(row['lmbda'])}, temperature {row[name]:g}"
+        say(f"{mixture}: perplexity {row['perplexity']:.4f} at {setting} ({tokens} tokens, token-weighted)")
+    best.append({"lmbda": 0.0, name: None, "perplexity": base})
     if PartialState().is_main_process:
-        about = {"adaptive": adaptive, **about} if adaptive else about
-        results = {**best, "base_perplexity": base, "tokens": tokens, "grid": grid, **about}
-        write_results(output_dir, results, started)
+        results = {**best[0], "base_perplexity": base, "tokens": tokens, "grid": grid, **about}
+        write_results(output_dir, results, started, Made("results", about, tokens, made_from))
+
+
+def write_results(
+    output_dir: str | Path, results: dict[str, Any], started: float, made: Made | None = None
+) -> dict[str, Any]:
+    """Write results.json into `output_dir`, with the seconds since `started` and the versions; then its record `made`."""
+    complete = {**results, "seconds": round(time.time() - started, 2), "versions": versions()}
+    path = ensure_folder(output_dir) / "results.json"
+    remove(record_path(path))
+    write_json(path, complete)
+    if made:
+        with atomic(record_path(path)) as temporary:
+            temporary.write_text(made.text)
+    return complete
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a figure depends on."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    faiss = ("faiss", "faiss-cpu", "faiss-gpu-cu12")
-    for package in ("torch", "transformers", "datasets", "accelerate", *faiss, "numpy", "pyarrow"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def write_results(output_dir: str | Path, results: dict[str, Any], started: float) -> dict[str, Any]:
-    """Write `results.json` into `output_dir`, with the seconds since `started` and the versions."""
-    complete = {**results, "seconds": round(time.time() - started, 2), "versions": versions()}
-    folder = ensure_folder(output_dir)
-    write_json(folder / "results.json", complete)
-    return complete
+    """Versions of Python and of the packages that results depend on."""
+    found = {package.name: package.version for package in distributions() if package.name in PACKAGES}
+    return {"python": platform.python_version(), **found}

@@ -15,6 +15,8 @@ ROWS_PER_BATCH = 1000  # rows that are concatenated and cut together: published 
 BATCHES_PER_GROUP = 50  # with group_rows, so many batches are concatenated
 CHUNK_TOKENS = 4 << 20  # tokens of the windows that are cut at once
 COUNTS = ("tokens", "tokens_left_out", "dstore_size")
+MOST_SHARED = 0.2  # a larger share of validation text in the corpus is no coincidence
+HASHED_TOKENS = 4 << 20  # tokens of the corpus that are hashed at a time
 
 
 @dataclass(frozen=True)
@@ -188,3 +190,33 @@ def windows_of_split(
     ranges = datasets.Dataset.from_dict({"dstore_range": np.stack([ends - counts["dstore_size"], ends], axis=1)})
     windows = datasets.concatenate_datasets([windows.remove_columns(list(COUNTS)), ranges], axis=1)
     return windows, {name: int(column.sum()) for name, column in counts.items()}
+
+
+def check_held_out(windows: Any, corpus: np.ndarray, flag: str, kind: str) -> None:
+    """Raises InputError where the text of windows is part of the `kind` ("indexed", "training") text, `corpus` (tokens,)."""
+    labels = np.concatenate(windows["labels"][:])
+    if (shared := shared_runs(labels[labels >= 0], corpus)) > MOST_SHARED:
+        raise InputError(f"{flag}: {shared:.0%} of it is in the {kind} text; choose on validation text that is not")
+
+
+def shared_runs(tokens: np.ndarray, corpus: np.ndarray, length: int = 16, at_most: int = 4096) -> float:
+    """The share of the runs of `length` tokens in `tokens` (n,) that are in `corpus` (m,) too, however both are cut into
+    windows. `at_most` runs, evenly spread, are looked up; 0 where there is no run."""
+    if min(len(tokens), len(corpus)) < length:
+        return 0.0
+    starts = np.linspace(0, len(tokens) - length, min(at_most, len(tokens) - length + 1)).astype(np.int64)
+    wanted = _run_hashes(tokens, length)[starts]
+    found = np.zeros(len(wanted), bool)
+    for start in range(0, len(corpus) - length + 1, HASHED_TOKENS):
+        found |= np.isin(wanted, _run_hashes(corpus[start : start + HASHED_TOKENS + length - 1], length))
+    return float(found.mean())
+
+
+def _run_hashes(tokens: np.ndarray, length: int) -> np.ndarray:
+    """A 64-bit hash of each run of `length` tokens: (n,) -> (n - length + 1,) uint64."""
+    tokens = np.asarray(tokens).astype(np.uint64)
+    runs = len(tokens) - length + 1
+    hashes = np.zeros(runs, np.uint64)
+    for place in range(length):
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + tokens[place : place + runs]
+    return hashes
