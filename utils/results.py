@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from utils.evaluation import MixtureScore
 
 ADAPTIVE = "adaptive"
-FAISS = "faiss", "faiss-cpu", "faiss-gpu-cu12"
+FAISS = "faiss", "faiss-cpu", "faiss-gpu"
 PACKAGES = "torch", "transformers", "datasets", "accelerate", *FAISS, "numpy", "pyarrow"
 
 
