@@ -6,15 +6,18 @@ Both are used through the common interface of transformers' decoders: `forward` 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from downstream.tasks import Likelihood, Prompt
 from utils.errors import InputError
+
+SHORTEST_START = 32  # tokens that all sequences begin with, from which reading them once saves time
 
 
 class Encoded(NamedTuple):
@@ -89,17 +92,29 @@ class Evaluator:
     @torch.inference_mode()
     def likelihoods(self, pairs: Sequence[Encoded]) -> list[Likelihood]:
         """Log-probabilities of continuations, in order: float64 sums of float32 log-probabilities."""
+        start, cache = common_start(pairs), None
+        if len(start) >= SHORTEST_START:  # such as demonstrations: read once
+            ids = torch.from_numpy(start).long()[None].to(self.device)
+            cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        start = len(start) if hasattr(cache, "batch_repeat_interleave") else 0
         # Continuations that begin at the same position share a batch, so that few unused logits are computed.
-        return self._batched(pairs, lambda pair: (pair.begin, len(pair.ids)), self._likelihood_batch)
+        key = lambda pair: (pair.begin, len(pair.ids))  # noqa: E731
+        return self._batched(pairs, key, lambda batch: self._likelihood_batch(batch, start, cache))
 
-    def _likelihood_batch(self, pairs: list[Encoded]) -> list[Likelihood]:
+    def _likelihood_batch(self, pairs: list[Encoded], start: int, cache: Any) -> list[Likelihood]:
+        """Likelihoods of sequences whose first `start` tokens are in `cache`."""
+        pairs = [Encoded(ids[start:], begin - start) for ids, begin in pairs]
         width = max(len(ids) for ids, _ in pairs) - 1  # the last token is predicted, never read
         inputs = torch.full((len(pairs), width), self.pad_token)  # (batch, time)
         for row, (ids, _) in enumerate(pairs):
             inputs[row, : len(ids) - 1] = torch.from_numpy(ids[:-1])
         skipped = min(begin for _, begin in pairs) - 1  # positions without a logit that is needed
+        options: dict[str, Any] = {"use_cache": False}
+        if start:
+            options = {"past_key_values": copy.deepcopy(cache)}
+            options["past_key_values"].batch_repeat_interleave(len(pairs))
         # Padding on the right comes after everything that counts: no mask is needed.
-        logits = self.model(input_ids=inputs.to(self.device), use_cache=False, logits_to_keep=width - skipped).logits
+        logits = self.model(input_ids=inputs.to(self.device), logits_to_keep=width - skipped, **options).logits
         found = []
         for row, (ids, begin) in enumerate(pairs):
             answer = torch.from_numpy(ids[begin:]).long().to(logits.device)  # (answer,)
@@ -131,7 +146,6 @@ class Evaluator:
             do_sample=False,
             pad_token_id=self.pad_token,
             eos_token_id=self.end_tokens or None,
-            stop_strings=list(stop) or None,
         )
         own, self.model.generation_config = self.model.generation_config, config
         try:
@@ -139,7 +153,7 @@ class Evaluator:
                 inputs.to(self.device),
                 attention_mask=mask.to(self.device),
                 generation_config=config,
-                tokenizer=self.tokenizer,
+                stopping_criteria=StoppingCriteriaList([StopCharacters(self, width, stop)]),
             )
         finally:
             self.model.generation_config = own
@@ -149,6 +163,31 @@ class Evaluator:
         """The text of generated token ids up to the first end-of-sequence token, without special tokens."""
         end = next((place for place, token in enumerate(ids) if token in self.end_tokens), len(ids))
         return self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+
+
+class StopCharacters(StoppingCriteria):
+    """A row is done when its generated text has one of the stop characters.
+
+    transformers' own criterion needs tokens whose text does not depend on their place, which some tokenizers lack.
+    """
+
+    def __init__(self, evaluator: Evaluator, prompt_width: int, stop: str) -> None:
+        self.evaluator, self.prompt_width, self.stop = evaluator, prompt_width, stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        texts = [self.evaluator.decode(row) for row in input_ids[:, self.prompt_width :].tolist()]
+        done = [any(character in text for character in self.stop) for text in texts]
+        return torch.tensor(done, device=input_ids.device)  # (batch,)
+
+
+def common_start(pairs: Sequence[Encoded]) -> np.ndarray:
+    """The token ids that all sequences begin with; each keeps a token before its continuation."""
+    start = pairs[0].ids if pairs else np.empty(0, np.int32)
+    for ids, begin in pairs:
+        width = min(len(start), begin - 1)
+        differs = np.flatnonzero(start[:width] != ids[:width])
+        start = start[: differs[0] if len(differs) else width]
+    return start
 
 
 def cut(text: str, stop: str) -> str:

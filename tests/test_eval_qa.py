@@ -8,7 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from harness import command, refused_here, run
-from tiny_models import byte_tokenizer, plain_greedy, plain_log_probs, qa_base, save_models, tiny_memory
+from tiny_models import (
+    byte_tokenizer,
+    plain_greedy,
+    plain_log_probs,
+    qa_base,
+    save_models,
+    some_ids,
+    tiny_base,
+    tiny_memory,
+)
 
 from downstream.scoring import Encoded, Evaluator
 from downstream.tasks import TASKS, Prompt
@@ -309,3 +318,16 @@ def test_user_errors_name_the_flag_file_or_row(world, tmp_path, monkeypatch, fla
     write_jsonl(tmp_path / "long.jsonl", [NQ[0], {"question": "who " * 400, "answer": ["x"]}])
     monkeypatch.chdir(tmp_path)
     assert expected in refused_here("downstream.eval_qa", *base_flags(world, tmp_path / "out"), *flags)
+
+
+def test_a_long_common_start_is_read_once_and_changes_nothing(monkeypatch):
+    base = tiny_base("llama")
+    model = MLPMemory(base, tiny_memory(base))
+    ids = [np.append(some_ids(batch=1, time=40, seed=5)[0].numpy(), row.numpy()) for row in some_ids(batch=3)]
+    pairs = [Encoded(row, 44 + number) for number, row in enumerate(ids)]
+    found = []
+    for shortest in (32, 1000):
+        monkeypatch.setattr("downstream.scoring.SHORTEST_START", shortest)
+        found.append(Evaluator(model, byte_tokenizer(), batch_size=2).likelihoods(pairs))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.total == pytest.approx(theirs.total, abs=1e-4) and ours.greedy == theirs.greedy
