@@ -50,8 +50,8 @@ def evaluate(arguments: JointArguments) -> None:
     """Score the split, print its perplexities and write them to results.json."""
     import torch
 
-    from knn_utils.scored_rows import scored_rows
-    from utils.evaluation import MixtureScore, check_token_ids, gate_rows, label_log_probabilities
+    from knn_utils.scored_rows import check_token_ids, gate_rows, scored_rows
+    from utils.evaluation import MixtureScore, label_log_probabilities
     from utils.loading import check_windows, load_windows, made_id, quiet_libraries
     from utils.memories import open_joint, open_memory_of
     from utils.results import report_scores

@@ -39,7 +39,8 @@ def evaluate(base: Any, memory: Any, windows: Any, lmbda: Sequence[float], memor
     """The work of evaluate_joint without opening files and writing results."""
     import torch
 
-    from utils.evaluation import MixtureScore, Scorer, label_log_probabilities
+    from knn_utils.scored_rows import Scorer
+    from utils.evaluation import MixtureScore, label_log_probabilities
 
     score = MixtureScore(lmbda, memory_temp)
     with torch.inference_mode():

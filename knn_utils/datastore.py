@@ -219,18 +219,6 @@ class Datastore(_Rows):
         """The base's log-probability of each row's value, float32 (n,); None where the datastore has no such column."""
         return self._column("logprob", start, stop) if "logprob" in self._schema.names else None
 
-    def gather_keys(self, row_numbers: np.ndarray) -> np.ndarray:
-        """Keys of any rows, in the order given: int64 (n,) → float16 (n, dim). Each batch is visited once."""
-        numbers = np.asarray(row_numbers, dtype=np.int64)
-        result = np.empty((len(numbers), self.dim), np.float16)
-        order, done = np.argsort(numbers, kind="stable"), 0
-        while done < len(order):
-            views, begin, end = self._find(int(numbers[order[done]]))
-            inside = order[done : np.searchsorted(numbers, end, sorter=order)]  # of this batch
-            result[inside] = views["keys"][numbers[inside] - begin]
-            done += len(inside)
-        return result
-
 
 class KNNTargets(_Rows):
     """kNN targets, by row number. Made by `KNNTargets.open(path)`; attributes and errors as for a `Datastore`."""

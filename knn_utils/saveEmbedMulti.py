@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from knn_utils.datastore import datastore_schema
 from knn_utils.parts import datastore_batch, write_stream
+from knn_utils.scored_rows import Scorer, check_token_ids
 from utils.artefact import Made, begin
 from utils.errors import InputError
-from utils.evaluation import Scorer, check_token_ids, count_rows, predicted_positions, window_batches
+from utils.evaluation import count_rows, predicted_positions, window_batches
 
 PART_BYTES = 1 << 30  # of keys in a part, at most about so many
 LEAST_PARTS = 16  # also of a small datastore, so that an interruption loses little

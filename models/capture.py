@@ -114,24 +114,18 @@ class HiddenCapture:
 
 
 @torch.no_grad()
-def hidden_states(
-    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, layer_position: int = -1
-) -> torch.Tensor:
+def hidden_states(model: nn.Module, input_ids: torch.Tensor, layer_position: int = -1) -> torch.Tensor:
     """Hidden states (batch, time, hidden) of `input_ids` (batch, time), in the model's dtype, without gradient.
 
     That block's MLP, later blocks and the head are not computed. Raises ValueError as `captured_module` does.
     """
     with HiddenCapture(captured_module(model, layer_position), stop=True) as capture:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        model(input_ids=input_ids, use_cache=False)
     return capture.take()
 
 
 def hidden_and_head_input(
-    base: nn.Module,
-    input_ids: torch.Tensor,
-    positions: torch.Tensor,
-    layer_position: int = -1,
-    attention_mask: torch.Tensor | None = None,
+    base: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor, layer_position: int = -1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One forward pass of the base up to its head: captured hidden states and the head's input at selected positions.
 
@@ -140,7 +134,7 @@ def hidden_and_head_input(
     """
     block, head = captured_module(base, layer_position), base.get_output_embeddings()
     with HiddenCapture(block) as capture, HiddenCapture(head, stop=True) as end:
-        base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        base(input_ids=input_ids, use_cache=False)
     hidden, head_input = capture.take(), end.take()  # (batch, time, hidden) each
     return hidden[positions.to(hidden.device)], head_input[positions.to(head_input.device)]
 

@@ -90,9 +90,6 @@ def test_any_range_of_a_datastore_comes_back(tmp_path: Path, part_rows: list[int
         assert keys.dtype == np.float16 and keys.shape == (stop - start, DIM) and vals.dtype == np.int32
         assert np.array_equal(keys, KEYS[start:stop]) and np.array_equal(vals, VALS[start:stop])
         assert np.array_equal(store.logprob(start, stop), LOGPROB[start:stop])
-    numbers = RNG.integers(0, ROWS, 50)
-    assert np.array_equal(store.gather_keys(numbers), KEYS[numbers])
-    assert store.gather_keys(np.array([], np.int64)).shape == (0, DIM)
 
 
 @pytest.mark.parametrize("part_rows", [None, [12, 11], [1] * ROWS])
@@ -137,7 +134,6 @@ def test_parts_are_opened_when_read_and_few_stay_open(tmp_path: Path, monkeypatc
     path = write_parts(tmp_path / "d", "datastore", [4] * 5 + [3])
     store = Datastore.open(path)
     assert np.array_equal(store.keys(), KEYS) and np.array_equal(store.keys(1, 3), KEYS[1:3])
-    assert np.array_equal(store.gather_keys(np.arange(ROWS)[::-1]), KEYS[::-1])
     (path / "part-00003.arrow").unlink()
     store = Datastore.open(path)
     assert len(store.keys(0, 12)) == 12
@@ -148,7 +144,7 @@ def test_parts_are_opened_when_read_and_few_stay_open(tmp_path: Path, monkeypatc
 def test_rows_outside_the_file_raise_an_index_error(tmp_path: Path) -> None:
     store = Datastore.open(write(tmp_path / "d.arrow", batches("datastore", 0, ROWS, 8)))
     reads = [(store.keys, rows) for rows in ((-1, 3), (3, ROWS + 1), (5, 4))]
-    for read, rows in (*reads, *((store.gather_keys, [[0, row]]) for row in (-1, ROWS))):
+    for read, rows in reads:
         with pytest.raises(IndexError):
             read(*rows)
     with pytest.raises(InputError, match=f"d.arrow.*{ROWS}.*30"):
@@ -167,7 +163,6 @@ def test_datastores_of_other_writers_are_read(tmp_path: Path, vals: pa.DataType)
     store = Datastore.open(write(tmp_path / "d.arrow", table({"vals": pa.array(values, vals), "keys": keys})))
     assert store.dim == DIM and np.array_equal(store.keys(), KEYS) and store.logprob() is None
     assert store.vals(4, 12).dtype == np.int32 and np.array_equal(store.vals(4, 12), VALS[4:12])
-    assert np.array_equal(store.gather_keys(np.array([20, 2])), KEYS[[20, 2]])
 
 
 @pytest.mark.parametrize("lists", [pa.list_, pa.large_list])

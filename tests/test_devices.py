@@ -18,6 +18,7 @@ import evaluate_joint
 from downstream.scoring import Encoded, Evaluator
 from knn_utils.datastore import TargetRows
 from knn_utils.saveEmbedMulti import capture_rows
+from knn_utils.scored_rows import gate_rows
 from models import MLPMemory
 from models.capture import captured_module
 from models.gate import LambdaGate
@@ -25,7 +26,6 @@ from training.arguments import TrainerArguments
 from training.online import OnlineRows
 from training.rows import OfflineRows
 from training.trainer import MemoryTrainer
-from utils.evaluation import gate_rows
 from utils.loading import BaseArguments
 
 pytestmark = pytest.mark.unit

@@ -13,11 +13,11 @@ from harness import GOLDEN, command, refused_here
 from tiny_models import make_base, random_gate, some_ids, tiny_joint, tiny_memory
 from transformers import AutoModelForCausalLM
 
+from knn_utils.scored_rows import GateRows
 from models import MLPMemory
 from models.gate import FEATURES, WEIGHTS, LambdaGate
 from training.gate import cut_anew, fit
 from utils.artefact import read_made
-from utils.evaluation import GateRows
 
 pytestmark = pytest.mark.unit
 

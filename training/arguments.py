@@ -55,8 +55,8 @@ class TrainerArguments(BaseArguments):
     logging_steps: int = flag(1, "log every so many steps")
     init_lm_head: bool = flag(False, "initialize the head and the final norm from the base")
     init_from_base: bool = flag(False, "initialize from the base's MLP, final norm and head")
-    validation_split_name: str = flag("validation", "split for the joint perplexity after each epoch, or none")
-    validation_dstore_path: str | None = flag(None, "datastore of that split, saved with --save_logprob")
+    validation_split_name: str = flag("validation", "online: split for the joint perplexity after each epoch, or none")
+    validation_dstore_path: str | None = flag(None, "datastore to validate on, saved with --save_logprob")
     max_eval_samples: int | None = flag(None, "use at most this many validation windows")
     with_tracking: bool = flag(False, "report to the tracker of --report_to")
     report_to: str = flag("none", "tracker (tensorboard, wandb, …) for --with_tracking")
@@ -72,11 +72,8 @@ class TrainerArguments(BaseArguments):
         check_fraction("--alpha", self.alpha)
         counts = ("num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "logging_steps")
         check_at_least(1, self, *counts, "per_device_train_batch_size", "per_device_eval_batch_size")
-        if not self.with_tracking:
-            given = (
-                ("run_name", "project_name") if self.report_to == "none" else ("report_to", "run_name", "project_name")
-            )
-            note_unused(given, "without --with_tracking")
+        if self.report_to != "none" and not self.with_tracking:
+            note_unused(("report_to", "run_name", "project_name"), "without --with_tracking")
 
     def made_from(self) -> dict[str, str | None]:
         """The ids of base and windows; None for windows of the original."""

@@ -19,8 +19,8 @@ from utils.errors import InputError, check_at_least, check_positive
 from utils.loading import BaseArguments
 
 if TYPE_CHECKING:
+    from knn_utils.scored_rows import GateRows
     from models.gate import LambdaGate
-    from utils.evaluation import GateRows
 
 WEIGHT_DECAY = 0.01
 FARTHER = 0.5, 2.0  # what is added to the log distance of held-out rows to get rows where lambda is to be 0
@@ -103,9 +103,9 @@ def train(arguments: GateArguments) -> LambdaGate:
     import torch
     from accelerate import PartialState
 
+    from knn_utils.scored_rows import GateRows, gate_rows
     from models.gate import WEIGHTS, LambdaGate
     from utils.artefact import Made, record_path
-    from utils.evaluation import GateRows, gate_rows
     from utils.files import atomic, ensure_folder, remove
     from utils.loading import check_windows, load_windows, made_id, quiet_libraries
     from utils.memories import open_joint

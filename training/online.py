@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from knn_utils.scored_rows import Scorer
 from models.capture import hidden_states
 from training.arguments import TrainerArguments
-from training.rows import Rows, WindowRows
+from training.rows import Rows, Validation, WindowRows
+from utils.cli import say
 from utils.evaluation import predicted_positions
+from utils.loading import load_windows
 
 
 class OnlineRows(WindowRows):
@@ -42,3 +47,16 @@ class OnlineRows(WindowRows):
         hidden = torch.cat([hidden_states(self.base, ids, layer_position=self.layer_position) for ids in batches])
         hidden = hidden.flatten(0, 1)[positions.to(hidden.device, non_blocking=True)]  # (rows, hidden)
         return Rows(hidden.half() if self.round_to_half else hidden, *targets)
+
+    def open_validation(self, arguments: TrainerArguments, dim: int, processes: int) -> Validation | None:
+        """The rows of --validation_dstore_path, else --validation_split_name scored by the base and kept in float16."""
+        split, batch_size = arguments.validation_split_name, arguments.per_device_eval_batch_size
+        if arguments.validation_dstore_path or split == "none":
+            return super().open_validation(arguments, dim, processes)
+        if not (Path(str(arguments.dataset_name)) / split).is_dir():
+            say(f"--validation_split_name {split}: the windows have no such split; no validation during training")
+            return None
+        windows = load_windows(arguments.dataset_name, split, arguments.max_eval_samples)
+        batches = Scorer(self.base, self.layer_position).batches(windows, batch_size)
+        scored = [(hidden.half().cpu(), log_probs.cpu(), labels) for hidden, log_probs, labels in batches]
+        return Validation(lambda: scored, math.ceil(math.ceil(len(windows) / batch_size) / processes), dim)

@@ -10,7 +10,6 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,9 @@ from torch import Tensor
 from knn_utils.datastore import SCORED_ROWS, Datastore, KNNTargets, check_rows, open_scored_datastore, stored_rows
 from training.arguments import TrainerArguments
 from utils.artefact import require
-from utils.cli import say
 from utils.errors import InputError
-from utils.evaluation import MixtureScore, Scorer, count_rows, predicted_positions
-from utils.loading import load_windows, made_id
+from utils.evaluation import MixtureScore, count_rows, predicted_positions
+from utils.loading import made_id
 
 CHECKED_WINDOWS = 2048  # whose labels are compared at a time
 LAMBDAS = tuple(round(0.05 * step, 2) for step in range(1, 20))  # of the validation
@@ -128,6 +126,14 @@ class WindowRows:
             )
         return [torch.from_numpy(array) for array in arrays]
 
+    def open_validation(self, arguments: TrainerArguments, dim: int, processes: int) -> Validation | None:
+        """The scored rows of --validation_dstore_path; None without it."""
+        if not (path := arguments.validation_dstore_path):
+            return None
+        store = open_scored_datastore(path, **arguments.made_from(), dim=dim, layer_position=self.layer_position)
+        passes = math.ceil(math.ceil(store.rows / SCORED_ROWS) / processes)
+        return Validation(lambda: stored_rows(store), passes, dim)
+
 
 class OfflineRows(WindowRows):
     """Rows with hidden states from the student's own datastore."""
@@ -178,28 +184,3 @@ class Validation:
             "lmbda": best["lmbda"],
             "tokens": int(score.tokens.item()),
         }
-
-
-def open_validation(
-    arguments: TrainerArguments, dim: int, processes: int, open_base: Callable[[], Any]
-) -> Validation | None:
-    """The rows to validate on: those of --validation_dstore_path, else the split scored by the base; None for no split.
-
-    Rows scored by the base are kept in memory in float16, 2 · dim bytes per token.
-    """
-    path, split = arguments.validation_dstore_path, arguments.validation_split_name
-    if path:
-        expected = {**arguments.made_from(), "dim": dim, "layer_position": arguments.layer_position}
-        datastore = open_scored_datastore(path, **expected)
-        passes = math.ceil(math.ceil(datastore.rows / SCORED_ROWS) / processes)
-        return Validation(lambda: stored_rows(datastore), passes, dim)
-    if split == "none":
-        return None
-    if not (Path(str(arguments.dataset_name)) / split).is_dir():
-        say(f"--validation_split_name {split}: the windows have no such split; no validation during training")
-        return None
-    windows = load_windows(arguments.dataset_name, split, arguments.max_eval_samples)
-    batch_size = arguments.per_device_eval_batch_size
-    batches = Scorer(open_base(), arguments.layer_position).batches(windows, batch_size)
-    scored = [(hidden.half().cpu(), log_probs.cpu(), labels) for hidden, log_probs, labels in batches]
-    return Validation(lambda: scored, math.ceil(math.ceil(len(windows) / batch_size) / processes), dim)

@@ -32,7 +32,7 @@ from transformers import AutoConfig, get_scheduler, set_seed
 from models.stack import vocabulary_size
 from training.arguments import STATE, STATE_RECORD, TrainerArguments
 from training.memory import MemoryWithLoss, build_memory, memory_config
-from training.rows import Rows, Validation, WindowRows, epoch_order, open_validation
+from training.rows import Rows, Validation, WindowRows, epoch_order
 from utils.artefact import COMPLETE, Made, begin, differences
 from utils.cli import say
 from utils.errors import InputError, one_line
@@ -89,7 +89,7 @@ def train_memory(
         if accelerator.log_with:
             options = {"wandb": {"name": arguments.run_name}} if arguments.run_name else {}
             accelerator.init_trackers(arguments.project_name, init_kwargs=options)
-        validation = open_validation(arguments, config.hidden_size, accelerator.num_processes, open_base)
+        validation = source.open_validation(arguments, config.hidden_size, accelerator.num_processes)
         set_seed(arguments.seed)
         memory = build_memory(arguments, config, open_base, windows)
         open_base.cache_clear()  # only online rows still use the base, and hold it

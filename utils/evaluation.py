@@ -6,18 +6,14 @@ Every token counts once, on any number of processes.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from models.capture import base_logits, hidden_and_head_input
-from models.mixture import fixed_log_weights, gate_log_weights, log_mixture
-from utils.errors import InputError
+from models.mixture import fixed_log_weights, log_mixture
 
 PRODUCT_BYTES, GPU_PRODUCT_BYTES = 64 << 20, 512 << 20  # logits of one matrix product on a CPU, on a GPU
 CACHED_BYTES = 4 << 20  # the part of them that stays in a core's cache while it is read several times
@@ -36,10 +32,10 @@ def label_log_probabilities(
     `hidden` (rows, hidden) of any float dtype, `weight` (V, hidden): the head, each T above 0.
     """
     hidden = hidden.to(weight.dtype)
-    return _by_blocks(lambda rows: hidden[rows] @ weight.t(), weight.shape[0], labels, temperatures)
+    return by_blocks(lambda rows: hidden[rows] @ weight.t(), weight.shape[0], labels, temperatures)
 
 
-def _by_blocks(
+def by_blocks(
     logits_of: Callable[[slice], Tensor], vocabulary: int, labels: Tensor, temperatures: Sequence[float]
 ) -> Tensor:
     """(rows, T) float32 as in `temperature_grid`, never holding more than a block of logits."""
@@ -147,92 +143,7 @@ def predicted_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     return mask, labels[:, 1:][mask[:, :-1]]
 
 
-def own_batches(windows: Any, batch_size: int, description: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """This process's batches, with a progress bar: token ids (batch, time), and positions and labels as in
-    `predicted_positions`."""
-    from accelerate import PartialState
-
-    state = PartialState()
-    share = {"process_index": state.process_index, "num_processes": state.num_processes}
-    total = math.ceil(len(windows) / batch_size / state.num_processes)
-    silent = None if state.is_main_process else True
-    for _, batch in tqdm(window_batches(windows, batch_size, **share), description, total, disable=silent):
-        positions, labels = predicted_positions(batch["labels"])
-        if labels.numel():
-            yield batch["input_ids"], positions, labels
-
-
 def count_rows(windows: Any) -> np.ndarray:
     """(windows,) int64: datastore rows of each window, from its `dstore_range`."""
     ranges = np.asarray(windows["dstore_range"][:], dtype=np.int64).reshape(-1, 2)
     return ranges[:, 1] - ranges[:, 0]
-
-
-def check_token_ids(windows: Any, vocabulary: int, path: object) -> None:
-    """Refuse windows with a token id that a model of `vocabulary` tokens does not have. Raises InputError."""
-    largest = max((rows["input_ids"].max() for rows in windows.with_format("numpy").iter(1000)), default=0)
-    if largest >= vocabulary:
-        raise InputError(
-            f"--dataset_name {path}: has token id {largest}, but the model's vocabulary is {vocabulary} tokens"
-        )
-
-
-class Scorer:
-    """One pass of a base over windows: the labels' log-probabilities, and the states captured at `layer_position`."""
-
-    def __init__(self, base: Any, layer_position: int = -1) -> None:
-        self.base, self.layer_position = base, layer_position
-        self.device = base.get_input_embeddings().weight.device
-
-    def score(self, input_ids: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Captured hidden states (rows, hidden) and base log-probabilities (rows,) of `labels` (rows,)."""
-        base, ids, positions = self.base, input_ids.to(self.device), positions.to(self.device)
-        captured, final = hidden_and_head_input(base, ids, positions, self.layer_position)  # (rows, hidden) each
-        labels = labels.to(final.device)
-        scored = _by_blocks(lambda rows: base_logits(base, final[rows]), base.config.vocab_size, labels, (1.0,))
-        return captured, scored[:, 0]
-
-    @torch.inference_mode()
-    def batches(self, windows: Any, batch_size: int, description: str = "evaluate") -> Iterator[tuple[Tensor, ...]]:
-        """This process's (captured hidden states (rows, hidden), base log-probabilities (rows,), labels (rows,))."""
-        for ids, positions, labels in own_batches(windows, batch_size, description):
-            yield *self.score(ids, positions, labels), labels
-
-
-class GateRows(NamedTuple):
-    """The gate's features (rows, FEATURES) and the labels' log-probabilities (rows,) under base and memory, float32."""
-
-    features: Tensor
-    base: Tensor
-    memory: Tensor
-
-    @classmethod
-    def concatenate(cls, rows: list[GateRows]) -> GateRows:
-        return cls(*map(torch.cat, zip(*rows, strict=True)))
-
-    def mixture(self, gate: Any) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (rows,) of the labels under the gate's mixture, and lambda (rows,)."""
-        weights = gate_log_weights(gate.logit(self.features)[:, 0])
-        return log_mixture((self.base, self.memory), weights), weights[1].exp()
-
-
-@torch.inference_mode()
-def gate_rows(
-    joint: Any, gate: Any, windows: Any, batch_size: int, description: str
-) -> Iterator[tuple[Tensor, GateRows, Tensor]]:
-    """This process's batches of windows: captured states (rows, hidden), their `GateRows`, and labels (rows,)."""
-    device = joint.get_input_embeddings().weight.device
-    block = block_rows(device, 16 * joint.config.vocab_size)  # four float32 copies of the logits at a time
-    for ids, positions, labels in own_batches(windows, batch_size, description):
-        inputs = joint.base_lm, ids.to(device), positions.to(device), joint.layer_position
-        states, final = hidden_and_head_input(*inputs)  # (rows, hidden) each
-        scored = []
-        for start in range(0, len(labels), block):
-            rows = slice(start, start + block)
-            base = base_logits(joint.base_lm, final[rows]).float()  # (block, V)
-            memory = joint.memory_logits(states[rows]).to(base.device).float() / gate.memory_temp
-            features, base_total, memory_total = gate.features(base, memory, states[rows])
-            label = labels[rows, None].to(base.device)
-            base, memory = base.gather(-1, label) - base_total, memory.gather(-1, label) - memory_total
-            scored.append(GateRows(features, base[:, 0], memory[:, 0]))
-        yield states, GateRows.concatenate(scored), labels
