@@ -39,7 +39,8 @@ def offline(world, output, *more):
 def test_offline_training_lowers_the_loss_and_leaves_a_memory(world, tmp_path):
     from models import load_memory
 
-    offline(world, tmp_path, "--learning_rate", 5e-3, "--num_train_epochs", 3)
+    stored = ("--validation_dstore_path", world.dstore("validation"))
+    offline(world, tmp_path, "--learning_rate", 5e-3, "--num_train_epochs", 3, *stored)
     found = losses(tmp_path)
     assert len(found) == 3 * 6
     assert np.mean(found[-3:]) < np.mean(found[:3]) - 0.1
@@ -78,8 +79,9 @@ def test_micro_batches_do_not_change_the_losses(llama_world, tmp_path):
 
 
 def test_dropout_changes_training_and_not_validation(llama_world, tmp_path):
+    stored = ("--validation_dstore_path", llama_world.dstore("validation"))
     for name, rate in (("whole", 0), ("dropped", 0.5)):
-        offline(llama_world, tmp_path / name, "--memory_dropout", rate, "--learning_rate", 1e-12)
+        offline(llama_world, tmp_path / name, "--memory_dropout", rate, "--learning_rate", 1e-12, *stored)
     pairs = zip(losses(tmp_path / "whole"), losses(tmp_path / "dropped"), strict=True)
     assert all(whole != dropped for whole, dropped in pairs)
     # At this learning rate the weights stay as they began, so the same memory is scored.
@@ -109,9 +111,9 @@ def test_biases_do_not_decay(tmp_path):
 
 
 def test_a_stored_datastore_validates_as_the_base_does(llama_world, tmp_path):
-    offline(llama_world, tmp_path / "base", "--max_train_steps", 2)
     stored = ("--validation_dstore_path", llama_world.dstore("validation"))
-    offline(llama_world, tmp_path / "stored", "--max_train_steps", 2, *stored)
+    for name, more in (("base", ()), ("stored", stored)):
+        command("train_mlpmem_online", *llama_world.trainer(tmp_path / name, "--max_train_steps", 2, *more))
     by_base, by_store = (record(tmp_path / name)["log"][-1]["validation"] for name in ("base", "stored"))
     assert by_base == pytest.approx(by_store, rel=1e-5) and by_base["tokens"] == 703
 
