@@ -73,6 +73,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         )
         super().__init__(config)
         self.config._attn_implementation = base_lm.config._attn_implementation  # its copy has lost it
+        self.loss_type = "ForCausalLM"  # the Trainer counts labels without the first of each row
         self.base_lm = base_lm
         self.knn_generator = knn_generator
         self.gate = gate
