@@ -14,8 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -45,9 +43,11 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that lies beside the base")
     try:
         export(**vars(parser.parse_args(words)))
-    except (OSError, ValueError, ImportError, NotImplementedError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, NotImplementedError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def number_or_adaptive(word: str) -> float | str:
@@ -72,6 +72,7 @@ def export(
     read = [json.loads(path.read_text(encoding="utf-8")) for path in results]
     rows = [row for each in read for row in (each if isinstance(each, list) else [each])]
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     joint = MLPMemory.from_pretrained(base, memory, knn_temp=memory_temp, **settings)
     joint.save_pretrained(folder, include_base=include_base or None, results=rows)
     print(f"{folder}: AutoModelForCausalLM.from_pretrained opens it with trust_remote_code=True")

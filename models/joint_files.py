@@ -7,23 +7,26 @@ is written last, so a folder that has one is complete.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from .gate import LambdaGate
 from .joint_config import OLDEST_MAJOR, MLPMemoryConfig, read_joint_config
-from .stack import BASE_PREFIX, MEMORY_PREFIX, base_id, download, resize_vocabulary, vocabulary_size
+from .stack import BASE_PREFIX, MEMORY_PREFIX, base_id, download, load_base, resize_vocabulary, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -96,33 +99,32 @@ def joint_parts(
 def open_base(name: str, arguments: dict[str, Any], joint_folder: Path | None = None) -> PreTrainedModel:
     """The base `name` (a folder, or a hub name), frozen. `joint_folder`: the joint model that it is opened for.
 
-    Raises ValueError when it cannot be loaded or weights are missing in its checkpoint.
+    Raises ValueError as `load_base` does, and when it cannot be loaded.
     """
     try:
-        base, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
-    except OSError as error:
+        return load_base(name, **arguments).requires_grad_(False)
+    except (OSError, ValueError) as error:
         message = f"base {name}: cannot be loaded ({' '.join(str(error).split())[:200]})"
         hint = "; to use another base: from_pretrained(folder, base_model_name_or_path=…)" if joint_folder else ""
         raise ValueError(message + hint) from None
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"base {name}: its checkpoint lacks {len(missing)} weights ({missing[0]}, …)")
-    return base.requires_grad_(False)
 
 
 def id_of(base: str, arguments: dict[str, Any]) -> str | None:
-    """`base_id` of a base; None where it cannot be message."""
+    """`base_id` of a base; None where it has no readable config."""
     try:
         return base_id(base, trust_remote_code=bool(arguments.get("trust_remote_code")))
     except (OSError, ValueError):
         return None
 
 
-def recorded_base(memory: str, config: MLPMemoryConfig | None) -> str | None:
-    """The id of the base that the memory in a folder was trained for, where `made.json` or its joint config has it."""
-    record = Path(memory, "made.json")
+def made_for(memory: Path, config: MLPMemoryConfig | None) -> dict[str, Any]:
+    """`base` (its id) and `layer_position` that the memory in a folder was trained for, where `made.json` or its joint
+    config records them."""
+    record = memory / "made.json"
     if record.is_file():
-        return json.loads(record.read_text(encoding="utf-8"))["made_from"].get("base")
-    return config.base_id if config is not None else None
+        made = json.loads(record.read_text(encoding="utf-8"))
+        return {"base": made["made_from"].get("base"), "layer_position": made["settings"].get("layer_position", -1)}
+    return {"base": config.base_id} if config is not None else {}
 
 
 def check_fit(base_config: PretrainedConfig, memory: nn.Module) -> None:
@@ -212,9 +214,7 @@ def save_joint(
     config.text_config = copy.deepcopy(joint.base_lm.config)
     config.text_config.name_or_path = ""
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
-        new = Path(temporary, "new")
+    with _replacing(folder) as new:
         _save_part(joint.knn_generator, new / MEMORY, state_dict, MEMORY_PREFIX, max_shard_size)
         if include_base:
             _save_part(joint.base_lm, new / INSIDE, state_dict, BASE_PREFIX, max_shard_size)
@@ -230,7 +230,6 @@ def save_joint(
         config.save_pretrained(new)
         for file in filter(Path.is_file, new.rglob("*")):  # safetensors ignores the umask
             file.chmod((new / "README.md").stat().st_mode)
-        _replace(new, folder)
 
 
 def _why_included(joint: PreTrainedModel, named: str | None) -> str | None:
@@ -261,6 +260,23 @@ def _save_part(
     if any(".base_layer." in name for name in part.state_dict()):
         raise ValueError(f"the {folder.name} has an adapter: merge it first (peft: merge_and_unload)")
     part.save_pretrained(folder, state_dict=state or None, max_shard_size=max_shard_size)
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Yield a folder whose files then go into `folder`. On failure nothing of it is left, and `folder` is unchanged."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
+            yield Path(temporary, "new")
+            _replace(Path(temporary, "new"), folder)
+    except BaseException as error:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, SafetensorError) or type(error) is Exception:  # a full disk, by tokenizers
+            raise OSError(f"{folder}: cannot be written ({error})") from error
+        raise
 
 
 def _replace(new: Path, folder: Path) -> None:

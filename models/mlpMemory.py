@@ -18,14 +18,15 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .capture import HiddenCapture, captured_module
 from .gate import LambdaGate
 from .joint_config import ADAPTIVE, MLPMemoryConfig, read_joint_config
-from .joint_files import absolute, check_fit, id_of, joint_parts, open_base, recorded_base, resize_to_memory, save_joint
+from .joint_files import absolute, check_fit, id_of, joint_parts, made_for, open_base, resize_to_memory, save_joint
 from .mixture import fixed_log_weights, log_mixture
-from .stack import load_memory, shifted_nll
+from .stack import context_size, find_memory, load_memory, shifted_nll
 
 logger = logging.get_logger(__name__)
 
@@ -72,6 +73,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         )
         super().__init__(config)
         self.config._attn_implementation = base_lm.config._attn_implementation  # its copy has lost it
+        self.loss_type = "ForCausalLM"  # the Trainer counts labels without the first of each row
         self.base_lm = base_lm
         self.knn_generator = knn_generator
         self.gate = gate
@@ -141,7 +143,8 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         Args:
             base: without `memory`: a folder of `save_pretrained`. A base that is loaded here is frozen (undo with
                 `model.base_lm.requires_grad_()`) and resized to its tokenizer if the memory was made for that.
-            lmbda, knn_temp, layer_position: default to those of such a folder, else to 0.25, 1 and -1.
+            lmbda, knn_temp, layer_position: default to those of such a folder, else to 0.25, 1 and the block that the
+                memory was trained on (-1 if its folder does not record it).
             memory_dtype: default: the base's. The memory goes to the device of the captured block.
             base_arguments: of the base's own `from_pretrained` (`dtype`, `device_map`, `quantization_config`, …).
 
@@ -152,12 +155,14 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         if memory is None:
             memory, base, config = joint_parts(base, config, base_arguments)
             opened = memory.parent
-        else:
-            config = None if isinstance(memory, nn.Module) else read_joint_config(memory)
+        elif not isinstance(memory, nn.Module):
+            config, memory = read_joint_config(memory), find_memory(memory)
         reference = absolute(base.name_or_path if isinstance(base, nn.Module) else base)
+        made = {} if isinstance(memory, nn.Module) else made_for(memory, config)
         settings = {"lmbda": lmbda, "knn_temp": knn_temp, "layer_position": layer_position}
         for name, value in settings.items():
-            settings[name] = getattr(config or MLPMemoryConfig(), name) if value is None else value
+            default = made.get(name, getattr(config or MLPMemoryConfig(), name))
+            settings[name] = default if value is None else value
         base_found = None
         if not isinstance(base, nn.Module):
             base = open_base(reference, base_arguments, opened)
@@ -166,7 +171,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
             weight = next(captured_module(base, settings["layer_position"]).parameters())
             place = base.device if weight.is_meta else weight.device  # meta: offloaded by accelerate
             memory = load_memory(absolute(memory), dtype=memory_dtype or base.dtype, device=place)
-            base_recorded = recorded_base(memory.name_or_path, config)
+            base_recorded = made.get("base")
             if base_found and base_recorded and base_found != base_recorded:
                 problem = f"{memory.name_or_path}: was trained for another base than {reference}"
                 if opened is None:
@@ -197,7 +202,8 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         if is_main_process:
             save_joint(self, save_directory, state_dict, **options)
             if push_to_hub:
-                self.push_to_hub(options.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **options)
+                repo_id = options.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+                self.push_to_hub(repo_id, state_dict=state_dict, **options)
 
     def push_to_hub(
         self, repo_id: str, commit_message: str = "Upload MLP Memory", private: bool | None = None, **options: Any
@@ -253,8 +259,11 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         `labels` (batch, time) are the token ids, or -100; `.loss` is the mean negative log-likelihood of the shifted
         labels, or their sum divided by `num_items_in_batch` (from the Trainer). `logits_to_keep`: the number of last
         positions whose logits are computed (0: all), or a tensor of positions; not together with `labels`.
+        `unnormalized`, set in `generate`: plus the base's log-normalizer, so that what depends on where logits have
+        their zero (a repetition penalty) acts as on the base's; at lambda 0 they are the base's own.
         """
         return_dict, items = kwargs.pop("return_dict", None), kwargs.pop("num_items_in_batch", None)
+        unnormalized = kwargs.pop("unnormalized", False)
         with HiddenCapture(*self._captured) as capture:
             base = self.base_lm(
                 input_ids=input_ids,
@@ -271,17 +280,19 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
             configs = (self.base_lm.config.get_text_config(), self.config.text_config.get_text_config())
             early_exit = configs[0].num_hidden_layers < configs[1].num_hidden_layers
             hidden = None if early_exit else capture.take()  # (batch, time, hidden)
-        lmbda, logits = 0.0 if early_exit else self.lmbda, base.logits.float()  # (batch, kept, vocabulary)
+        lmbda, own = 0.0 if early_exit else self.lmbda, base.logits.float()  # (batch, kept, vocabulary)
         if lmbda == 0.0:
-            logits = logits.log_softmax(-1)
+            logits = own if unnormalized else own.log_softmax(-1)
         else:
             last = isinstance(logits_to_keep, int)  # so many last positions; 0: all
             hidden = hidden[:, slice(-logits_to_keep, None) if last else logits_to_keep.to(hidden.device)]
-            memory = self.memory_logits(hidden).to(logits.device).float() / self.knn_temp  # (batch, kept, vocabulary)
+            memory = self.memory_logits(hidden).to(own.device).float() / self.knn_temp  # (batch, kept, vocabulary)
             if lmbda == ADAPTIVE:
-                logits = self.gate.mix(logits, memory, hidden)
+                logits = self.gate.mix(own, memory, hidden)
             else:
-                logits = log_mixture((logits.log_softmax(-1), memory.log_softmax(-1)), fixed_log_weights(lmbda))
+                logits = log_mixture((own.log_softmax(-1), memory.log_softmax(-1)), fixed_log_weights(lmbda))
+            if unnormalized:
+                logits = logits + own.logsumexp(-1, keepdim=True)
         loss = None if labels is None else shifted_nll(logits, labels, items)
         rest = {name: base.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
@@ -291,7 +302,8 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The base's: only it has position ids, masks and caches."""
-        return self.base_lm.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = self.base_lm.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        return {**inputs, "unnormalized": True}
 
     @torch.no_grad()
     def generate(
@@ -299,27 +311,29 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """`GenerationMixin.generate` on the joint distribution.
 
-        A limit beyond the base's context is lowered with a warning. Raises ValueError for empty prompts and ones longer
-        than the context.
+        A limit beyond the base's context (`context_size`) is lowered with a warning. Raises ValueError for empty prompts
+        and ones longer than the context.
         """
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         prompt = prompt if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        if prompt is not None:
-            settings = self.generation_config.to_diff_dict()
-            settings |= generation_config.to_diff_dict() if generation_config is not None else {}
-            settings |= kwargs
-            asked, limit = settings.get("max_new_tokens"), settings.get("max_length")
-            if asked is None:
-                asked = limit - prompt.shape[1] if limit is not None else DEFAULT_NEW_TOKENS
-            room = room_after(prompt, kwargs.get("attention_mask"), self.config.max_position_embeddings)
-            if asked > room:
-                logger.warning_once(f"{asked} new tokens would go beyond the base's context: lowered to {room}")
-                kwargs.pop("max_length", None)
-                kwargs["max_new_tokens"] = room
+        prompt = torch.empty(1, 1) if prompt is None else prompt  # BOS alone
+        settings = self.generation_config.to_diff_dict()
+        settings |= generation_config.to_diff_dict() if generation_config is not None else {}
+        settings |= kwargs
+        asked, limit = settings.get("max_new_tokens"), settings.get("max_length")
+        if asked is None:
+            asked = limit - prompt.shape[1] if limit is not None else DEFAULT_NEW_TOKENS
+        room = room_after(prompt, kwargs.get("attention_mask"), context_size(self.config))
+        if asked > room:
+            logger.warning_once(f"{asked} new tokens would go beyond the base's context: lowered to {room}")
+            kwargs.pop("max_length", None)
+            kwargs["max_new_tokens"] = room
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
 
 MLPMemory.register_for_auto_class("AutoModelForCausalLM")
+# The Trainer's label smoothing shifts the labels for classes in this table.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MLPMemoryConfig.model_type] = MLPMemory.__name__
 
 
 def room_after(prompts: torch.Tensor, attention_mask: torch.Tensor | None, context: int | None) -> float:

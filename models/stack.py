@@ -37,6 +37,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from .capture import decoder_blocks, final_norm
 
+NO_ADAPTER = {"subfolder": "no-adapter"}  # makes transformers look for an adapter where there is none
 # Weight names of published memories: of the blocks, of the norm in a block, of the final norm.
 NAMES = {"gpt2": ("h", "ln_1", "ln_f")}
 OTHER_NAMES = ("layers", "input_layernorm", "norm")
@@ -207,10 +208,42 @@ def memory_config(base_config: PretrainedConfig, layers: int) -> PretrainedConfi
         if "layer" in name and isinstance(value, list) and value:
             setattr(config, name, (value + [value[-1]] * layers)[:layers])
     config.num_hidden_layers = layers
+    config._experts_implementation = None  # of a loaded base with mixtures of experts, which a memory has not
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     config.architectures = None
     return config
+
+
+def load_base(path: str | os.PathLike, **options: Any) -> PreTrainedModel:
+    """The base at `path` (a folder, or a hub name) with its weights as they are: without an adapter beside them, which
+    transformers would add once more if it had been merged. `options`: those of `from_pretrained`.
+
+    Raises ValueError when its files are damaged, weights are missing, or it is an adapter alone; else as `from_pretrained`.
+    """
+    refuse_adapter(path)
+    options = {"adapter_kwargs": NO_ADAPTER, "output_loading_info": True} | options
+    try:
+        base, info = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(str(error)) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"its checkpoint lacks {len(missing)} weights of the model: {missing[0]} …")
+    return base
+
+
+def refuse_adapter(path: str | os.PathLike) -> None:
+    """Raises ValueError when the folder `path` holds a PEFT adapter and no model."""
+    if Path(path, "adapter_config.json").is_file() and not Path(path, "config.json").is_file():
+        raise ValueError("it is a PEFT adapter: merge it into its base (merge_and_unload) and name the merged model")
+
+
+def context_size(config: PretrainedConfig) -> int | None:
+    """The longest sequence that a base takes; None where its config names no bound or scales rotary positions."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}  # some families: one for each kind of layer
+    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
+    return getattr(config, "max_position_embeddings", None) if kinds <= {None, "default"} else None
 
 
 def vocabulary_size(tokenizer: Any) -> int:

@@ -124,3 +124,13 @@ def test_accumulated_batches_weigh_every_label_alike(tmp_path):
     moved = {name: value - before[name] for name, value in whole.items()}
     torch.testing.assert_close({name: value - before[name] for name, value in parts.items()}, moved)
     assert all(change.abs().sum() > 0 for change in moved.values())
+
+
+def test_label_smoothing_smooths_the_shifted_labels(tmp_path):
+    losses = []
+    for factor in (0.0, 1e-9):
+        _, trainer = trained(tmp_path / str(factor), 2, 2, label_smoothing_factor=factor)
+        losses.append([trainer.state.log_history[-1]["train_loss"], trainer.evaluate()["eval_loss"]])
+    rows = [torch.stack([row[name] for row in trainer.train_dataset]) for name in ("input_ids", "labels")]
+    loss = tiny_joint("llama", lmbda=0.5)(rows[0], labels=rows[1]).loss.item()
+    assert losses[0][0] == pytest.approx(loss, rel=1e-4) and losses[0] == pytest.approx(losses[1], rel=1e-5)

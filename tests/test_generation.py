@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
-from tiny_models import CONTEXT, VOCABULARY, letter_tokenizer, some_ids, tiny_joint
+from tiny_models import CONTEXT, VOCABULARY, letter_tokenizer, some_ids, tiny_base, tiny_joint, tiny_memory
 from transformers import GenerationConfig
 from transformers.utils import logging
+
+from models import MLPMemory
 
 pytestmark = pytest.mark.unit
 PROMPTS = [[5, 9, 13], [4, 8, 15, 16, 23, 42], [7]]
@@ -84,6 +86,49 @@ def test_sampling_follows_the_joint_distribution(llama, lmbda):
     assert ((drawn - expected).abs() <= 4 * (expected / draws).sqrt() + 1e-4).all()  # four standard deviations
 
 
+@pytest.mark.parametrize(
+    "way",
+    [
+        *({name: value} for name in ("repetition_penalty", "encoder_repetition_penalty") for value in (0.7, 1.3)),
+        {"repetition_penalty": 1.3, "num_beams": 3},
+        {"repetition_penalty": 1.3, "do_sample": True, "top_k": 5},
+        {"repetition_penalty": 1.3, "prompt_lookup_num_tokens": 3},
+        {"repetition_penalty": 1.3, "guidance_scale": 1.5},
+        {"exponential_decay_length_penalty": (2, 1.5), "eos_token_id": EOS},
+        {"logits_processor": [lambda ids, scores: scores.clamp(min=0)]},
+        {"output_logits": True, "return_dict_in_generate": True},
+    ],
+    ids=str,
+)
+def test_lambda_0_gives_the_bases_text(joint, way):
+    before, joint.lmbda = joint.lmbda, 0.0
+    texts = []
+    for model in (joint, joint.base_lm):
+        torch.manual_seed(0)
+        texts.append(greedy(model, torch.tensor([[5, 9, 13, 5, 9, 13, 5, 9]]), 20, **way))
+    joint.lmbda = before
+    if "output_logits" in way:
+        texts = [torch.cat(text.logits) for text in texts]
+    assert torch.equal(*texts)
+
+
+def test_lambda_0_gives_the_bases_text_by_the_checkpoints_own_settings():
+    base = tiny_base("llama")
+    base.generation_config.update(repetition_penalty=1.3, eos_token_id=None, pad_token_id=0)
+    joint = MLPMemory(base, tiny_memory(base), lmbda=0.0)
+    ids = some_ids(1, 8)
+    assert torch.equal(joint.generate(ids, max_new_tokens=20), base.generate(ids, max_new_tokens=20))
+
+
+def test_generate_shifts_the_log_probabilities_only(joint):
+    ids = some_ids(1, 8)
+    shifted = greedy(joint, ids, 1, output_logits=True, return_dict_in_generate=True).logits[0]
+    with torch.no_grad():
+        base, expected = joint.base_lm(ids).logits[:, -1], joint(ids).logits[:, -1]
+    torch.testing.assert_close(shifted.log_softmax(-1), expected)
+    torch.testing.assert_close(shifted.logsumexp(-1), base.logsumexp(-1))
+
+
 def test_tokens_guessed_ahead_change_nothing(llama):
     prompt = torch.tensor([[5, 9, 13, 5, 9, 13, 5, 9]])
     expected = greedy(llama, prompt)
@@ -144,3 +189,29 @@ def test_generation_ends_where_the_context_does(joint, limit, from_checkpoint):
     joint.generation_config = before
     # 60 tokens and the 4 that fit are read; the fifth is predicted from the last of them.
     assert tokens.shape == (1, CONTEXT + 1)
+
+
+def test_a_text_from_nothing_ends_where_the_context_does(joint):
+    settings = {"do_sample": False, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
+    assert joint.generate(max_new_tokens=200, **settings).shape == (1, CONTEXT + 1)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": CONTEXT},
+        {
+            **{"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": CONTEXT},
+            **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        },
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_scaled_rotary_positions_go_on_as_the_base_does(scaling):
+    for length in (60, 80):
+        # Dynamic scaling remembers the longest text that it saw: two bases.
+        base, same = (tiny_base("llama", rope_parameters={"rope_theta": 10000.0, **scaling}) for _ in range(2))
+        joint = MLPMemory(base, tiny_memory(base), lmbda=0.0)
+        assert torch.equal(greedy(joint, some_ids(1, length), 20), greedy(same, some_ids(1, length), 20))

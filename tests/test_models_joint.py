@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from models import MLPMemory, load_memory
 from models.capture import hidden_states
 from models.stack import base_id, shifted_nll
+from utils.errors import InputError
+from utils.loading import BaseArguments
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +241,22 @@ def test_a_base_with_missing_weights_is_refused(files, tmp_path):
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "layer_types": None}))
     with pytest.raises(ValueError, match="lacks"):
         MLPMemory.from_pretrained(tmp_path / "base", files / "memory")
+
+
+def test_an_adapter_is_not_added_to_weights_that_may_hold_it(files, joint, tmp_path, monkeypatch):
+    base = shutil.copytree(files / "base", tmp_path / "base")
+    (base / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    for module in ("models.auto.auto_factory", "integrations.peft"):
+        monkeypatch.setattr(f"transformers.{module}.is_peft_available", lambda: True)
+    opened = MLPMemory.from_pretrained(base, files / "memory", lmbda=0.6, knn_temp=2.0)
+    assert torch.equal(log_probs(opened), log_probs(joint))
+    arguments = BaseArguments(str(base))
+    assert torch.equal(arguments.open_base().lm_head.weight, joint.base_lm.lm_head.weight)
+    (base / "config.json").unlink()
+    with pytest.raises(ValueError, match="adapter"):
+        MLPMemory.from_pretrained(base, files / "memory")
+    with pytest.raises(InputError, match="adapter"):
+        arguments.require_base()
 
 
 def test_a_memory_trained_for_another_base_is_refused(files, tmp_path):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, VOCABULARY, tiny_base, tiny_memory
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from models import GPT2MLPModel, LlamaMLPModel, MistralMLPModel, load_memory, memory_config
+from models import GPT2MLPModel, LlamaMLPModel, MistralMLPModel, load_memory, memory_class, memory_config
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ["gpt2", "llama", "mistral"]
@@ -176,3 +176,24 @@ def test_missing_and_unexpected_weights_are_refused(llama):
         save_file(wrong, llama / "model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match=name):
             load_memory(llama)
+
+
+EXPERTS = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+GROUPS = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_a_memory_for_a_loaded_base_of_experts_has_its_dense_mlp(family, tmp_path):
+    changes = EXPERTS | GROUPS | (LATENT if family == "deepseek_v3" else {})
+    tiny_base(family, **changes).save_pretrained(tmp_path)
+    config = memory_config(AutoModelForCausalLM.from_pretrained(tmp_path).config, 3)
+    memory = memory_class(config)(config)
+    assert type(memory.blocks[2].mlp).__name__.endswith("MLP")
+    assert memory(torch.randn(2, HIDDEN)).logits.shape == (2, VOCABULARY)
+
+
+def test_a_loaded_base_of_experts_alone_is_refused(tmp_path):
+    tiny_base("qwen3_moe", **EXPERTS).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="qwen3_moe"):
+        memory_class(memory_config(AutoModelForCausalLM.from_pretrained(tmp_path).config, 3))

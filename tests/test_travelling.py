@@ -11,11 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from harness import command
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tiny_models import letter_tokenizer, some_ids, tiny_base, tiny_memory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import MLPMemory
 from models.gate import LambdaGate
+from models.stack import base_id
+from utils.artefact import Made
 
 FAMILIES = ("gpt2", "llama", "mistral", "gemma")
 CHAT = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + ' ' }}{% endfor %}"
@@ -216,3 +220,64 @@ def test_user_errors_of_the_command_write_nothing(sources, monkeypatch, capsys, 
         command("models.export", *words.values(), *more)
     assert ended.value.code == 2 and named in capsys.readouterr().err
     assert sorted(sources.rglob("*")) == before
+
+
+def refused(capsys, *words):
+    """The command's one line on stderr; its status is 2."""
+    with pytest.raises(SystemExit) as ended:
+        command("models.export", *words)
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("damage", ["no head", "a lost layer", "body only", "more layers in the config", "truncated"])
+def test_a_base_whose_checkpoint_is_not_whole_is_refused(sources, tmp_path, capsys, damage):
+    base = shutil.copytree(sources / "llama" / "base", tmp_path / "base")
+    weights, config = base / "model.safetensors", json.loads((base / "config.json").read_text())
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "body only":
+        tiny_base("llama", vocab_size=112).model.save_pretrained(base)
+    elif damage == "more layers in the config":
+        (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "layer_types": None}))
+    else:
+        lost = {"no head": "lm_head.", "a lost layer": "model.layers.1."}[damage]
+        state = {name: value for name, value in load_file(weights).items() if not name.startswith(lost)}
+        save_file(state, weights, {"format": "pt"})
+    assert str(base) in refused(capsys, base, sources / "llama" / "memory", tmp_path / "out", "--include_base")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_memory_trained_for_another_base_or_block(sources, tmp_path, capsys):
+    base, memory = sources / "llama" / "base", shutil.copytree(sources / "llama" / "memory", tmp_path / "memory")
+    made = Made("memory", {"layer_position": 0}, made_from={"base": base_id(base)})
+    (memory / "made.json").write_text(made.text)
+    command("models.export", base, memory, tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").layer_position == 0
+    tiny_base("llama", vocab_size=112, rms_norm_eps=1e-4).save_pretrained(tmp_path / "base")
+    for trained in (memory, tmp_path / "out"):
+        assert str(trained) in refused(capsys, tmp_path / "base", trained, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        *((each, 2) for each in (ImportError("bitsandbytes"), NotImplementedError("4-bit"), OSError(28, FULL))),
+        *((each, 2) for each in (SafetensorError(FULL), Exception(FULL))),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_a_failure_while_writing_ends_without_a_traceback(sources, tmp_path, monkeypatch, capsys, error, status):
+    def fail(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", fail)
+    with pytest.raises(SystemExit) as ended:
+        command("models.export", *(sources / "llama" / name for name in ("base", "memory")), tmp_path / "out")
+    assert ended.value.code == status and len(capsys.readouterr().err.splitlines()) == (status == 2)
+    assert not (tmp_path / "out").exists()

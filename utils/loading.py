@@ -62,6 +62,9 @@ class BaseArguments:
         """The base's folder or name. Raises InputError where none is given."""
         if not self.model_name_or_path:
             raise InputError("--model_name_or_path: is required; expected a model folder or hub name")
+        from models.stack import refuse_adapter
+
+        from_pretrained(refuse_adapter, self.model_name_or_path, "--model_name_or_path")
         return self.model_name_or_path
 
     def base_id(self) -> str:
@@ -107,7 +110,7 @@ class BaseArguments:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-        from models.stack import resize_vocabulary, vocabulary_size
+        from models.stack import load_base, resize_vocabulary, vocabulary_size
 
         prepare_device()
         path, dtype = self.require_base(), self.dtype() if dtype is None else dtype
@@ -127,12 +130,7 @@ class BaseArguments:
         if from_scratch:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote).to(device)
         else:
-            load = AutoModelForCausalLM.from_pretrained
-            model, info = from_pretrained(load, path, "--model_name_or_path", output_loading_info=True, **options)
-            if missing := sorted(info["missing_keys"]):
-                raise InputError(
-                    f"--model_name_or_path {path}: lacks {len(missing)} weights of the model: {missing[0]} …"
-                )
+            model = from_pretrained(load_base, path, "--model_name_or_path", **options)
         rows = model.get_input_embeddings().weight.shape[0]
         if tokenizer is not None and rows != (size := vocabulary_size(tokenizer)):
             say(f"{path}: vocabulary resized from {rows} to the tokenizer's {size} tokens")
