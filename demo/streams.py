@@ -24,6 +24,7 @@ from models.capture import HiddenCapture, captured_module
 from models.joint_config import ADAPTIVE
 from models.mixture import fixed_log_weights, gate_log_weights, log_mixture
 from models.mlpMemory import room_after
+from models.stack import context_size
 
 SIDES = BASE, JOINT = "base", "joint"
 SOURCES = ("base", "memory", "mixture")
@@ -71,7 +72,7 @@ class SideBySide(LogitsProcessor, BaseStreamer):
     def generate(self, input_ids: torch.Tensor, max_new_tokens: int) -> None:
         """Continue `input_ids` (1, time) up to the context; raises ValueError if the prompt is empty or too long."""
         base = self._joint.base_lm
-        room = room_after(input_ids, None, self._joint.config.max_position_embeddings)
+        room = room_after(input_ids, None, context_size(self._joint.config))
         ids = input_ids.expand(2, -1).to(base.get_input_embeddings().weight.device)
         with HiddenCapture(captured_module(base, self._joint.layer_position)) as self._capture:
             base.generate(

@@ -115,8 +115,6 @@ def describe_os_error(error: OSError) -> str:
     path = error.filename or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{path}: no space left on the device; free some space and run the same command again, finished parts are kept"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{path}: cannot be read or written ({error.strerror}); check the permissions or choose another folder"
     return f"{path}: {error.strerror or error}"
 
 

@@ -30,6 +30,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     remove(temporary)
     try:
         yield temporary
+        allow_reading(temporary)
         sync(temporary)
         if temporary.is_dir() and path.exists():
             remove(old)
@@ -42,6 +43,15 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             error.filename = str(path)
         raise
+
+
+def allow_reading(path: Path) -> None:
+    """Give a file, or the files of a folder, the mode that the umask asks for: safetensors writes 0600."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 def sync(path: Path, *, deep: bool = True) -> None:

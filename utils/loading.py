@@ -252,11 +252,13 @@ def check_windows(path: str | os.PathLike, windows: Any, config: Any, tokenizer:
 
     `config`, `tokenizer`: the model's; without a tokenizer only the length is checked.
     """
+    from models.stack import context_size
+
     made = read_made(path)
     recorded = made and made.settings.get("vocabulary")
     if recorded and tokenizer is not None and recorded != vocabulary_digest(tokenizer):
         raise InputError(f"--dataset_name {path}: was made with another tokenizer than this model's")
     length = len(windows[0]["input_ids"])
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and 0 < positions < length:
+    positions = context_size(config)
+    if positions is not None and positions < length:
         raise InputError(f"--dataset_name {path}: windows of {length} tokens, but the model has {positions} positions")
