@@ -146,16 +146,20 @@ def write_parts(search: TargetSearch, making: Making) -> None:
     # With a GPU one thread searches while another aggregates.
     threads = max(faiss.omp_get_max_threads(), 2 if on_gpu else 1)
     found = map_in_order(search.targets, itertools.chain(*parts.values()), threads)
+    total = sum(stop - start for blocks in parts.values() for start, stop in blocks)
     quiet = None if making.state.is_main_process else True
-    for number, blocks in tqdm(parts.items(), desc="kNN", unit="part", disable=quiet):
-        batches = record_batches(itertools.islice(found, len(blocks)), max(BATCH_ROWS // block_rows, 1))
-        write_stream(making.part(number), targets_schema(), batches)
+    with tqdm(desc="kNN", total=total, unit="row", unit_scale=True, disable=quiet) as bar:
+        for number, blocks in parts.items():
+            batches = record_batches(itertools.islice(found, len(blocks)), max(BATCH_ROWS // block_rows, 1), bar)
+            write_stream(making.part(number), targets_schema(), batches)
 
 
-def record_batches(blocks: Iterator[tuple[np.ndarray, ...]], count: int) -> Iterator[Any]:
-    """Record batches of the columns of `count` blocks each."""
+def record_batches(blocks: Iterator[tuple[np.ndarray, ...]], count: int, bar: Any) -> Iterator[Any]:
+    """Record batches of the columns of `count` blocks each; `bar` shows the rows that are done."""
     while group := list(itertools.islice(blocks, count)):
-        yield targets_batch(TargetRows(*map(np.concatenate, zip(*group, strict=True))))
+        rows = TargetRows(*map(np.concatenate, zip(*group, strict=True)))
+        yield targets_batch(rows)
+        bar.update(len(rows.id_cnt))
 
 
 if __name__ == "__main__":
