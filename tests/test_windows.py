@@ -165,7 +165,7 @@ def test_padding_that_ends_all_windows_of_a_batch_is_not_read():
 
 def test_few_sizes_are_computed_with():
     sizes = [rounded(count) for count in range(1, 1025)]
-    assert len(set(sizes)) == 20 and all(count <= size < 1.25 * count + 8 for count, size in enumerate(sizes, 1))
+    assert len(set(sizes)) == 24 and all(count <= size < 1.25 * count + 8 for count, size in enumerate(sizes, 1))
 
 
 def test_windows_that_cannot_be_read_are_refused(tmp_path):
