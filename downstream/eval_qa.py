@@ -137,6 +137,7 @@ def answer(
 
     from downstream.model import open_model
     from downstream.scoring import Evaluator
+    from utils.files import finite, naming_full_disk
 
     evaluator = Evaluator(*open_model(model), qa.per_device_eval_batch_size, model.add_bos)
     encoded = []
@@ -145,9 +146,10 @@ def answer(
             encoded.append([evaluator.sequences(prompt, task.max_new_tokens) for prompt in row.prompts])
         except ValueError as error:
             raise InputError(f"--dataset_name: row {row.number}: {error}; skip it with --start") from None
-    size = qa.per_device_eval_batch_size
+    size, path = qa.per_device_eval_batch_size, Path(qa.output_dir) / "predictions.jsonl"
     with (
-        open(Path(qa.output_dir) / "predictions.jsonl", "a", encoding="utf-8") as file,
+        naming_full_disk(path),
+        open(path, "a", encoding="utf-8") as file,
         tqdm(total=len(rows), initial=len(lines), desc=qa.task, unit="row", disable=None) as bar,
     ):
         for first in range(len(lines), len(rows), size):
@@ -160,7 +162,7 @@ def answer(
                 outputs = iter([[next(likelihoods) for _ in group] for group in groups])
             for row in rows[first : first + size]:
                 lines.append(prediction(task, row, [next(outputs) for _ in row.prompts]))
-                file.write(json.dumps(lines[-1], ensure_ascii=False, allow_nan=False) + "\n")
+                file.write(json.dumps(finite(lines[-1]), ensure_ascii=False, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
             bar.update(len(rows[first : first + size]))

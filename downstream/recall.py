@@ -162,7 +162,7 @@ def recall(evaluator: Any, cases: Sequence[Case], mixtures: Mapping[str, Mixture
         prompt, whole = evaluator.encode(case.prompt), evaluator.encode(case.prompt + case.answer)
         # A tokenizer may merge across the boundary; then the answer begins earlier.
         begin = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
-        encoded.append(Encoded(whole, begin))
+        encoded.append(Encoded(whole, max(begin, 1)))
     right, first = {}, {}
     for name, mixture in mixtures.items():
         set_mixture(evaluator.model, mixture)

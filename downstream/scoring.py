@@ -49,12 +49,12 @@ class Evaluator:
         self.context = context_length(model.config)
         self.end_tokens = end_tokens(model, tokenizer)
         self.pad_token = next(each for each in (tokenizer.pad_token_id, *self.end_tokens, 0) if each is not None)
-        self.special_tokens = set(tokenizer.all_special_ids)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids (time,) int32 of `text`; special tokens that the tokenizer adds are kept in front, not at the end."""
-        ids = self.tokenizer(text, return_attention_mask=False)["input_ids"]
-        while ids and ids[-1] in self.special_tokens and not text.endswith(self.tokenizer.decode(ids[-1:])):
+        encoded = self.tokenizer(text, return_special_tokens_mask=True)
+        ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
+        while added and added.pop():
             ids = ids[:-1]
         if self.bos is not None and ids[:1] != [self.bos]:
             ids = [self.bos, *ids]
@@ -104,10 +104,10 @@ class Evaluator:
     def _likelihood_batch(self, pairs: list[Encoded], start: int, cache: Any) -> list[Likelihood]:
         """Likelihoods of sequences whose first `start` tokens are in `cache`."""
         pairs = [Encoded(ids[start:], begin - start) for ids, begin in pairs]
-        width = max(len(ids) for ids, _ in pairs) - 1  # the last token is predicted, never read
+        width = max(1, *(len(ids) - 1 for ids, _ in pairs))  # the last token is predicted, never read
         inputs = torch.full((len(pairs), width), self.pad_token)  # (batch, time)
         for row, (ids, _) in enumerate(pairs):
-            inputs[row, : len(ids) - 1] = torch.from_numpy(ids[:-1])
+            inputs[row, : len(ids[:-1])] = torch.from_numpy(ids[:-1])
         skipped = min(begin for _, begin in pairs) - 1  # positions without a logit that is needed
         options: dict[str, Any] = {"use_cache": False}
         if start:

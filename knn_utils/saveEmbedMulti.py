@@ -49,7 +49,7 @@ def capture_rows(
         values, float32 (rows,), else None.
 
     Raises:
-        InputError: a hidden state is not finite in float16.
+        InputError: a hidden state is not finite in float16, or a log-probability is not.
     """
     from models.capture import hidden_states
 
@@ -66,11 +66,10 @@ def capture_rows(
                 hidden = hidden_states(base, batch["input_ids"].to(device), layer_position=layer_position)
                 keys, logprob = hidden[mask.to(hidden.device)], None  # (rows, hidden)
             keys = keys.to(torch.float16).cpu()
-        if not bool(torch.isfinite(keys).all()):
-            raise InputError(
-                f"windows {first + start} to {first + start + len(batch['labels']) - 1}: the base's hidden states hold "
-                "NaN or infinity in float16; check the model, or run it in float32"
-            )
+        if not all(each is None or each.isfinite().all() for each in (keys, logprob)):
+            numbers = f"windows {first + start} to {first + start + len(batch['labels']) - 1}"
+            remedy = "check its weights, or use --torch_dtype float32"
+            raise InputError(f"base {base.name_or_path}, {numbers}: gives NaN or infinity (in float16); {remedy}")
         yield keys.numpy(), values.to(torch.int32).numpy(), None if logprob is None else logprob.cpu().numpy()
 
 

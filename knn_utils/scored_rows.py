@@ -16,7 +16,7 @@ from models.capture import base_logits, hidden_and_head_input
 from models.mixture import gate_log_weights, log_mixture
 from utils.artefact import read_made
 from utils.errors import InputError
-from utils.evaluation import block_rows, by_blocks, count_rows, predicted_positions, window_batches
+from utils.evaluation import block_rows, by_blocks, check_finite, count_rows, predicted_positions, window_batches
 
 
 def scored_rows(
@@ -74,9 +74,14 @@ class Scorer:
 
     @torch.inference_mode()
     def batches(self, windows: Any, batch_size: int, description: str = "evaluate") -> Iterator[tuple[Tensor, ...]]:
-        """This process's (captured hidden states (rows, hidden), base log-probabilities (rows,), labels (rows,))."""
+        """This process's (captured hidden states (rows, hidden), base log-probabilities (rows,), labels (rows,)).
+
+        Raises InputError where the base gives NaN or infinity.
+        """
         for ids, positions, labels in own_batches(windows, batch_size, description):
-            yield *self.score(ids, positions, labels), labels
+            scored = self.score(ids, positions, labels)
+            check_finite(self.base, *scored)
+            yield *scored, labels
 
 
 class GateRows(NamedTuple):
@@ -100,7 +105,10 @@ class GateRows(NamedTuple):
 def gate_rows(
     joint: Any, gate: Any, windows: Any, batch_size: int, description: str
 ) -> Iterator[tuple[Tensor, GateRows, Tensor]]:
-    """This process's batches of windows: captured states (rows, hidden), their `GateRows`, and labels (rows,)."""
+    """This process's batches of windows: captured states (rows, hidden), their `GateRows`, and labels (rows,).
+
+    Raises InputError where the base gives NaN or infinity.
+    """
     device = joint.get_input_embeddings().weight.device
     block = block_rows(device, 16 * joint.config.vocab_size)  # four float32 copies of the logits at a time
     for ids, positions, labels in own_batches(windows, batch_size, description):
@@ -115,6 +123,7 @@ def gate_rows(
             label = labels[rows, None].to(base.device)
             base, memory = base.gather(-1, label) - base_total, memory.gather(-1, label) - memory_total
             scored.append(GateRows(features, base[:, 0], memory[:, 0]))
+            check_finite(joint.base_lm, states[rows], base)
         yield states, GateRows.concatenate(scored), labels
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -122,8 +123,9 @@ def test_atomic_replaces_the_whole_or_leaves_the_old(tmp_path, kind):
 
 
 def test_json_is_read_as_it_was_written_or_refused(tmp_path):
-    write_json(tmp_path / "a.json", {"x": [1, float("nan")], "y": "é"})
-    assert read_json(tmp_path / "a.json") == {"x": [1, "nan"], "y": "é"}
+    write_json(tmp_path / "a.json", {"x": [1, float("nan")], "y": "é", "z": float("-inf")})
+    assert json.loads((tmp_path / "a.json").read_text())["z"] == "-inf"
+    assert read_json(tmp_path / "a.json") == {"x": [1, "nan"], "y": "é", "z": float("-inf")}
     (tmp_path / "a.json").write_text("{")
     for name in ("a.json", "b.json"):
         with pytest.raises(InputError, match=name):

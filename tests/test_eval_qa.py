@@ -181,6 +181,8 @@ def test_an_end_token_that_the_tokenizer_appends_is_left_out(tokenizer):
     other.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
     evaluator = Evaluator(models_of("llama", tokenizer)["base"], other, 1)
     assert evaluator.encode("who").tolist() == [other.bos_token_id, *tokenizer("who").input_ids]
+    # A special token of the text stays.
+    assert evaluator.encode("who<eos>").tolist() == [*evaluator.encode("who").tolist(), other.eos_token_id]
 
 
 # The command

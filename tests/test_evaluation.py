@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from utils.artefact import read_made
 from utils.errors import InputError
 from utils.evaluation import MixtureScore, label_log_probabilities, predicted_positions
+from utils.files import read_json
 from utils.loading import BaseArguments, load_windows
 
 
@@ -171,18 +172,57 @@ def test_folders_that_are_no_complete_model_are_refused(llama_world, tmp_path):
     assert "layers.1.mlp" in refused_here("train_base", "--model_name_or_path", folder, *flags)
 
 
-def test_a_base_that_gives_nan_is_named(llama_world, tmp_path):
-    folder = make_base("llama", tmp_path / "nan")
-    model = AutoModelForCausalLM.from_pretrained(folder)
+# A token's embedding, the head, and sums that float16 cannot hold.
+@pytest.fixture(scope="module", params=["model.embed_tokens.weight", "lm_head.weight", "float16"])
+def broken(request, llama_world, tmp_path_factory):
+    """(flags of a base that gives NaN or infinity, and of a memory that was made for it; the base's folder)."""
+    folder = tmp_path_factory.mktemp("broken")
+    base = make_base("llama", folder / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
     with torch.no_grad():
-        model.lm_head.weight[5] = math.nan
-    model.save_pretrained(folder)
-    tiny_memory(model).save_pretrained(tmp_path / "memory")
-    flags = joint_flags(llama_world, tmp_path / "memory", tmp_path / "out", "--model_name_or_path", folder)
-    assert str(folder) in refused_here("evaluate_joint", *flags)
-    score = ("--dataset_name", llama_world.windows, "--do_eval", "--output_dir", tmp_path / "out")
-    assert str(folder) in refused_here("train_base", "--model_name_or_path", folder, *score)
+        if request.param == "float16":
+            model.model.embed_tokens.weight *= 1e7
+        else:
+            token = load_windows(llama_world.windows, "validation")[0]["input_ids"][3]
+            model.state_dict()[request.param][token] = math.nan
+    model.save_pretrained(base)
+    tiny_memory(model).save_pretrained(folder / "memory")
+    dtype = ("--torch_dtype", "float16") if request.param == "float16" else ()
+    return ("--model_name_or_path", base, *dtype), ("--knn_generator_path", folder / "memory"), str(base)
+
+
+@pytest.mark.parametrize("module", ["train_base", "datastore", "knn", "evaluate_joint", "gate", "online"])
+def test_a_base_that_gives_nan_or_infinity_is_named(llama_world, broken, tmp_path, monkeypatch, module):
+    monkeypatch.setattr("utils.windows.MOST_SHARED", 1)  # the validation text of the world is training text
+    base, memory, folder = broken
+    windows, output = ("--dataset_name", llama_world.windows), ("--output_dir", tmp_path / "out")
+    score = ("train_base", *base, *windows, "--do_eval", *output)
+    knn = ("--knn", "--val_file", llama_world.dstore("train"), "--index_file", llama_world.index, "--k", 4)
+    flags = {
+        "train_base": score,
+        "datastore": (*score, "--save_knnlm_dstore", "--save_logprob", "--dstore_dir", tmp_path / "dstore"),
+        "knn": (*score, *knn),
+        "evaluate_joint": ("evaluate_joint", *base, *memory, *windows, *output, "--dataset_split_name", "validation"),
+        "gate": ("training.gate", *base, *memory, *windows),
+        "online": ("train_mlpmem_online", *llama_world.trainer(tmp_path / "out"), *base),
+    }[module]
+    assert folder in refused_here(*flags)
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_an_infinite_perplexity_does_not_lose_the_others(llama_world, tmp_path):
+    store, index = llama_world.dstore("test"), tmp_path / "test.index"
+    command("knn_utils.build_index", "--dstore_path", store, "--index_path", index, "--index_factory", "Flat")
+    knn = ("--eval_subset", "train", "--val_file", store, "--index_file", index)  # labels that no neighbour has
+    command("train_base", *knn_flags(llama_world, tmp_path, *knn, "--lmbda", 0, 0.1, 1))
+    refuse = {"parse_constant": lambda name: pytest.fail(f"{name} is no JSON")}
+    json.loads((tmp_path / "results.json").read_text(), **refuse)
+    base, mixed, alone = [row["perplexity"] for row in read_json(tmp_path / "results.json")["grid"]]
+    assert math.isfinite(base + mixed) and alone == math.inf
+    command("train_base", *knn_flags(llama_world, tmp_path / "alone", *knn, "--lmbda", 1))
+    chosen = ("--choose_on", tmp_path / "alone" / "results.json")
+    command("train_base", *knn_flags(llama_world, tmp_path / "again", *knn, *chosen))
+    assert read_json(tmp_path / "again" / "results.json")["perplexity"] == math.inf
 
 
 @pytest.mark.parametrize("module", ["train_base", "evaluate_joint", "train_mlpmem_online"])

@@ -249,6 +249,21 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+def finetune(world, folder):
+    return (
+        *("--model_name_or_path", world.base, "--dataset_name", world.windows, "--do_train", "--report_to", "none"),
+        *("--max_steps", 1, "--output_dir", folder / "out", "--save_strategy", "no"),
+    )
+
+
+@pytest.mark.parametrize("module, arguments", [("utils.preprocess_dataset", preprocess), ("train_base", finetune)])
+def test_a_full_disk_is_named(llama_world, small_disk, tmp_path, module, arguments):
+    disk, enlarge = small_disk
+    assert str(disk) in Command(tmp_path / "log", module, *arguments(llama_world, disk)).refused()
+    enlarge()
+    Command(tmp_path / "log", module, *arguments(llama_world, disk)).done()
+
+
 @pytest.mark.parametrize("name", ["datastore", "targets", "training"])
 def test_a_full_disk_keeps_finished_work(llama_world, undisturbed, name, small_disk, tmp_path):
     expected, stage = undisturbed[name][0], STAGES[name]

@@ -204,6 +204,14 @@ def test_a_killed_run_is_finished_by_the_next_one(tmp_path, text):
     assert read_made(out) and not (out / ".work").exists()
 
 
+def test_paths_are_printed_on_a_terminal_without_unicode(tmp_path, text):
+    make(text, tmp_path / "wörter")
+    done = run("-m", MODULE, *flags(text, tmp_path / "wörter"), PYTHONIOENCODING="ascii")
+    assert f"{tmp_path / 'w?rter'}" in done.stdout
+    done = run("-m", MODULE, *flags(tmp_path / "ö", tmp_path / "out"), check=False, PYTHONIOENCODING="ascii")
+    assert done.returncode == 2 and f"{tmp_path / '?'}" in done.stderr
+
+
 REFUSED = {
     "stride": (["--stride", 9], "--stride 9"),
     "block": (["--block_size", 1], "--block_size 1"),

@@ -9,7 +9,7 @@ import torch
 from harness import command
 from tiny_models import qa_base, save_models, tiny_memory
 
-from downstream.recall import cases_of, choose_cases, recall
+from downstream.recall import Case, cases_of, choose_cases, recall
 from downstream.scoring import Evaluator
 from models import MLPMemory
 
@@ -53,6 +53,17 @@ def test_the_command_writes_shares_and_examples(tmp_path, capsys):
     command("downstream.recall", *flags, "--articles", "/dev/null")
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["cases"] == 0 and results["recall_memory"] is None
+
+
+def test_an_answer_without_a_token_counts_as_wrong():
+    from tiny_models import letter_tokenizer
+
+    tokenizer = letter_tokenizer()
+    base = qa_base("llama", tokenizer)
+    joint = MLPMemory(base, tiny_memory(base), 0.5, 1.0).eval()
+    cases = [Case("", ""), Case("", "a"), Case("ab", "")]
+    found = recall(Evaluator(joint, tokenizer, 2), cases, {"memory": (0.5, 1.0)})
+    assert found == {"memory": [False] * 3, "first_memory": [False] * 3}
 
 
 def test_right_answers_are_those_that_greedy_decoding_gives():

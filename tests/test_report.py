@@ -20,7 +20,7 @@ def write(path: Path, content: object) -> None:
 
 def results_of_stages(work: Path) -> None:
     """The files of the quickstart's stages that the report reads."""
-    grid = [{"lmbda": 0.1, "perplexity": 14.8}, {"lmbda": 0.3, "perplexity": 14.4}]
+    grid = [{"lmbda": lmbda, "perplexity": found} for lmbda, found in ((0.1, 14.8), (0.3, 14.4), (1.0, "inf"))]
     shared = {"base_perplexity": 15.0, "grid": grid, "tokens": 100}
     knn = shared | {"perplexity": 14.8, "lmbda": 0.1, "knn_temp": 2.0}
     joint = shared | {"perplexity": 14.4, "lmbda": 0.3, "memory_temp": 1.0}

@@ -22,6 +22,7 @@ from training.memory import MemoryWithLoss
 from training.rows import epoch_order
 from training.trainer import MemoryTrainer, rows_that_fit
 from utils.artefact import read_made
+from utils.evaluation import rounded
 
 
 def record(folder):
@@ -76,6 +77,17 @@ def test_micro_batches_do_not_change_the_losses(llama_world, tmp_path):
     accumulated = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 4, "--micro_batch_rows", 50)
     offline(llama_world, tmp_path / "accumulated", *accumulated)
     assert losses(tmp_path / "accumulated") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
+
+
+def test_rows_that_fill_up_a_micro_batch_do_not_change_the_losses(llama_world, tmp_path, monkeypatch):
+    flags = ("--per_device_train_batch_size", 11)  # of 32 rows each
+    offline(llama_world, tmp_path / "filled", *flags)
+    sizes = set()
+    for module in ("rows", "trainer"):
+        monkeypatch.setattr(f"training.{module}.rounded", lambda count: sizes.add(count) or count)
+    offline(llama_world, tmp_path / "plain", *flags)
+    assert any(rounded(size) > size for size in sizes)
+    assert losses(tmp_path / "filled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
 
 
 def test_dropout_changes_training_and_not_validation(llama_world, tmp_path):

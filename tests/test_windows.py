@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from utils import windows
 from utils.errors import InputError
-from utils.evaluation import window_batches
+from utils.evaluation import rounded, window_batches
 from utils.loading import load_windows, vocabulary_digest
 from utils.preprocess_dataset import tokenize_and_group_text
 from utils.windows import WindowSizes, cut_windows, shared_runs, windows_of_split
@@ -155,12 +155,17 @@ def test_vocabulary_digest_ignores_added_tokens():
 
 
 def test_padding_that_ends_all_windows_of_a_batch_is_not_read():
-    ids = np.arange(24).reshape(4, 6)
-    labels = np.where(np.arange(6) < [[3], [4], [0], [0]], ids, -100)
+    ids = np.arange(160).reshape(4, 40)
+    labels = np.where(np.arange(40) < [[3], [14], [0], [0]], ids, -100)
     rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}).with_format("numpy")
     batches = [batch for _, batch in window_batches(rows, 2)]
-    assert [batch["input_ids"].tolist() for batch in batches] == [ids[:2, :4].tolist(), ids[2:, :1].tolist()]
-    assert [batch["labels"].tolist() for batch in batches] == [labels[:2, :4].tolist(), [[-100], [-100]]]
+    assert [batch["input_ids"].tolist() for batch in batches] == [ids[:2, :16].tolist(), ids[2:, :8].tolist()]
+    assert [batch["labels"].tolist() for batch in batches] == [labels[:2, :16].tolist(), labels[2:, :8].tolist()]
+
+
+def test_few_sizes_are_computed_with():
+    sizes = [rounded(count) for count in range(1, 1025)]
+    assert len(set(sizes)) == 24 and all(count <= size < 1.25 * count + 8 for count, size in enumerate(sizes, 1))
 
 
 def test_windows_that_cannot_be_read_are_refused(tmp_path):

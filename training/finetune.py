@@ -22,6 +22,7 @@ from utils.artefact import Made, begin
 from utils.cli import say
 from utils.errors import InputError
 from utils.evaluation import count_rows, predicted_positions
+from utils.files import naming_full_disk
 from utils.loading import check_windows, load_windows, made_id
 
 # Flags that decide the model. The rest (logging, saving, loaders) may change between two starts.
@@ -92,9 +93,10 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
             base.train(), training, **data_of, processing_class=tokenizer, callbacks=callbacks
         )
         trainer.held_out_tokens = int(count_rows(held_out).sum()) if held_out else 0
-        trainer.train(resume_from_checkpoint=resume and str(resume))
-        trainer.save_model()
-        trainer.save_state()
+        with naming_full_disk(output):
+            trainer.train(resume_from_checkpoint=resume and str(resume))
+            trainer.save_model()
+            trainer.save_state()
         if state.is_main_process:
             (output / "training_args.bin").unlink(missing_ok=True)  # a pickle that no reader of the model needs
         making.finish()

@@ -9,7 +9,6 @@ are frozen; the features of each position are computed once. The gate is written
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -106,7 +105,7 @@ def train(arguments: GateArguments) -> LambdaGate:
     from knn_utils.scored_rows import GateRows, gate_rows
     from models.gate import WEIGHTS, LambdaGate
     from utils.artefact import Made, record_path
-    from utils.files import atomic, ensure_folder, remove
+    from utils.files import atomic, ensure_folder, naming_full_disk, remove
     from utils.loading import check_windows, load_windows, made_id, quiet_libraries
     from utils.memories import open_joint
     from utils.windows import check_held_out
@@ -144,14 +143,15 @@ def train(arguments: GateArguments) -> LambdaGate:
     perplexity = {}
     for name, rows in texts.items():
         likelihoods = {"base": rows.base, "memory": rows.memory, "mixture": rows.mixture(gate)[0]}
-        perplexity[name] = {key: math.exp(-each.mean().item()) for key, each in likelihoods.items()}
+        perplexity[name] = {key: each.double().mean().neg().exp().item() for key, each in likelihoods.items()}
         shown = ", ".join(f"{key} {value:.2f}" for key, value in perplexity[name].items())
         say(f"{name} text: {len(rows.base)} tokens, perplexity {shown}")
     made_from = {"base": arguments.base_id(), "memory": made_id(folder), "windows": made_id(arguments.dataset_name)}
     made = Made("gate", {**vars(arguments), "perplexity": perplexity}, made_from=made_from)
     record = record_path(folder / WEIGHTS)
     remove(record)
-    gate.save(folder)
+    with naming_full_disk(folder / WEIGHTS):
+        gate.save(folder)
     with atomic(record) as temporary:
         temporary.write_text(made.text)
     say(f"gate: {folder / WEIGHTS} ({time.time() - started:.0f} s)")

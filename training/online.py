@@ -30,7 +30,7 @@ class OnlineRows(WindowRows):
     ) -> None:
         super().__init__(windows, config, arguments)
         self.base, self.batch_size, self.round_to_half = base, batch_size, round_to_half
-        self.device = base.get_input_embeddings().weight.device
+        self.device, self.origin = base.get_input_embeddings().weight.device, f"base {arguments.model_name_or_path}"
         self.settings = {"torch_dtype": str(arguments.dtype()), "round_hidden_states": round_to_half}
 
     def read(self, windows: np.ndarray) -> list[Tensor]:
@@ -39,7 +39,8 @@ class OnlineRows(WindowRows):
         ids, labels = (torch.from_numpy(np.asarray(rows[name]).astype(np.int64)) for name in ("input_ids", "labels"))
         # Numbers, not a mask: a GPU would make the host wait for the count of a mask.
         positions = predicted_positions(labels)[0].flatten().nonzero()[:, 0]
-        return [ids, positions, *self.read_targets(windows)]
+        targets = self.read_targets(windows)
+        return [ids, torch.nn.functional.pad(positions, (0, len(targets[0]) - len(positions))), *targets]
 
     def rows(self, input_ids: Tensor, positions: Tensor, *targets: Tensor) -> Rows:
         """Run the base: `Rows` from what `read` returned."""

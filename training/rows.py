@@ -20,7 +20,7 @@ from knn_utils.datastore import SCORED_ROWS, Datastore, KNNTargets, check_rows, 
 from training.arguments import TrainerArguments
 from utils.artefact import require
 from utils.errors import InputError
-from utils.evaluation import MixtureScore, count_rows, predicted_positions
+from utils.evaluation import MixtureScore, count_rows, predicted_positions, rounded
 from utils.loading import made_id
 
 CHECKED_WINDOWS = 2048  # whose labels are compared at a time
@@ -72,7 +72,8 @@ class WindowRows:
     """The training rows of each window. A subclass adds the hidden states.
 
     `read(windows)` reads what windows (their numbers, in order) need from disk, as tensors, in a background thread; `rows`
-    turns these into `Rows` in the main thread; `settings` holds what a subclass adds to the memory's record.
+    turns these into `Rows` in the main thread; `settings` holds what a subclass adds to the memory's record; `origin` says
+    where the hidden states come from. Rows without label and target fill up their number to one of a few (`rounded`).
 
     Args:
         windows: a split as `load_windows` returns it.
@@ -83,6 +84,7 @@ class WindowRows:
     """
 
     rows: Callable[..., Rows] = Rows
+    origin: str
 
     def __init__(self, windows: Any, config: Any, arguments: TrainerArguments) -> None:
         self.settings: dict[str, Any] = {}
@@ -117,14 +119,15 @@ class WindowRows:
         """label, id_cnt, token_id and prob of `windows`, as in `Rows`. Raises InputError for token ids beyond the vocabulary."""
         found = [self.targets.read(*self.range_of(window)) for window in windows]
         names = ("label", "id_cnt", "token_id", "prob")
-        arrays = [np.concatenate([getattr(each, name) for each in found]) for name in names]
-        ids = arrays[2]
+        label, id_cnt, ids, prob = (np.concatenate([getattr(each, name) for each in found]) for name in names)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocabulary:
             raise InputError(
                 f"--knn_save_path {self.targets.path}: holds token id {ids.max()}, but the memory's vocabulary has "
                 f"{self.vocabulary} tokens; teacher and student need the same tokenizer"
             )
-        return [torch.from_numpy(array) for array in arrays]
+        added = rounded(len(label)) - len(label)
+        label, id_cnt = np.pad(label, (0, added), constant_values=-100), np.pad(id_cnt, (0, added))
+        return [torch.from_numpy(array) for array in (label, id_cnt, ids, prob)]
 
     def open_validation(self, arguments: TrainerArguments, dim: int, processes: int) -> Validation | None:
         """The scored rows of --validation_dstore_path; None without it."""
@@ -140,7 +143,7 @@ class OfflineRows(WindowRows):
 
     def __init__(self, windows: Any, config: Any, arguments: TrainerArguments, dstore_path: str) -> None:
         super().__init__(windows, config, arguments)
-        self.datastore = Datastore.open(dstore_path)
+        self.datastore, self.origin = Datastore.open(dstore_path), dstore_path
         check_rows(self.datastore, int(self.ends[-1]))
         expected = {**arguments.made_from(), "dim": config.hidden_size, "layer_position": self.layer_position}
         require(dstore_path, self.datastore.made, **expected)
@@ -148,8 +151,9 @@ class OfflineRows(WindowRows):
 
     def read(self, windows: np.ndarray) -> list[Tensor]:
         """Hidden states (rows, dim) and targets of `windows`."""
-        keys = [self.datastore.keys(*self.range_of(window)) for window in windows]
-        return [torch.from_numpy(np.concatenate(keys)), *self.read_targets(windows)]
+        keys = np.concatenate([self.datastore.keys(*self.range_of(window)) for window in windows])
+        keys = np.pad(keys, ((0, rounded(len(keys)) - len(keys)), (0, 0)))
+        return [torch.from_numpy(keys), *self.read_targets(windows)]
 
 
 @dataclass

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import find_executable_batch_size
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, get_scheduler, set_seed
@@ -35,8 +34,9 @@ from training.memory import MemoryWithLoss, build_memory, memory_config
 from training.rows import Rows, Validation, WindowRows, epoch_order
 from utils.artefact import COMPLETE, Made, begin, differences
 from utils.cli import say
-from utils.errors import InputError, one_line
-from utils.files import TEMPORARY_PREFIX, atomic, read_json, remove, write_json
+from utils.errors import InputError
+from utils.evaluation import rounded
+from utils.files import TEMPORARY_PREFIX, atomic, naming_full_disk, read_json, remove, write_json
 from utils.loading import RUN_RECORD, check_windows, from_pretrained, load_windows, quiet_libraries
 
 LENGTH = ("num_train_epochs", "max_train_steps")  # a run may be continued in another folder for longer
@@ -190,7 +190,7 @@ class MemoryTrainer:
     def train(self) -> dict[str, Any]:
         """Train to the end, continuing from a checkpoint where there is one. Returns the run's record.
 
-        Raises InputError for a loss that is not finite, and for a checkpoint that cannot be written.
+        Raises InputError for a loss that is not finite.
         """
         self._resume()
         hidden = None if self.accelerator.is_main_process else True  # None: shown on a terminal only
@@ -235,7 +235,7 @@ class MemoryTrainer:
         """Forward passes of a step: those of the rank with the most rows, since each pass gathers sharded weights."""
         counts, size = self.source.counts, self.micro_rows
         return max(
-            sum(math.ceil(counts[batch].sum() / size) for batch in self.micro_batches(windows, rank))
+            sum(math.ceil(rounded(int(counts[batch].sum())) / size) for batch in self.micro_batches(windows, rank))
             for rank in range(self.accelerator.num_processes)
         )
 
@@ -286,7 +286,7 @@ class MemoryTrainer:
         if not math.isfinite(loss if scaled else loss + norm):
             raise InputError(
                 f"step {self.step + 1}: loss {loss}, gradient norm {norm} on windows {windows[:8].tolist()}…; the last good "
-                "checkpoint is kept. Lower --learning_rate, or look for NaN in the datastore of these windows"
+                f"checkpoint is kept. Lower --learning_rate, or look for NaN in the hidden states of {self.source.origin}"
             )
         rate = self.arguments.learning_rate * self.rate_factor(self.step)
         for group in self.optimizer.param_groups:
@@ -319,25 +319,18 @@ class MemoryTrainer:
         return {"complete": False, "training_seconds": self.training_seconds, "settings": self.made.settings} | position
 
     def _save(self, name: str) -> None:
-        """Write checkpoint `name`, then delete the state and the step_N folders of older ones.
-
-        Raises InputError where it cannot be written, as on a full disk.
-        """
+        """Write checkpoint `name`, then delete the state and the step_N folders of older ones."""
         final, is_main = self.output / name, self.accelerator.is_main_process
         same_path = contextlib.nullcontext(final.with_name(TEMPORARY_PREFIX + name))  # as `atomic` yields it
-        try:
-            with atomic(final) if is_main else same_path as folder:
-                if is_main:
-                    (folder / STATE).mkdir(parents=True)
-                self.accelerator.wait_for_everyone()
-                self.accelerator.save_state(str(folder / STATE))
-                weights = self.accelerator.get_state_dict(self.model)
-                if is_main:
-                    self._save_memory(folder, weights)
-                self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError, SafetensorError) as error:  # each library's own for a full disk
-            told = f"{final}: cannot be written ({one_line(error, 200)}); earlier checkpoints are kept"
-            raise InputError(f"{told}: free some space and run the same command again") from error
+        with naming_full_disk(final), atomic(final) if is_main else same_path as folder:
+            if is_main:
+                (folder / STATE).mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(folder / STATE))
+            weights = self.accelerator.get_state_dict(self.model)
+            if is_main:
+                self._save_memory(folder, weights)
+            self.accelerator.wait_for_everyone()
         if is_main:
             for older in checkpoints(self.output):
                 if older != final:

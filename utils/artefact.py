@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import InputError, one_line
-from utils.files import atomic, ensure_folder, lock_folder, read_json, remove, sync
+from utils.files import atomic, ensure_folder, finite, lock_folder, read_json, remove, sync
 
 COMPLETE, BEGUN = "made.json", "making.json"
 SINGLE_FILES = (".index", ".safetensors", ".json")  # artefacts of one file
@@ -34,7 +34,7 @@ class Made:
 
     @property
     def text(self) -> str:
-        return json.dumps(asdict(self), indent=1, sort_keys=True, default=str) + "\n"
+        return json.dumps(finite(asdict(self)), indent=1, sort_keys=True, default=str) + "\n"
 
     @property
     def id(self) -> str:

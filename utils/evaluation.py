@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from models.mixture import fixed_log_weights, log_mixture
+from utils.errors import InputError
 
 PRODUCT_BYTES, GPU_PRODUCT_BYTES = 64 << 20, 512 << 20  # logits of one matrix product on a CPU, on a GPU
 CACHED_BYTES = 4 << 20  # the part of them that stays in a core's cache while it is read several times
@@ -118,17 +119,33 @@ class MixtureScore:
         return (total / self.tokens).neg().exp().item()  # infinite where it overflows
 
 
+def rounded(count: int) -> int:
+    """`count`, rounded up to one of a few sizes: a multiple of 128, or one of four below each smaller power of two.
+
+    For each shape of a product in bfloat16, oneDNN compiles and keeps code, a megabyte or more.
+    """
+    step = min(max(8, 1 << count.bit_length() >> 3), 128)
+    return -(-count // step) * step
+
+
+def check_finite(base: Any, *outputs: Tensor) -> None:
+    """Raise InputError naming `base` where tensors that it computed hold NaN or infinity."""
+    if not all(each.isfinite().all() for each in outputs):
+        remedy = "check its weights, or use --torch_dtype float32"
+        raise InputError(f"base {base.name_or_path}: gives NaN or infinity in {base.dtype}; {remedy}")
+
+
 def window_batches(
     windows: Any, batch_size: int, *, process_index: int = 0, num_processes: int = 1
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Batches of windows without the padding at their end; batch b goes to process b mod N.
+    """Batches of windows without most of the padding at their end; batch b goes to process b mod N.
 
     Yields (first window's number, {"input_ids": (batch, time), "labels": (batch, time)}), int64.
     """
     for start in range(0, len(windows), batch_size)[process_index::num_processes]:
         rows = windows[start : start + batch_size]
         used = np.flatnonzero((rows["labels"] != -100).any(0))  # columns
-        width = used[-1] + 1 if len(used) else 1
+        width = rounded(int(used[-1]) + 1 if len(used) else 1)
         names = ("input_ids", "labels")
         yield start, {name: torch.from_numpy(rows[name][:, :width].astype(np.int64)) for name in names}
 

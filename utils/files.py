@@ -16,6 +16,9 @@ from typing import Any
 from utils.errors import InputError
 
 TEMPORARY_PREFIX = ".tmp-"
+# How safetensors, `datasets` and torch.save say that the disk or a quota is full.
+FULL = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "Not enough disk space", "StreamWriter", "unexpected pos"
+NOT_FINITE = "nan", "inf", "-inf"
 
 
 @contextlib.contextmanager
@@ -23,25 +26,36 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`, where the block makes a file or a folder.
 
     On success it is synced and renamed to `path`, replacing what was there. On failure it is removed and `path` is
-    unchanged. A full disk raises the `OSError` with `path` as its file name.
+    unchanged. A full disk raises `OSError` as in `naming_full_disk`.
     """
     path = Path(path)
     temporary, old = (path.with_name(f"{TEMPORARY_PREFIX}{mark}{path.name}") for mark in ("", "old-"))
     remove(temporary)
     try:
-        yield temporary
-        allow_reading(temporary)
-        sync(temporary)
-        if temporary.is_dir() and path.exists():
+        with naming_full_disk(path):
+            yield temporary
+            allow_reading(temporary)
+            sync(temporary)
+            if temporary.is_dir() and path.exists():
+                remove(old)
+                os.replace(path, old)
+            os.replace(temporary, path)
+            sync(path.parent, deep=False)
             remove(old)
-            os.replace(path, old)
-        os.replace(temporary, path)
-        sync(path.parent, deep=False)
-        remove(old)
-    except BaseException as error:
+    except BaseException:
         remove(temporary)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: str | os.PathLike) -> Iterator[None]:
+    """Raise `OSError` with `path` as its file name where a library finds the disk full: each has its own error for it."""
+    try:
+        yield
+    except Exception as error:
+        text, number = f"{error!r} {error.__cause__!r}", getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or any(words in text for words in FULL):
+            raise OSError(errno.ENOSPC, FULL[0], str(path)) from error
         raise
 
 
@@ -100,24 +114,29 @@ def lock_folder(folder: Path, name: str = ".lock") -> Any:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. Numbers that are not finite are written as strings."""
+    """Write `value` as indented JSON, atomically; numbers that are not finite as in `finite`."""
     with atomic(path) as temporary:
-        text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with NaN and infinity, which JSON has no numbers for, as strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return {name: finite(each) for name, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Read JSON. Raises InputError where the file is missing or is not JSON."""
+    """Read JSON; entries that `finite` made strings are numbers again. Raises InputError where there is no file or no JSON."""
+
+    def numbers(found: dict[str, Any]) -> dict[str, Any]:
+        return {name: float(each) if each in NOT_FINITE else each for name, each in found.items()}
+
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_hook=numbers)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except ValueError as error:

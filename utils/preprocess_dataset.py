@@ -21,7 +21,7 @@ if __package__ in (None, ""):
 from utils.artefact import BEGUN, Made, begin, record_path
 from utils.cli import command, flag, parse, required, say
 from utils.errors import InputError
-from utils.files import ensure_folder, remove, sync, write_json
+from utils.files import ensure_folder, naming_full_disk, remove, sync, write_json
 from utils.text_files import open_source, select_documents, split_documents
 from utils.windows import WindowSizes, padding_token, windows_of_split
 
@@ -171,7 +171,8 @@ def main() -> None:
     work = output / ".work"
     remove(work)  # of a run that was killed
     try:
-        make_windows(arguments, sizes, tokenizer, output, ensure_folder(work))
+        with naming_full_disk(output):
+            make_windows(arguments, sizes, tokenizer, output, ensure_folder(work))
     except InputError:  # nothing is written yet: the next run may have other settings
         remove(record_path(output, BEGUN))
         making.close()

@@ -102,7 +102,7 @@ def report_scores(
         adaptive: settings of the adaptive lambda, with its temperature, if there is one.
 
     Raises:
-        InputError: no token to score, or log-probabilities of the base that are not finite.
+        InputError: no token to score, log-probabilities of the base that are not finite, or of a mixture that are NaN.
     """
     from accelerate import PartialState
 
@@ -114,6 +114,8 @@ def report_scores(
         raise InputError(f"base {about['model']}: its log-probabilities are not finite; try --torch_dtype float32")
     say(f"base: perplexity {base:.4f} ({tokens} tokens, token-weighted)")
     grid = score.grid() if mixture else []
+    if any(math.isnan(row["perplexity"]) for row in grid):
+        raise InputError(f"{mixture} {about['memory'] or ''}: gives NaN; try --torch_dtype float32")
     best = [min(grid, key=lambda row: row["perplexity"])] if grid else []
     if adaptive:
         about = {**about, "adaptive": {**score.adaptive(), **adaptive}}
