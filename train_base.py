@@ -58,6 +58,7 @@ def main() -> None:
 
     from training.finetune import FinetuneArguments, finetune
     from utils.loading import check_windows, load_windows, quiet_libraries
+    from utils.memories import captured_by
 
     arguments, training = parse(StageArguments, FinetuneArguments, description=DESCRIPTION)
     check_arguments(arguments, training)
@@ -75,7 +76,7 @@ def main() -> None:
         tokenizer, dtype=dtype, config_name=arguments.config_name, from_scratch=arguments.from_scratch
     )
     if windows is not None:
-        arguments.captured(base)
+        captured_by(arguments, base)
         check_windows(arguments.dataset_name, windows, base.config, tokenizer)
     if training.do_train:
         result = finetune(base, tokenizer, arguments, training, overwrite=arguments.overwrite)

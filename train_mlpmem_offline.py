@@ -9,22 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from training.arguments import TrainerArguments
-from utils.cli import command, flag, parse
-from utils.errors import InputError
+from utils.cli import command, parse, required
 
 
 @dataclass
 class OfflineArguments:
     """The offline trainer's own flag."""
 
-    knn_dstore_path: str | None = flag(None, "the student's own datastore of the training split")
+    knn_dstore_path: str = required("the student's own datastore of the training split")
 
 
 def main() -> None:
     arguments, offline = parse(TrainerArguments, OfflineArguments, description="Train an MLP memory offline.")
     arguments.check()
-    if not offline.knn_dstore_path:
-        raise InputError("--knn_dstore_path: is required; train_mlpmem_online needs no datastore")
     from training.rows import OfflineRows
     from training.trainer import train_memory
 

@@ -138,9 +138,6 @@ class _Rows:
         """
         return cls(Path(path))
 
-    def __len__(self) -> int:
-        return self.rows
-
     def _read_headers(self, number: int) -> tuple[pa.Schema, np.ndarray, np.ndarray]:
         """Columns of a file; of its record batches: positions (batches,) in bytes, first rows (batches + 1,)."""
         counts = [0]
@@ -197,7 +194,7 @@ class _Rows:
 class Datastore(_Rows):
     """Keys and values of a datastore, by row number. Made by `Datastore.open(path)`.
 
-    `rows` (also len()), `dim`, `path`, `made` (None for files of the original). Reading raises IndexError for rows
+    `rows`, `dim`, `path`, `made` (None for files of the original). Reading raises IndexError for rows
     outside the datastore and InputError for damaged batches.
     """
 

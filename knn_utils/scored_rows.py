@@ -16,7 +16,7 @@ from models.capture import base_logits, hidden_and_head_input
 from models.mixture import gate_log_weights, log_mixture
 from utils.artefact import read_made
 from utils.errors import InputError
-from utils.evaluation import block_rows, by_blocks, check_finite, count_rows, predicted_positions, window_batches
+from utils.evaluation import block_rows, by_blocks, count_rows, predicted_positions, window_batches
 
 
 def scored_rows(
@@ -134,3 +134,10 @@ def check_token_ids(windows: Any, vocabulary: int, path: object) -> None:
         raise InputError(
             f"--dataset_name {path}: has token id {largest}, but the model's vocabulary is {vocabulary} tokens"
         )
+
+
+def check_finite(base: Any, *outputs: Tensor) -> None:
+    """Raise InputError naming `base` where tensors that it computed hold NaN or infinity."""
+    if not all(each.isfinite().all() for each in outputs):
+        remedy = "check its weights, or use --torch_dtype float32"
+        raise InputError(f"base {base.name_or_path}: gives NaN or infinity in {base.dtype}; {remedy}")

@@ -36,11 +36,8 @@ def captured_block(model: nn.Module, layer_position: int = -1) -> nn.Module:
     Raises ValueError when the position is outside the model, or as `decoder_blocks` does.
     """
     blocks = decoder_blocks(model)
-    count = len(blocks)
-    if not -count <= layer_position < count:
-        raise ValueError(
-            f"layer_position {layer_position}: expected {-count} to {count - 1}, the model has {count} blocks"
-        )
+    if not -len(blocks) <= layer_position < len(blocks):
+        raise ValueError(f"layer_position {layer_position}: the model has {len(blocks)} blocks")
     return blocks[layer_position]
 
 

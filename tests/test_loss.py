@@ -71,7 +71,7 @@ def test_losses_and_gradient_equal_the_originals(alpha, fused):
     logits = golden["logits"].requires_grad_()
     targets = golden["labels"], golden["id_cnt"], golden["token_id"], golden["prob"], alpha
     if fused:
-        total, kl, ce = fused_linear_distillation_loss(logits, torch.eye(logits.shape[1]), *targets, 5)
+        total, kl, ce = fused_linear_distillation_loss(logits, torch.eye(logits.shape[1]), *targets)
     else:
         total, kl, ce = sparse_distillation_loss(logits, *targets)
     total.backward()
@@ -84,10 +84,11 @@ def test_losses_and_gradient_equal_the_originals(alpha, fused):
 
 @pytest.mark.unit
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("chunk_size", [None, 1, 4, len(COUNTS), 100])
-def test_fused_equals_plain_whatever_the_chunks(alpha, chunk_size):
-    how = {"chunk_size": chunk_size, "num_rows": 7}
-    plain, fused = run_both(*head_inputs(len(COUNTS)), ragged_targets(COUNTS), alpha, **how)
+@pytest.mark.parametrize("chunk_rows", [1, 4, 100])
+def test_fused_equals_plain_whatever_the_chunks(alpha, chunk_rows, monkeypatch):
+    monkeypatch.setattr("utils.cal_loss.CHUNK_BYTES", 0)
+    monkeypatch.setattr("utils.cal_loss.MINIMUM_CHUNK_ROWS", chunk_rows)
+    plain, fused = run_both(*head_inputs(len(COUNTS)), ragged_targets(COUNTS), alpha, num_rows=7)
     assert_same(fused, plain, atol=1e-5, rtol=1e-5)
 
 
@@ -123,7 +124,7 @@ def test_in_half_precision_losses_are_float32(hidden_dtype, dtype, autocast):
     hidden = hidden.detach().to(hidden_dtype).requires_grad_()
     weight = weight.detach().to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-        losses = fused_linear_distillation_loss(hidden, weight, *targets, 0.3, 4)
+        losses = fused_linear_distillation_loss(hidden, weight, *targets, 0.3)
     losses[0].backward()
     assert (losses[0].dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, hidden_dtype, dtype)
     assert_same([x.detach() for x in losses], plain[:3], rtol=0.02, atol=0)
@@ -134,7 +135,9 @@ def test_in_half_precision_losses_are_float32(hidden_dtype, dtype, autocast):
 PEAK_MEMORY = """
 import torch
 from pathlib import Path
+from utils import cal_loss
 from utils.cal_loss import fused_linear_distillation_loss
+cal_loss.CHUNK_BYTES, cal_loss.MINIMUM_CHUNK_ROWS = 0, 32
 torch.set_num_threads(1)
 rows, vocabulary, width, chunk = 512, 32768, 256, 32
 
@@ -146,7 +149,7 @@ weight = (torch.randn(vocabulary, width) * 0.05).requires_grad_()
 targets = torch.randint(vocabulary, (rows,)), torch.full((rows,), 4), torch.randint(vocabulary, (4 * rows,)), torch.full((4 * rows,), 0.25)
 
 def loss(count):
-    return fused_linear_distillation_loss(hidden[:count], weight, *(x[:count * (len(x) // rows)] for x in targets), 0.5, chunk)[0]
+    return fused_linear_distillation_loss(hidden[:count], weight, *(x[:count * (len(x) // rows)] for x in targets), 0.5)[0]
 
 def peak(run):
     run()

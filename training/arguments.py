@@ -79,10 +79,6 @@ class TrainerArguments(BaseArguments):
         """The ids of base and windows; None for windows of the original."""
         return {"base": self.base_id(), "windows": made_id(self.dataset_name)}
 
-    def checkpoint_steps(self) -> int | None:
-        """Steps between checkpoints within an epoch; None for one at the end of each epoch only."""
-        return None if self.checkpointing_steps in (None, "epoch") else int(self.checkpointing_steps)
-
     def named_checkpoint(self) -> Path | None:
         """The folder that --resume_from_checkpoint names, if any."""
         return Path(self.resume_from_checkpoint) if self.resume_from_checkpoint else None

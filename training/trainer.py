@@ -1,10 +1,8 @@
 """The training loop of both trainers, with validation, checkpoints and resuming.
 
-One `accelerate` loop serves CPU, one GPU, DDP and FSDP. An optimizer step takes the same windows, in the same order, on
-any number of processes; its loss is the mean over all its rows (paper: alpha·KL(kNN ‖ memory) + (1-alpha)·cross-entropy).
-The state of a run is a pure function of its settings and the step, so a resumed run equals an undisturbed one.
-
-A checkpoint is a folder `epoch_N` or `step_N`; the newest holds `state/`, from which a run continues.
+An optimizer step takes the same windows, in the same order, on any number of processes; its loss is the mean over all its
+rows. The state of a run depends on its settings and the step alone, so a resumed run equals an undisturbed one. A
+checkpoint is a folder `epoch_N` or `step_N`; the newest holds `state/`, from which a run continues.
 """
 
 from __future__ import annotations
@@ -167,7 +165,8 @@ class MemoryTrainer:
 
     def __post_init__(self) -> None:
         arguments, accelerator, self.output = self.arguments, self.accelerator, Path(self.arguments.output_dir)
-        self.batch_size, self.checkpoint_steps = arguments.per_device_train_batch_size, arguments.checkpoint_steps()
+        self.batch_size, every = arguments.per_device_train_batch_size, arguments.checkpointing_steps
+        self.checkpoint_steps = None if every in (None, "epoch") else int(every)
         self.windows_per_step = self.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
         self.filled = np.flatnonzero(self.source.counts)  # a last window of one token has no row
         self.steps_per_epoch = math.ceil(len(self.filled) / self.windows_per_step)

@@ -2,12 +2,11 @@
 
 For a row with logits z, label y and the retriever's sparse distribution p the loss is
 alpha · Σ p·(log p − log_softmax(z)) + (1 − alpha) · (−log_softmax(z)[y]). With the combined target
-q = alpha·p + (1 − alpha)·onehot(y) it equals alpha·Σ p·log p + c·logsumexp(z) − Σ q·z, where c = Σ q, and its
-gradient in z is c·softmax(z) − q. So one sparse target serves both parts, and no tensor of rows × vocabulary
-has to be kept.
+q = alpha·p + (1 − alpha)·onehot(y) it equals alpha·Σ p·log p + c·logsumexp(z) − Σ q·z, where c = Σ q; its gradient in z
+is c·softmax(z) − q. So one sparse target serves both parts, and no tensor of rows × vocabulary is kept.
 
-`sparse_distillation_loss` takes logits and leaves the gradient to autograd; `fused_linear_distillation_loss` takes hidden
-states and the head's weight, and computes loss and gradients for one chunk of rows at a time (`--loss plain|fused`).
+`sparse_distillation_loss` takes logits and leaves the gradient to autograd; `fused_linear_distillation_loss` takes the input
+and the weight of the head, and computes loss and gradients chunk of rows by chunk of rows (`--loss plain|fused`).
 
 Targets are ragged: `id_cnt` entries for each row, laid end to end in `token_id` and `prob`. Both losses are means over
 ROWS: a row with label -100 has no cross-entropy and one with `id_cnt` 0 no divergence, but the divisor counts both.
@@ -66,8 +65,7 @@ def sparse_distillation_loss(
         prob: (entries,) float, their probabilities as stored (not renormalised); 0 contributes 0.
         alpha: weight of the divergence, from 0 to 1.
         num_rows: divisor of the sums over rows, default: the number of rows here. Micro-batches that give the rows
-            of the whole step add up to its mean. With DDP or FSDP, which average gradients over processes, give
-            the rows of all processes divided by the number of processes.
+            of the whole step add up to its mean.
 
     Returns:
         (total, kl, ce), scalars, means over rows: total = alpha · kl + (1 − alpha) · ce. `kl` and `ce` are detached.
@@ -77,7 +75,9 @@ def sparse_distillation_loss(
     labels, id_cnt, token_id, prob = _on_device(logits.device, labels, id_cnt, token_id, prob)
     divisor = num_rows or len(labels) or 1
 
-    log_probs = logits.to(_accurate(logits.dtype)).log_softmax(-1).reshape(-1)  # (rows · vocabulary,)
+    log_probs = (
+        logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).reshape(-1)
+    )  # (rows · vocabulary,)
     row_start = torch.arange(len(logits), device=logits.device) * vocabulary
     # (entries,): the student's log-probability of each entry's token
     entry_start = row_start.repeat_interleave(id_cnt, output_size=len(token_id))
@@ -100,15 +100,13 @@ def fused_linear_distillation_loss(
     token_id: Tensor,
     prob: Tensor,
     alpha: float,
-    chunk_size: int | None = None,
     *,
     num_rows: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Head and loss together, never holding more than a chunk of logits.
 
-    Equals `sparse_distillation_loss(hidden @ weight.T, …)`. The gradients of hidden states and head are computed
-    in the forward pass, from each chunk's probabilities; the backward pass only returns them. Memory beyond the
-    inputs: both gradients and one chunk of logits (two on an accelerator); without gradients only the chunk.
+    Equals `sparse_distillation_loss(hidden @ weight.T, …)`. The forward pass computes both gradients from each chunk's
+    probabilities, the backward pass returns them. Memory: both gradients and one chunk of logits (two on a GPU).
 
     Under autocast the three matrix products run in autocast's dtype; otherwise in the promoted dtype of `hidden`
     and `weight`. Sums, normalisers and the head's gradient are float32 (float64 for float64 input).
@@ -118,7 +116,6 @@ def fused_linear_distillation_loss(
         weight: (vocabulary, hidden) float, the head's weight; a plain tensor, as FSDP has it inside a forward pass.
         labels, id_cnt, token_id, prob, alpha, num_rows: as in `sparse_distillation_loss`; moved to the device of
             `hidden` if they lie elsewhere. No gradient flows into them.
-        chunk_size: rows to a chunk; default: as many as fit CHUNK_BYTES of logits, at least MINIMUM_CHUNK_ROWS.
 
     Returns:
         (total, kl, ce) as `sparse_distillation_loss`; `total` is differentiable once (no second derivatives).
@@ -130,7 +127,7 @@ def fused_linear_distillation_loss(
     if torch.is_autocast_enabled(hidden.device.type) and product_dtype != torch.float64:
         product_dtype = torch.get_autocast_dtype(hidden.device.type)
     # Before the targets go to the GPU, which would make the host wait for these numbers.
-    row_bounds = _row_bounds(rows, vocabulary * product_dtype.itemsize, chunk_size)
+    row_bounds = _row_bounds(rows, vocabulary * product_dtype.itemsize)
     ends = nn.functional.pad(id_cnt.reshape(-1).cumsum(0), (1, 0))  # (rows + 1,)
     bounds = row_bounds, ends[row_bounds].tolist()
     targets = *_on_device(hidden.device, labels, id_cnt, token_id, prob), alpha, num_rows or rows or 1
@@ -177,7 +174,7 @@ def _chunked(hidden, weight, targets, bounds, product_dtype, want_hidden, want_w
     `targets`: as `_on_device` returns them, with alpha and the divisor; `bounds`: of the chunks, in rows and in entries.
     """
     (rows, width), vocabulary = hidden.shape, weight.shape[0]
-    device, accurate = hidden.device, _accurate(product_dtype)
+    device, accurate = hidden.device, torch.promote_types(product_dtype, torch.float32)
     labels, id_cnt, token_id, prob, alpha, divisor = targets
     row_bounds, entry_bounds = bounds
     largest = max((stop - start for start, stop in itertools.pairwise(row_bounds)), default=0)
@@ -251,18 +248,11 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> N
         total.addmm_(left, right, alpha=factor)
         return
     block = max(BLOCK_BYTES // (total.shape[1] * total.element_size()), MINIMUM_BLOCK_ROWS)
-    for start in range(0, total.shape[0], block):
-        total[start : start + block].add_(torch.mm(left[start : start + block], right), alpha=factor)
+    for part, rows in zip(total.split(block), left.split(block), strict=True):
+        part.add_(torch.mm(rows, right), alpha=factor)
 
 
-def _row_bounds(rows: int, row_bytes: int, chunk_size: int | None) -> list[int]:
-    """Bounds of chunks of `chunk_size` rows, by default of nearly equal chunks of at most CHUNK_BYTES."""
-    if chunk_size is None:
-        chunks = math.ceil(rows / max(CHUNK_BYTES // row_bytes, MINIMUM_CHUNK_ROWS))
-        chunk_size = math.ceil(rows / max(chunks, 1)) or 1
-    return [*range(0, rows, chunk_size), rows]
-
-
-def _accurate(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for sums and normalisers: float64 for float64, else float32."""
-    return torch.promote_types(dtype, torch.float32)
+def _row_bounds(rows: int, row_bytes: int) -> list[int]:
+    """Bounds of nearly equal chunks of at most CHUNK_BYTES."""
+    chunks = math.ceil(rows / max(CHUNK_BYTES // row_bytes, MINIMUM_CHUNK_ROWS))
+    return [*range(0, rows, math.ceil(rows / max(chunks, 1)) or 1), rows]

@@ -112,10 +112,9 @@ def command(main: Callable[[], None], *, training: bool = False) -> Callable[[],
 
 def describe_os_error(error: OSError) -> str:
     """A line for an operating-system failure: the path, what went wrong, what to do."""
-    path = error.filename or "a file"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{path}: no space left on the device; free some space and run the same command again, finished parts are kept"
-    return f"{path}: {error.strerror or error}"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "; free some space and run the same command again, finished parts are kept" if full else ""
+    return f"{error.filename or 'a file'}: {error.strerror or error}{advice}"
 
 
 def exit_with(status: int, line: str) -> NoReturn:

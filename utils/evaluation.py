@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from models.mixture import fixed_log_weights, log_mixture
-from utils.errors import InputError
 
 PRODUCT_BYTES, GPU_PRODUCT_BYTES = 64 << 20, 512 << 20  # logits of one matrix product on a CPU, on a GPU
 CACHED_BYTES = 4 << 20  # the part of them that stays in a core's cache while it is read several times
@@ -126,13 +125,6 @@ def rounded(count: int) -> int:
     """
     step = min(max(8, 1 << count.bit_length() >> 3), 128)
     return -(-count // step) * step
-
-
-def check_finite(base: Any, *outputs: Tensor) -> None:
-    """Raise InputError naming `base` where tensors that it computed hold NaN or infinity."""
-    if not all(each.isfinite().all() for each in outputs):
-        remedy = "check its weights, or use --torch_dtype float32"
-        raise InputError(f"base {base.name_or_path}: gives NaN or infinity in {base.dtype}; {remedy}")
 
 
 def window_batches(

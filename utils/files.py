@@ -16,6 +16,8 @@ from typing import Any
 from utils.errors import InputError
 
 TEMPORARY_PREFIX = ".tmp-"
+UMASK = os.umask(0)
+os.umask(UMASK)
 # How safetensors, `datasets` and torch.save say that the disk or a quota is full.
 FULL = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "Not enough disk space", "StreamWriter", "unexpected pos"
 NOT_FINITE = "nan", "inf", "-inf"
@@ -34,7 +36,6 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     try:
         with naming_full_disk(path):
             yield temporary
-            allow_reading(temporary)
             sync(temporary)
             if temporary.is_dir() and path.exists():
                 remove(old)
@@ -59,19 +60,12 @@ def naming_full_disk(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
-def allow_reading(path: Path) -> None:
-    """Give a file, or the files of a folder, the mode that the umask asks for: safetensors writes 0600."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        if file.is_file():
-            file.chmod(0o666 & ~mask)
-
-
 def sync(path: Path, *, deep: bool = True) -> None:
-    """Make a file, or a folder's names and with `deep` its files, survive a power cut."""
+    """Make a file, or a folder's names and with `deep` its files, survive a power cut. Files get the umask's mode."""
     for item in path.iterdir() if deep and path.is_dir() else ():
         sync(item)
+    if path.is_file():
+        path.chmod(0o666 & ~UMASK)  # safetensors writes 0600
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

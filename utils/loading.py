@@ -137,15 +137,6 @@ class BaseArguments:
             resize_vocabulary(model, size)
         return model.eval()
 
-    def captured(self, base: Any) -> Any:
-        """The module of `base` that --layer_position names. Raises InputError where there is none."""
-        from models.capture import captured_module
-
-        try:
-            return captured_module(base, self.layer_position)
-        except ValueError as error:
-            raise InputError(f"--layer_position {self.layer_position}: {error}") from None
-
 
 def load_tokenizer(path: str | os.PathLike, *, required: bool = False, trust_remote_code: bool = False) -> Any:
     """The tokenizer in folder or hub repository `path`; None for a folder without one, if it is not `required`."""

@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     import torch
 
 
+def captured_by(arguments: BaseArguments, base: Any) -> Any:
+    """The module of `base` that --layer_position names. Raises InputError where there is none."""
+    from models.capture import captured_module
+
+    try:
+        return captured_module(base, arguments.layer_position)
+    except ValueError as error:
+        raise InputError(f"--layer_position {arguments.layer_position}: {error}") from None
+
+
 def open_memory_of(
     arguments: BaseArguments, path: str | os.PathLike, base: Any = None, *, dtype: torch.dtype | None = None
 ) -> Any:
@@ -25,7 +35,7 @@ def open_memory_of(
 
     device = default_device()
     if base is not None:
-        device = next(arguments.captured(base).parameters()).device
+        device = next(captured_by(arguments, base).parameters()).device
         # Weights that accelerate offloads are on "meta" between uses.
         device = base.device if device.type == "meta" else device
     dtype = arguments.dtype() if dtype is None else dtype
