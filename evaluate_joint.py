@@ -51,7 +51,7 @@ def evaluate(arguments: JointArguments) -> None:
     import torch
 
     from knn_utils.scored_rows import check_token_ids, gate_rows, scored_rows
-    from utils.evaluation import MixtureScore, label_log_probabilities
+    from utils.evaluation import MixtureScore, filled, label_log_probabilities
     from utils.loading import check_windows, load_windows, made_id, quiet_libraries
     from utils.memories import open_joint, open_memory_of
     from utils.results import report_scores
@@ -79,8 +79,9 @@ def evaluate(arguments: JointArguments) -> None:
         for hidden, scored, labels in rows:
             other = None
             if score.lmbda:
-                read = memory.hidden(hidden.to(weight.device, weight.dtype))  # (rows, hidden)
-                other = label_log_probabilities(read, weight, labels.to(weight.device), arguments.memory_temp)
+                read = memory.hidden(filled(hidden.to(weight.device, weight.dtype)))  # (filled rows, hidden)
+                ids = filled(labels.to(weight.device))
+                other = label_log_probabilities(read, weight, ids, arguments.memory_temp)[: len(labels)]
             score.add(scored.base if gate else scored, other)
             if gate:
                 score.add_adaptive(*scored.mixture(gate))

@@ -192,7 +192,8 @@ def broken(request, llama_world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("module", ["train_base", "datastore", "knn", "evaluate_joint", "gate", "online"])
-def test_a_base_that_gives_nan_or_infinity_is_named(llama_world, broken, tmp_path, module):
+def test_a_base_that_gives_nan_or_infinity_is_named(llama_world, broken, tmp_path, monkeypatch, module):
+    monkeypatch.setattr("utils.windows.MOST_SHARED", 1)  # the validation text of the world is training text
     base, memory, folder = broken
     windows, output = ("--dataset_name", llama_world.windows), ("--output_dir", tmp_path / "out")
     score = ("train_base", *base, *windows, "--do_eval", *output)
@@ -210,14 +211,17 @@ def test_a_base_that_gives_nan_or_infinity_is_named(llama_world, broken, tmp_pat
 
 
 def test_an_infinite_perplexity_does_not_lose_the_others(llama_world, tmp_path):
-    command("train_base", *knn_flags(llama_world, tmp_path, "--lmbda", 0, 0.1, 1))
+    store, index = llama_world.dstore("test"), tmp_path / "test.index"
+    command("knn_utils.build_index", "--dstore_path", store, "--index_path", index, "--index_factory", "Flat")
+    knn = ("--eval_subset", "train", "--val_file", store, "--index_file", index)  # labels that no neighbour has
+    command("train_base", *knn_flags(llama_world, tmp_path, *knn, "--lmbda", 0, 0.1, 1))
     refuse = {"parse_constant": lambda name: pytest.fail(f"{name} is no JSON")}
     json.loads((tmp_path / "results.json").read_text(), **refuse)
     base, mixed, alone = [row["perplexity"] for row in read_json(tmp_path / "results.json")["grid"]]
     assert math.isfinite(base + mixed) and alone == math.inf
-    command("train_base", *knn_flags(llama_world, tmp_path / "chosen", "--choose_on", tmp_path / "results.json"))
-    command("train_base", *knn_flags(llama_world, tmp_path / "alone", "--lmbda", 1))
-    command("train_base", *knn_flags(llama_world, tmp_path / "again", "--choose_on", tmp_path / "alone/results.json"))
+    command("train_base", *knn_flags(llama_world, tmp_path / "alone", *knn, "--lmbda", 1))
+    chosen = ("--choose_on", tmp_path / "alone" / "results.json")
+    command("train_base", *knn_flags(llama_world, tmp_path / "again", *knn, *chosen))
     assert read_json(tmp_path / "again" / "results.json")["perplexity"] == math.inf
 
 

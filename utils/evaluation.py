@@ -128,6 +128,11 @@ def rounded(count: int) -> int:
     return -(-count // step) * step
 
 
+def filled(rows: Tensor) -> Tensor:
+    """`rows` (n, …) with zeros after them, `rounded(n)` in all."""
+    return torch.nn.functional.pad(rows, (0, 0) * (rows.dim() - 1) + (0, rounded(len(rows)) - len(rows)))
+
+
 def check_finite(base: Any, *outputs: Tensor) -> None:
     """Raise InputError naming `base` where tensors that it computed hold NaN or infinity."""
     if not all(each.isfinite().all() for each in outputs):
