@@ -206,7 +206,7 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 def prepare_device() -> None:
     """Allow TF32 on a GPU, unless MLPMEM_NO_TF32 is set; on a CPU let glibc keep freed blocks (touching new ones makes a
-    forward pass 6%, a training step 20% slower), and oneDNN the code for 128 shapes of bfloat16 products (a megabyte each), not 1,024."""
+    forward pass 6%, a training step 20% slower), and oneDNN code for 128 shapes of products, not 1,024 (a megabyte each)."""
     import torch
 
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
