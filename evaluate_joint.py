@@ -50,7 +50,7 @@ def evaluate(arguments: JointArguments) -> None:
     """Score the split, print its perplexities and write them to results.json."""
     import torch
 
-    from knn_utils.scored_rows import check_token_ids, gate_rows, scored_rows
+    from knn_utils.scored_rows import check_token_ids, filled, gate_rows, scored_rows
     from utils.evaluation import MixtureScore, label_log_probabilities
     from utils.loading import check_windows, load_windows, made_id, quiet_libraries
     from utils.memories import open_joint, open_memory_of
@@ -79,8 +79,9 @@ def evaluate(arguments: JointArguments) -> None:
         for hidden, scored, labels in rows:
             other = None
             if score.lmbda:
-                read = memory.hidden(hidden.to(weight.device, weight.dtype))  # (rows, hidden)
-                other = label_log_probabilities(read, weight, labels.to(weight.device), arguments.memory_temp)
+                read = memory.hidden(filled(hidden.to(weight.device, weight.dtype)))  # (filled rows, hidden)
+                ids = filled(labels.to(weight.device))
+                other = label_log_probabilities(read, weight, ids, arguments.memory_temp)[: len(labels)]
             score.add(scored.base if gate else scored, other)
             if gate:
                 score.add_adaptive(*scored.mixture(gate))

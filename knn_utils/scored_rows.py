@@ -16,7 +16,14 @@ from models.capture import base_logits, hidden_and_head_input
 from models.mixture import gate_log_weights, log_mixture
 from utils.artefact import read_made
 from utils.errors import InputError
-from utils.evaluation import block_rows, by_blocks, count_rows, predicted_positions, window_batches
+from utils.evaluation import (
+    block_rows,
+    by_blocks,
+    count_rows,
+    predicted_positions,
+    rounded,
+    window_batches,
+)
 
 
 def scored_rows(
@@ -68,9 +75,9 @@ class Scorer:
         """Captured hidden states (rows, hidden) and base log-probabilities (rows,) of `labels` (rows,)."""
         base, ids, positions = self.base, input_ids.to(self.device), positions.to(self.device)
         captured, final = hidden_and_head_input(base, ids, positions, self.layer_position)  # (rows, hidden) each
-        labels = labels.to(final.device)
-        scored = by_blocks(lambda rows: base_logits(base, final[rows]), base.config.vocab_size, labels, (1.0,))
-        return captured, scored[:, 0]
+        final, filled_labels = filled(final), filled(labels.to(final.device))
+        scored = by_blocks(lambda rows: base_logits(base, final[rows]), base.config.vocab_size, filled_labels, (1.0,))
+        return captured, scored[: len(labels), 0]
 
     @torch.inference_mode()
     def batches(self, windows: Any, batch_size: int, description: str = "evaluate") -> Iterator[tuple[Tensor, ...]]:
@@ -134,6 +141,11 @@ def check_token_ids(windows: Any, vocabulary: int, path: object) -> None:
         raise InputError(
             f"--dataset_name {path}: has token id {largest}, but the model's vocabulary is {vocabulary} tokens"
         )
+
+
+def filled(rows: Tensor) -> Tensor:
+    """`rows` (n, …) with zeros after them, `rounded(n)` in all."""
+    return torch.nn.functional.pad(rows, (0, 0) * (rows.dim() - 1) + (0, rounded(len(rows)) - len(rows)))
 
 
 def check_finite(base: Any, *outputs: Tensor) -> None:

@@ -25,14 +25,7 @@ from utils.errors import InputError, one_line
 if TYPE_CHECKING:
     import torch
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.txt",
-)
+TOKENIZER_FILES = ("tokenizer*.json", "vocab.json", "*.model", "vocab.txt")
 RUN_RECORD = "training.json"  # of a memory's run, in its output folder
 WINDOW_COLUMNS = {"input_ids", "labels", "attention_mask", "dstore_range"}
 DTYPES = ("float32", "bfloat16", "float16")
@@ -142,7 +135,7 @@ def load_tokenizer(path: str | os.PathLike, *, required: bool = False, trust_rem
     """The tokenizer in folder or hub repository `path`; None for a folder without one, if it is not `required`."""
     from transformers import AutoTokenizer
 
-    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
+    if Path(path).is_dir() and not any(any(Path(path).glob(name)) for name in TOKENIZER_FILES):
         if required:
             raise InputError(f"{path}: holds no tokenizer")
         return None
@@ -195,10 +188,10 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 def prepare_device() -> None:
     """Allow TF32 on a GPU, unless MLPMEM_NO_TF32 is set; on a CPU let glibc keep freed blocks (touching new ones makes a
-    forward pass 6%, a training step 20% slower), and oneDNN the code of few shapes of bfloat16 products (a megabyte each)."""
+    forward pass 6%, a training step 20% slower), and oneDNN code for 128 shapes of products, not 1,024 (a megabyte each)."""
     import torch
 
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     m_trim_threshold, m_mmap_max, never = -1, -4, 2**31 - 1
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("highest" if os.environ.get("MLPMEM_NO_TF32") else "high")
