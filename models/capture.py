@@ -163,7 +163,7 @@ def logit_scale(base: nn.Module) -> float:
         logits = base(input_ids=ids, use_cache=False).logits.float()
         raw = head(capture.take()).float().to(logits.device)  # a base may be spread over devices
     tolerance = 0.02 * logits.abs().nan_to_num().max().item()  # bfloat16 rounds logits to 0.4%
-    for scale in (1.0, ((logits * raw).sum() / raw.square().sum()).item()):
+    for scale in (1.0, ((logits * raw).nansum() / raw.square().nansum()).item()):
         if torch.allclose(_capped(raw * scale, base), logits, rtol=0.02, atol=tolerance, equal_nan=True):
             _scales[base] = scale
             return scale

@@ -16,6 +16,8 @@ from typing import Any
 
 
 def main(words: list[str] | None = None) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without Unicode
     parser = argparse.ArgumentParser(
         prog="python -m models.export", description=__doc__.split("\n")[0], allow_abbrev=False
     )

@@ -15,6 +15,8 @@ find_python
 
 PORT="${PORT:-8000}" OUTPUT="${OUTPUT:-results/quickstart}"
 FOLDER="${FOLDER:-$OUTPUT/served}"
+# oneDNN keeps code for every shape of a product; prompts have many.
+export ONEDNN_PRIMITIVE_CACHE_CAPACITY=128
 if (: >"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then
     echo "error: PORT=$PORT: something listens there already; stop it, or set PORT to another number" >&2
     exit 2

@@ -71,7 +71,9 @@ class TrainerArguments(BaseArguments):
                 raise InputError(f"--{name}: is required")
         check_fraction("--alpha", self.alpha)
         counts = ("num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "logging_steps")
-        check_at_least(1, self, *counts, "per_device_train_batch_size", "per_device_eval_batch_size")
+        check_at_least(1, self, *counts, "memory_layers", "per_device_train_batch_size", "per_device_eval_batch_size")
+        if (self.memory_layers or 0) > 1000:
+            raise InputError(f"--memory_layers {self.memory_layers}: expected at most 1000")
         if self.report_to != "none" and not self.with_tracking:
             note_unused(("report_to", "run_name", "project_name"), "without --with_tracking")
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 IGNORED_LABEL = -100
-
 CHUNK_BYTES = 256 << 20  # of logits
 # Every chunk reads and writes the head's whole gradient: with fewer rows, this traffic outweighs the matmuls.
 MINIMUM_CHUNK_ROWS = 128
