@@ -120,18 +120,18 @@ def gate_rows(
     block = block_rows(device, 16 * joint.config.vocab_size)  # four float32 copies of the logits at a time
     for ids, positions, labels in own_batches(windows, batch_size, description):
         inputs = joint.base_lm, ids.to(device), positions.to(device), joint.layer_position
-        states, final = hidden_and_head_input(*inputs)  # (rows, hidden) each
-        scored = []
-        for start in range(0, len(labels), block):
+        states, final = map(filled, hidden_and_head_input(*inputs))  # (rows, hidden) each
+        filled_labels, scored = filled(labels), []
+        for start in range(0, len(states), block):
             rows = slice(start, start + block)
             base = base_logits(joint.base_lm, final[rows]).float()  # (block, V)
             memory = joint.memory_logits(states[rows]).to(base.device).float() / gate.memory_temp
             features, base_total, memory_total = gate.features(base, memory, states[rows])
-            label = labels[rows, None].to(base.device)
+            label = filled_labels[rows, None].to(base.device)
             base, memory = base.gather(-1, label) - base_total, memory.gather(-1, label) - memory_total
             scored.append(GateRows(features, base[:, 0], memory[:, 0]))
             check_finite(joint.base_lm, states[rows], base)
-        yield states, GateRows.concatenate(scored), labels
+        yield states[: len(labels)], GateRows(*(each[: len(labels)] for each in GateRows.concatenate(scored))), labels
 
 
 def check_token_ids(windows: Any, vocabulary: int, path: object) -> None:
