@@ -79,7 +79,7 @@ def evaluate(arguments: JointArguments) -> None:
         for hidden, scored, labels in rows:
             other = None
             if score.lmbda:
-                read = memory.hidden(filled(hidden.to(weight.device, weight.dtype)))  # (filled rows, hidden)
+                read = memory.hidden(filled(hidden.to(weight.device, memory.dtype)))  # (filled rows, hidden)
                 ids = filled(labels.to(weight.device))
                 other = label_log_probabilities(read, weight, ids, arguments.memory_temp)[: len(labels)]
             score.add(scored.base if gate else scored, other)

@@ -133,7 +133,7 @@ def check_fit(base_config: PretrainedConfig, memory: nn.Module) -> None:
     for what, own, expected in (
         ("model family", memory.config.model_type, base.model_type),
         ("hidden size", memory.input_dim, base.hidden_size),
-        ("vocabulary size", len(memory.lm_head.weight), base.vocab_size),
+        ("vocabulary size", memory.config.vocab_size, base.vocab_size),
     ):
         if own != expected:
             raise ValueError(
@@ -143,7 +143,7 @@ def check_fit(base_config: PretrainedConfig, memory: nn.Module) -> None:
 
 def resize_to_memory(base: PreTrainedModel, memory: nn.Module, reference: str | None) -> None:
     """Resize a base with a padded vocabulary to its tokenizer, if the memory was made for that."""
-    size = len(memory.lm_head.weight)
+    size = memory.config.vocab_size
     if reference and base.config.get_text_config().vocab_size != size:
         tokenizer = tokenizer_of(reference, base)
         if tokenizer is not None and vocabulary_size(tokenizer) == size:

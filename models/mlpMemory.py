@@ -53,7 +53,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         layer_position: int = -1,
         gate: LambdaGate | None = None,
     ) -> None:
-        """Join a base and a memory; neither is copied, moved or cast.
+        """Join a base and a memory; neither is copied, moved or cast. A tied memory shares the base's head.
 
         Args:
             lmbda: weight of the memory, 0 to 1, or "adaptive": by token, from the memory's gate.
@@ -65,6 +65,8 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         """
         captured = captured_module(base_lm, layer_position)
         check_fit(base_lm.config, knn_generator)
+        if knn_generator.tied:
+            knn_generator.use_head(base_lm.get_output_embeddings().weight)
         # Of a copy: setting the joint config's attention implementation sets its text_config's too.
         config = MLPMemoryConfig(
             text_config=copy.deepcopy(base_lm.config),
@@ -229,18 +231,22 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         """Resize the base's embeddings and the memory's head; new rows of the head are the mean of the old ones."""
         embeddings = self.base_lm.resize_token_embeddings(*arguments, **settings)
         size, head = len(embeddings.weight), self.knn_generator.lm_head
-        rows = head.weight[:size]
-        new = rows.float().mean(0).to(rows.dtype).expand(size - len(rows), -1)
-        head.weight = nn.Parameter(torch.cat([rows, new]), head.weight.requires_grad)
-        head.out_features = self.knn_generator.config.vocab_size = size
+        if self.knn_generator.tied:
+            self.knn_generator.use_head(self.get_output_embeddings().weight)
+        else:
+            rows = head.weight[:size]
+            new = rows.float().mean(0).to(rows.dtype).expand(size - len(rows), -1)
+            head.weight = nn.Parameter(torch.cat([rows, new]), head.weight.requires_grad)
+            head.out_features = size
+        self.knn_generator.config.vocab_size = size
         self.config.vocab_size = self.config.text_config.get_text_config().vocab_size = size
         self.config.base_model_name_or_path = None  # the base is no longer what lies there
         return embeddings
 
     def memory_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The memory's logits (…, vocabulary) of captured hidden states (…, hidden), in its own dtype and place."""
-        weight = self.knn_generator.lm_head.weight
-        return self.knn_generator(hidden.to(device=weight.device, dtype=weight.dtype)).logits
+        memory = self.knn_generator
+        return memory(hidden.to(device=memory.device, dtype=memory.dtype)).logits
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 A stack is `layers × (x + MLP(norm(x)))`, a final norm and a head of its own (paper section 3.2), built from the base
 family's MLP and norm modules. It is attention-free: each position is computed by itself, without mask or cache.
+A tied memory (`tie_head` in its config, the base's name) has no head of its own; `use_head` gives it the base's.
 
 Files: `config.json` (the base's, with the layer count changed) beside `model.safetensors`, sharded safetensors, or a
 `.bin` of tensors. They may lie in the original trainers' `epoch_n/` and `epoch_n/knn_generator/` (also as a joint state
@@ -35,7 +36,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
-from .capture import decoder_blocks, final_norm
+from .capture import decoder_blocks, final_norm, logit_scale
 
 NO_ADAPTER = {"subfolder": "no-adapter"}  # makes transformers look for an adapter where there is none
 # Weight names of published memories: of the blocks, of the norm in a block, of the final norm.
@@ -65,6 +66,18 @@ class MLPBlock(GradientCheckpointingLayer):
         return hidden + self.mlp(self.norm(hidden))
 
 
+class TiedHead(nn.Module):
+    """A head with the weight (vocabulary, hidden) of another model: not a parameter here, and in no state dict."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        # A base may be spread over devices, and have another dtype than the memory.
+        return nn.functional.linear(hidden.to(self.weight.device, self.weight.dtype), self.weight)
+
+
 class MLPStack:
     """Mixin over a family's `PreTrainedModel` (for its weight initialization); `families.family_class` joins the two.
 
@@ -75,7 +88,7 @@ class MLPStack:
     block_class = MLPBlock
     blocks_name = "layers"
     norm_name = "norm"
-    _tied_weights_keys = None  # the head is the memory's own, whatever the base's config says
+    _tied_weights_keys = None  # the head is not tied to input embeddings, whatever the base's config says
     main_input_name = "inputs_embeds"
 
     def __init__(self, config: PretrainedConfig, input_dim: int | None = None, output_dim: int | None = None) -> None:
@@ -94,8 +107,17 @@ class MLPStack:
         blocks = [self.block_class(_materialized(norm), _materialized(mlp)) for _ in range(config.num_hidden_layers)]
         setattr(self, self.blocks_name, nn.ModuleList(blocks))
         setattr(self, self.norm_name, _materialized(norm))
-        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
+        self.lm_head = None if self.tied else nn.Linear(width, config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the base's."""
+        return bool(getattr(self.config, "tie_head", None))
+
+    def use_head(self, weight: torch.Tensor) -> None:
+        """Give a tied memory its base's head, `weight` (vocabulary, hidden), which is shared, not copied."""
+        self.lm_head = TiedHead(weight)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -106,13 +128,17 @@ class MLPStack:
         return getattr(self, self.norm_name)
 
     def hidden(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """Everything before the head: (…, input_dim) → (…, hidden), in the dtype of the weights (or of autocast)."""
+        """Everything before the head: (…, input_dim) → (…, hidden), in the dtype of the weights (or of autocast).
+
+        In a tied memory this includes the constant by which the base's family multiplies its logits (`head_scale`).
+        """
         hidden = inputs_embeds
         if self.embedding_transform is not None:
             hidden = self.embedding_transform(hidden)  # (…, input_dim) → (…, hidden)
         for block in self.blocks:
             hidden = block(hidden)
-        return self.final_norm(hidden)
+        scale = getattr(self.config, "head_scale", 1.0)
+        return self.final_norm(hidden) if scale == 1.0 else self.final_norm(hidden) * scale
 
     def forward(
         self,
@@ -124,8 +150,13 @@ class MLPStack:
         """Next-token logits (…, vocabulary) of captured hidden states (…, input_dim).
 
         `position_ids` is ignored. With `labels` (…, time), token ids or -100, `.loss` is the mean negative
-        log-likelihood of the shifted labels (position t predicts label t+1).
+        log-likelihood of the shifted labels (position t predicts label t+1). Raises ValueError without a head.
         """
+        if self.lm_head is None:
+            raise ValueError(
+                f"{self.name_or_path}: has no head of its own; open it with its base, {self.config.tie_head}: "
+                "MLPMemory.from_pretrained(base, memory)"
+            )
         logits = self.lm_head(self.hidden(inputs_embeds))
         loss = None if labels is None else shifted_nll(logits.log_softmax(-1, dtype=torch.float32), labels)
         return CausalLMOutput(loss=loss, logits=logits)
@@ -244,6 +275,13 @@ def context_size(config: PretrainedConfig) -> int | None:
     rope = getattr(config, "rope_parameters", None) or {}  # some families: one for each kind of layer
     kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
     return getattr(config, "max_position_embeddings", None) if kinds <= {None, "default"} else None
+
+
+def head_scale(config: PretrainedConfig) -> float:
+    """`logit_scale` of a base with this config, measured on a random one of one block and few tokens."""
+    config = memory_config(config, 1)
+    config.vocab_size, config.pad_token_id = 8, None
+    return round(logit_scale(AutoModelForCausalLM.from_config(config, dtype=torch.float32)), 6)
 
 
 def vocabulary_size(tokenizer: Any) -> int:

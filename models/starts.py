@@ -65,12 +65,13 @@ class BaseScale:
 
 @torch.no_grad()
 def init_lm_head(memory: nn.Module, base: nn.Module) -> None:
-    """Copy the base's head and final norm into `memory`. Raises ValueError when their shapes differ.
+    """Copy the base's head (unless the memory is tied to it) and final norm. Raises ValueError when shapes differ.
 
-    If the family multiplies its logits by a constant after the head, the memory's head absorbs it.
+    If the family multiplies its logits by a constant after the head, the memory's own head absorbs it.
     """
-    _copy("head", memory.lm_head.weight, base.get_output_embeddings().weight)
-    memory.lm_head.weight.mul_(logit_scale(base))
+    if not memory.tied:
+        _copy("head", memory.lm_head.weight, base.get_output_embeddings().weight)
+        memory.lm_head.weight.mul_(logit_scale(base))
     source = dict(final_norm(base).named_parameters())
     for name, value in memory.final_norm.named_parameters():
         _copy("final norm", value, source[name])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from utils.cal_loss import fused_linear_distillation_loss, sparse_distillation_loss
+from utils.cal_loss import fused_linear_distillation_loss, sample_vocabulary, sparse_distillation_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -185,3 +185,38 @@ def test_targets_that_do_not_add_up_are_refused():
     ):
         with pytest.raises(ValueError, match="4"):
             loss()
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("loss", [sparse_distillation_loss, fused_linear_distillation_loss])
+def test_all_others_sampled_are_the_whole_vocabulary(loss):
+    hidden, weight = head_inputs(len(COUNTS))
+    labels, id_cnt, token_id, prob = ragged_targets([2, 0, 1, 3, 4, 2, 0, 1, 2, 0, 1])
+    found = []
+    for others in (None, VOCABULARY):
+        hidden.grad = weight.grad = None
+        inputs = hidden, weight, labels, token_id
+        states, head, label, tokens = inputs if others is None else sample_vocabulary(*inputs, others)
+        given = (states @ head.T,) if loss is sparse_distillation_loss else (states, head)
+        losses = loss(*given, label, id_cnt, tokens, prob, 0.3)
+        losses[0].backward()
+        found.append([*(each.detach() for each in losses), hidden.grad, weight.grad])
+    assert_same(found[1], found[0], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sampled_others_stand_for_the_rest_of_the_vocabulary(dtype):
+    torch.manual_seed(4)
+    hidden, weight = head_inputs(6, dtype)
+    labels, token_id = torch.tensor([3, -100, 7, 7, 9, 20]), torch.tensor([3, 11, 9], dtype=torch.int32)
+    whole, sums = (hidden @ weight.T).detach().double(), []
+    for _ in range(1500):
+        states, head, label, tokens = sample_vocabulary(hidden, weight, labels, token_id, 20)
+        logits = (states.double() @ head.T.double()).detach()  # (6, 6 + 20): token 0 stands in for no label
+        sums.append(logits.exp().sum(-1))
+    torch.testing.assert_close(torch.stack(sums).mean(0), whole.exp().sum(-1), rtol=0.05, atol=0)
+    torch.testing.assert_close(logits[:, tokens], whole[:, token_id.long()], rtol=0.02, atol=0.02)
+    assert label[1] == -100 and label[2] == label[3] and tokens[0] == label[0]
+    states.float().mm(head.float().T).logsumexp(-1).sum().backward()
+    assert hidden.grad.any() and int(weight.grad.any(-1).sum()) == len(head) == 26

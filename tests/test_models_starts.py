@@ -8,7 +8,9 @@ from tiny_models import HIDDEN, some_ids, tiny_base, tiny_memory
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from models import MLPMemory, memory_class, memory_config
 from models.capture import final_norm, hidden_states
+from models.stack import head_scale
 from models.starts import drop_neurons, init_from_base, init_lm_head, measure_scale
 
 pytestmark = pytest.mark.unit
@@ -62,6 +64,24 @@ def test_a_constant_factor_on_the_logits_goes_into_the_head():
     memory = tiny_memory(base)
     init_lm_head(memory, base)
     torch.testing.assert_close(memory.lm_head.weight, base.get_output_embeddings().weight * 0.125, rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "scale"), [("gpt2", {}), ("gemma2", {}), ("granite", {"logits_scaling": 6.0})])
+def test_a_tied_memory_equals_one_with_the_bases_head(family, scale):
+    base = tiny_base(family, **scale)
+    copied = tiny_memory(base)
+    config = memory_config(base.config, len(copied.blocks))
+    config.tie_head, config.head_scale = "base", head_scale(base.config)
+    tied = memory_class(config)(config).eval()
+    assert tied.load_state_dict(copied.state_dict(), strict=False).missing_keys == []
+    pairs = [MLPMemory(base, memory, 0.4) for memory in (tied, copied)]
+    for joint in pairs:
+        init_from_base(joint.knn_generator, base, measure_scale(base, some_ids(4, 32)))
+    for size in (97, 60):
+        tokens = [joint.resize_token_embeddings(size) and joint(some_ids().clamp(max=59)).logits for joint in pairs]
+        assert tokens[0].shape[-1] == size
+        torch.testing.assert_close(*tokens, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -26,6 +26,9 @@ DECISIVE = {
     "memory_dropout": (0.1, "memory_dropout"),
     "init_from_base": (True, "init_from_base"),
     "init_lm_head": (True, "init_lm_head"),
+    "tie_head": (True, "tie_head"),
+    "sampled_vocabulary": (9, "sampled_vocabulary"),
+    "save_dtype": ("bfloat16", "save_dtype"),
     "knn_save_path": ("{other}/targets", "targets"),
     # Refused since targets and datastore were made from the others.
     "knn_dstore_path": ("{world}/dstore/dstore_llama_test_32.arrow", "rows"),

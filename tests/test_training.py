@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import signal
@@ -23,6 +24,7 @@ from training.rows import epoch_order
 from training.trainer import MemoryTrainer, rows_that_fit
 from utils.artefact import read_made
 from utils.evaluation import rounded
+from utils.memories import head_of_base
 
 
 def record(folder):
@@ -70,6 +72,59 @@ def test_online_and_offline_give_the_same_losses(world, tmp_path):
     command("train_mlpmem_online", *world.trainer(tmp_path / "online", "--round_hidden_states"))
     # GPT-2's dropout draws the same numbers from the same seed.
     assert losses(tmp_path / "online") == pytest.approx(losses(tmp_path / "offline"), abs=1e-3)
+
+
+def test_a_tied_memory_is_saved_without_the_bases_head(world, tmp_path):
+    from models import MLPMemory, load_memory
+
+    tied = ("--tie_head", "--init_from_base", "--num_train_epochs", 2, "--save_dtype", "bfloat16")
+    offline(world, tmp_path / "offline", *tied, "--validation_dstore_path", world.dstore("validation"))
+    command("train_mlpmem_online", *world.trainer(tmp_path / "online", *tied, "--round_hidden_states"))
+    assert losses(tmp_path / "online") == pytest.approx(losses(tmp_path / "offline"), abs=1e-3)
+    assert losses(tmp_path / "offline")[-1] < losses(tmp_path / "offline")[0]
+    for folder in (tmp_path / "offline" / "epoch_2", tmp_path / "online" / "epoch_2" / "knn_generator"):
+        weights = load_file(folder / "model.safetensors")
+        assert not any("head" in name for name in weights)
+        assert (
+            {weight.dtype for weight in weights.values()} == {load_memory(folder, dtype=None).dtype} == {torch.bfloat16}
+        )
+    state = load_file(tmp_path / "offline" / "epoch_2" / "state" / "model.safetensors")
+    assert len(state) == len(weights) and {weight.dtype for weight in state.values()} == {torch.float32}
+
+    memory = load_memory(tmp_path / "offline" / "epoch_2")
+    with pytest.raises(ValueError, match=world.base.name):
+        memory(torch.zeros(1, 32))
+    joint = MLPMemory.from_pretrained(world.base, tmp_path / "offline" / "epoch_2", lmbda=1.0)
+    assert joint.knn_generator.lm_head.weight is joint.base_lm.get_output_embeddings().weight
+    score = ("evaluate_joint", "--model_name_or_path", world.base, "--dataset_name", world.windows, "--lmbda", 0.5, 1)
+    score += ("--knn_generator_path", tmp_path / "offline" / "epoch_2", "--dataset_split_name", "validation")
+    found = []
+    for name, stored in (("live", ()), ("stored", ("--dstore_path", world.dstore("validation")))):
+        command(*score, "--output_dir", tmp_path / name, *stored)
+        grid = json.loads((tmp_path / name / "results.json").read_text())["grid"]
+        found.append([row["perplexity"] for row in grid])
+    validated = record(tmp_path / "offline")["log"][-1]["validation"]["memory_perplexity"]
+    assert found[0] == pytest.approx(found[1], rel=1e-3) and found[1][1] == pytest.approx(validated, rel=0.01)
+
+
+def test_tied_offline_training_opens_no_base(llama_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainerArguments, "open_base", None)
+    offline(llama_world, tmp_path, "--tie_head", "--max_train_steps", 1)
+    assert len(losses(tmp_path)) == 1
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("shard", ["1GB", "10kB"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_a_tied_head_is_read_from_the_bases_files(family, shard, tmp_path):
+    base = tiny_base(family)
+    base.save_pretrained(tmp_path, max_shard_size=shard)
+    arguments, head = TrainerArguments(str(tmp_path)), base.get_output_embeddings().weight
+    for rows, opened in ((97, False), (90, False), (98, True)):  # a base with fewer rows is opened, which adds them
+        calls, config = [], copy.deepcopy(base.config)
+        config.vocab_size = rows
+        found = head_of_base(arguments, config, lambda calls=calls: calls.append(1) or base)
+        assert torch.equal(found, head[:rows]) and bool(calls) == opened
 
 
 def test_micro_batches_do_not_change_the_losses(llama_world, tmp_path):
@@ -139,9 +194,10 @@ def test_without_validation_offline_training_opens_no_base(llama_world, tmp_path
     assert len(losses(tmp_path / "out")) == 1
 
 
-def test_a_killed_run_continues_to_the_same_losses_and_weights(llama_world, tmp_path):
+@pytest.mark.parametrize("tied", [(), ("--tie_head", "--sampled_vocabulary", 40, "--micro_batch_rows", 16)])
+def test_a_killed_run_continues_to_the_same_losses_and_weights(llama_world, tmp_path, tied):
     more = ("--knn_dstore_path", llama_world.dstore("train"), "--checkpointing_steps", 2, "--num_train_epochs", 4)
-    more += ("--memory_dropout", 0.2)
+    more += ("--memory_dropout", 0.2, *tied)
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     command("train_mlpmem_offline", *llama_world.trainer(undisturbed, *more))
     words = llama_world.trainer(killed, *more)

@@ -29,6 +29,7 @@ class TrainerArguments(BaseArguments):
     )
     memory_layers: int | None = flag(None, "layers of the memory; default: the preset's, or 8 for other families")
     memory_dropout: float = flag(0.0, "dropout in the memory's MLPs")
+    tie_head: bool = flag(False, "the memory uses the base's head and is saved without one")
     output_dir: str = flag("output", "folder of the checkpoints; an interrupted run there is continued")
     overwrite: bool = flag(False, "start again where the folder holds another run")
     learning_rate: float = flag(5e-5, "peak learning rate of AdamW")
@@ -41,6 +42,9 @@ class TrainerArguments(BaseArguments):
     max_train_steps: int | None = flag(None, "number of optimizer steps; overrides --num_train_epochs")
     alpha: float = flag(0.5, "weight of KL(kNN || memory); the cross-entropy has 1 - alpha")
     loss: Literal["plain", "fused"] = flag("fused", "fused: computed in chunks of rows; plain: easy to change")
+    sampled_vocabulary: int = flag(
+        0, "loss over the token ids of a micro-batch and so many sampled others; 0: over the whole vocabulary"
+    )
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
     per_device_train_batch_size: int = flag(8, "windows per micro-batch and process")
     per_device_eval_batch_size: int = flag(8, "windows per validation batch and process")
@@ -51,6 +55,7 @@ class TrainerArguments(BaseArguments):
     )
     seed: int | None = flag(None, "seed of initialization and data order; drawn and recorded where none is given")
     checkpointing_steps: str | None = flag(None, "a number: save a checkpoint every so many steps, too; default: epoch")
+    save_dtype: Literal["float32", "bfloat16"] = flag("float32", "dtype of the memory's weights in checkpoints")
     resume_from_checkpoint: str | None = flag(None, "checkpoint to start from where --output_dir has none of its own")
     logging_steps: int = flag(1, "log every so many steps")
     init_lm_head: bool = flag(False, "initialize the head and the final norm from the base")
@@ -70,6 +75,7 @@ class TrainerArguments(BaseArguments):
             if not getattr(self, name):
                 raise InputError(f"--{name}: is required")
         check_fraction("--alpha", self.alpha)
+        check_at_least(0, self, "sampled_vocabulary")
         counts = ("num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "logging_steps")
         check_at_least(1, self, *counts, "memory_layers", "per_device_train_batch_size", "per_device_eval_batch_size")
         if (self.memory_layers or 0) > 1000:
@@ -102,7 +108,7 @@ class TrainerArguments(BaseArguments):
     def make_accelerator(self) -> Any:
         """The run's `Accelerator`, in the precision that flag, continued run, launcher or device ask for."""
         import torch
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
         prepare_device()
         has_bf16 = fastest_dtype(default_device()) is torch.bfloat16
@@ -112,7 +118,10 @@ class TrainerArguments(BaseArguments):
             mixed = "no" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "fp16"
             say(f"precision {mixed}: this GPU does not support the launcher's bf16")
         tracker = self.report_to if self.with_tracking and self.report_to != "none" else None
-        accelerator = Accelerator(mixed_precision=mixed, log_with=tracker, project_dir=self.output_dir)
+        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]  # a tied head, which stays as it is
+        accelerator = Accelerator(
+            mixed_precision=mixed, log_with=tracker, project_dir=self.output_dir, kwargs_handlers=handlers
+        )
         sharding = getattr(accelerator.state, "fsdp_plugin", None)
         if sharding and sharding.fsdp_version == 2 and (policy := sharding.mixed_precision_policy):
             # By default accelerate sums gradients and returns losses in half precision.

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from models.stack import memory_class
+from models.stack import head_scale, memory_class
 from models.stack import memory_config as config_of_layers
 from models.starts import drop_neurons, init_from_base, init_lm_head, measure_scale
 from training.arguments import TrainerArguments
 from training.rows import Rows
-from utils.cal_loss import fused_linear_distillation_loss, sparse_distillation_loss
+from utils.cal_loss import fused_linear_distillation_loss, sample_vocabulary, sparse_distillation_loss
 from utils.errors import InputError, one_line
 from utils.evaluation import label_log_probabilities
+from utils.memories import head_of_base
 
 # The paper's memories: family, number of layers, and what else differs from the base's config.
 PRESETS: dict[str, tuple[str, int, dict[str, int]]] = {
@@ -47,6 +49,10 @@ def memory_config(arguments: TrainerArguments, base_config: Any, vocabulary: int
     for name, value in changes.items():
         setattr(config, name, value)
     config.vocab_size = vocabulary
+    if arguments.tie_head:
+        base = Path(arguments.require_base())
+        config.tie_head = base.resolve().name if base.is_dir() else str(arguments.model_name_or_path)
+        config.head_scale = head_scale(base_config)
     return config
 
 
@@ -55,13 +61,15 @@ def build_memory(arguments: TrainerArguments, config: Any, open_base: Callable[[
 
     Args:
         config: from `memory_config`.
-        open_base: returns the base; called for --init_lm_head and --init_from_base only.
+        open_base: returns the base; called for --init_lm_head, --init_from_base, and as `head_of_base` says.
         windows: a few of them, evenly spaced, are read to estimate the scale around the captured block.
 
     Raises:
         ValueError: the base's weights do not have the memory's shapes.
     """
     memory = memory_class(config)(config).to(torch.float32)
+    if memory.tied:
+        memory.use_head(head_of_base(arguments, config, open_base))
     if arguments.init_lm_head:
         init_lm_head(memory, open_base())
     if arguments.init_from_base:
@@ -79,9 +87,9 @@ def build_memory(arguments: TrainerArguments, config: Any, open_base: Callable[[
 class MemoryWithLoss(nn.Module):
     """Memory, head and loss as one module, so that wrappers (DDP, FSDP, autocast) see a single forward."""
 
-    def __init__(self, memory: nn.Module, alpha: float, loss: str = "fused") -> None:
+    def __init__(self, memory: nn.Module, alpha: float, loss: str = "fused", sampled_vocabulary: int = 0) -> None:
         super().__init__()
-        self.memory, self.alpha, self.loss = memory, alpha, loss
+        self.memory, self.alpha, self.loss, self.sampled_vocabulary = memory, alpha, loss, sampled_vocabulary
 
     def forward(self, rows: Rows, num_rows: float | None = None) -> Any:
         """(total, kl, ce) of `rows`, each a sum over these rows divided by `num_rows`.
@@ -94,7 +102,11 @@ class MemoryWithLoss(nn.Module):
             with torch.autocast(inputs.device.type, enabled=False):
                 return label_log_probabilities(self.memory.hidden(inputs), weight, rows.label.to(weight.device))
         hidden = self.memory.hidden(inputs)  # (n, hidden)
-        targets = rows.label, rows.id_cnt, rows.token_id, rows.prob, self.alpha
+        label, token_id = rows.label, rows.token_id
+        if self.sampled_vocabulary:
+            sampled = sample_vocabulary(hidden, weight, label, token_id, self.sampled_vocabulary)
+            hidden, weight, label, token_id = sampled
+        targets = label, rows.id_cnt, token_id, rows.prob, self.alpha
         if self.loss == "plain":
-            return sparse_distillation_loss(self.memory.lm_head(hidden), *targets, num_rows=num_rows)
+            return sparse_distillation_loss(nn.functional.linear(hidden, weight), *targets, num_rows=num_rows)
         return fused_linear_distillation_loss(hidden, weight, *targets, num_rows=num_rows)

@@ -41,6 +41,7 @@ LENGTH = ("num_train_epochs", "max_train_steps")  # a run may be continued in an
 SETTINGS = (  # flags that decide the memory
     *("learning_rate", "weight_decay", "lr_scheduler_type", "num_warmup_steps", "max_grad_norm", "alpha", "seed"),
     *("memory_dropout", "init_lm_head", "init_from_base", "layer_position", "dataset_split_name", *LENGTH),
+    *("tie_head", "sampled_vocabulary", "save_dtype"),
 )
 # Rows per forward pass of the memory: small activations on a CPU; on a GPU the most that is tried.
 CPU_ROWS, GPU_ROWS = 1024, 16384
@@ -174,7 +175,7 @@ class MemoryTrainer:
         self.log: list[dict[str, Any]] = []
         self.step, self.training_seconds = 0, 0.0
 
-        module = MemoryWithLoss(self.memory, arguments.alpha, arguments.loss)
+        module = MemoryWithLoss(self.memory, arguments.alpha, arguments.loss, arguments.sampled_vocabulary)
         self.micro_rows = arguments.micro_batch_rows or rows_that_fit(module, accelerator)
         groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
         for name, weight in module.named_parameters():
@@ -339,8 +340,11 @@ class MemoryTrainer:
 
     def _save_memory(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """The memory with its record, the tokenizer, and the run's position in the state."""
-        memory = folder / self.subfolder
-        self.memory.save_pretrained(memory, state_dict={k.removeprefix("memory."): v for k, v in weights.items()})
+        memory, dtype = folder / self.subfolder, getattr(torch, self.arguments.save_dtype)
+        saved = {name.removeprefix("memory."): weight.to(dtype) for name, weight in weights.items()}
+        self.memory.save_pretrained(memory, state_dict=saved)
+        self.memory.config.dtype = dtype  # in place of the one in training
+        self.memory.config.save_pretrained(memory)
         made = replace(self.made, settings=self.made.settings | {"step": self.step})
         (memory / COMPLETE).write_text(made.text, encoding="utf-8")
         if self.tokenizer is not None:

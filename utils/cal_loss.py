@@ -42,6 +42,39 @@ def _on_device(device, labels, id_cnt, token_id, prob) -> tuple[Tensor, ...]:
     return labels.long(), id_cnt.long(), token_id, prob
 
 
+def sample_vocabulary(
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_id: Tensor, others: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs of either loss over a part of the vocabulary: the tokens of labels and targets, and `others` sampled ones.
+
+    The others are drawn uniformly, without replacement, from the `rest` of the vocabulary, with the CPU's generator. Each
+    logit of theirs gets + log(rest / others), so that the expected sum of exponentials is that of the whole vocabulary.
+
+    Args:
+        hidden, weight: (rows, hidden) and (vocabulary, hidden), as in `fused_linear_distillation_loss`.
+        labels, token_id: (rows,) and (entries,) integer on the CPU, as in `sparse_distillation_loss`.
+
+    Returns:
+        (hidden, weight, labels, token_id) with the selected rows of `weight` and token ids that number them. Both tensors
+        are eight columns wider: the product of these columns is the term above.
+    """
+    used = torch.zeros(len(weight), dtype=torch.bool)
+    used[labels.long().clamp_min(0)] = used[token_id.long()] = True
+    rest = used.logical_not().nonzero()[:, 0]
+    sampled = rest[torch.randperm(len(rest))[:others]]
+    selected = torch.cat([used.nonzero()[:, 0], sampled])
+    position = torch.zeros(len(weight), dtype=torch.int64)
+    position[selected] = torch.arange(len(selected))
+    columns = torch.zeros(len(selected), 8)  # eight keep rows aligned, and two of them the term exact in bfloat16
+    if len(sampled):
+        term = torch.tensor(math.log(len(rest) / len(sampled)))
+        columns[-len(sampled) :, 0] = term.bfloat16()
+        columns[-len(sampled) :, 1] = term - term.bfloat16()
+    labels = position[labels.long().clamp_min(0)].where(labels != IGNORED_LABEL, IGNORED_LABEL)
+    weight = torch.cat([weight[selected.to(weight.device)], columns.to(weight)], 1)
+    return nn.functional.pad(hidden, (0, 8), value=1.0), weight, labels, position[token_id.long()]
+
+
 def sparse_distillation_loss(
     logits: Tensor,
     labels: Tensor,

@@ -31,7 +31,7 @@ def label_log_probabilities(
 
     `hidden` (rows, hidden) of any float dtype, `weight` (V, hidden): the head, each T above 0.
     """
-    hidden = hidden.to(weight.dtype)
+    hidden = hidden.to(weight)
     return by_blocks(lambda rows: hidden[rows] @ weight.t(), weight.shape[0], labels, temperatures)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from utils.artefact import read_made, require
 from utils.errors import InputError, one_line
+from utils.files import read_json
 from utils.loading import BaseArguments, default_device, from_pretrained
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ def open_memory_of(
     arguments: BaseArguments, path: str | os.PathLike, base: Any = None, *, dtype: torch.dtype | None = None
 ) -> Any:
     """The memory at `path` (any published layout) in evaluation mode, in `dtype` (default: that of the flags), on the
-    device of the captured block of `base`, or this process's.
+    device of the captured block of `base`, or this process's. A tied one without `base` gets the head from the base's file.
 
     Raises InputError where there is no such block, no memory, or one of another base or block than the flags name.
     """
@@ -42,7 +45,43 @@ def open_memory_of(
     memory = from_pretrained(load_memory, path, "--knn_generator_path", dtype=dtype, device=device)
     base_id = arguments.base_id() if arguments.model_name_or_path else None
     require(path, read_made(memory.name_or_path), base=base_id, layer_position=arguments.layer_position)
+    if memory.tied and base is None:
+        head = head_of_base(arguments, memory.config, lambda: arguments.open_base(arguments.open_tokenizer()))
+        memory.use_head(head.to(device, dtype))
     return memory
+
+
+def head_of_base(arguments: BaseArguments, config: Any, open_base: Callable[[], Any]) -> torch.Tensor:
+    """The base's head (config.vocab_size, hidden), float32 on the CPU, for a tied memory with this config.
+
+    Only this tensor is read from the base's safetensors files. `open_base` opens the base where it has another name there
+    or fewer rows than the tokenizer has tokens.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import cached_file
+
+    from models.stack import memory_config
+
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(memory_config(config, 1))
+    head = base.get_output_embeddings().weight
+    # Several names where the head is the base's input embedding; GPT-2's own files leave the prefix out.
+    names = [name for name, weight in base.named_parameters(remove_duplicate=False) if weight is head]
+    names += [name.removeprefix(f"{base.base_model_prefix}.") for name in names]
+
+    def find(file: str) -> str | None:
+        return cached_file(arguments.require_base(), file, _raise_exceptions_for_missing_entries=False)
+
+    with contextlib.suppress(OSError, SafetensorError):
+        index = find("model.safetensors.index.json")
+        files = read_json(index)["weight_map"] if index else dict.fromkeys(names, "model.safetensors")
+        for name in filter(files.get, names):
+            with safe_open(find(files[name]), "pt") as file:
+                if name in set(file.keys()) and len(weight := file.get_tensor(name)) >= config.vocab_size:
+                    return weight[: config.vocab_size].float()
+    return open_base().get_output_embeddings().weight.detach().float().cpu()
 
 
 def open_joint(
