@@ -77,11 +77,12 @@ def test_online_and_offline_give_the_same_losses(world, tmp_path):
 def test_a_tied_memory_is_saved_without_the_bases_head(world, tmp_path):
     from models import MLPMemory, load_memory
 
-    tied = ("--tie_head", "--init_from_base", "--num_train_epochs", 2, "--save_dtype", "bfloat16")
+    tied = ("--tie_head", "--init_from_base", "--num_train_epochs", 2, "--learning_rate", 1e-2)
+    tied += ("--save_dtype", "bfloat16")
     offline(world, tmp_path / "offline", *tied, "--validation_dstore_path", world.dstore("validation"))
     command("train_mlpmem_online", *world.trainer(tmp_path / "online", *tied, "--round_hidden_states"))
     assert losses(tmp_path / "online") == pytest.approx(losses(tmp_path / "offline"), abs=1e-3)
-    assert losses(tmp_path / "offline")[-1] < losses(tmp_path / "offline")[0]
+    assert np.mean(losses(tmp_path / "offline")[6:]) < np.mean(losses(tmp_path / "offline")[:6])
     for folder in (tmp_path / "offline" / "epoch_2", tmp_path / "online" / "epoch_2" / "knn_generator"):
         weights = load_file(folder / "model.safetensors")
         assert not any("head" in name for name in weights)
