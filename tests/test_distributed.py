@@ -47,7 +47,7 @@ def training_steps(world, root: Path, processes: int) -> list[list[object]]:
     joint += ["--knn_generator_path", folder / "offline" / "epoch_2", "--per_device_eval_batch_size", 2]
     steps = [
         offline(folder / "offline", "--validation_dstore_path", world.dstore("validation")),
-        train("train_mlpmem_online", folder / "online", "--round_hidden_states"),
+        train("train_mlpmem_online", folder / "online", "--round_hidden_states", "--tie_head"),
         ["stop_after", "step_3", *offline(folder / "interrupted", *stops)],
         offline(folder / "interrupted", *stops),
         [*joint, "--lmbda", 0.2, 0.6, "--memory_temp", 1, 2, "--output_dir", folder / "joint"],

@@ -97,6 +97,10 @@ def test_a_tied_memory_is_saved_without_the_bases_head(world, tmp_path):
         memory(torch.zeros(1, 32))
     joint = MLPMemory.from_pretrained(world.base, tmp_path / "offline" / "epoch_2", lmbda=1.0)
     assert joint.knn_generator.lm_head.weight is joint.base_lm.get_output_embeddings().weight
+    joint.save_pretrained(tmp_path / "joint")
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        assert torch.equal(MLPMemory.from_pretrained(tmp_path / "joint")(ids).logits, joint(ids).logits)
     score = ("evaluate_joint", "--model_name_or_path", world.base, "--dataset_name", world.windows, "--lmbda", 0.5, 1)
     score += ("--knn_generator_path", tmp_path / "offline" / "epoch_2", "--dataset_split_name", "validation")
     found = []
