@@ -21,7 +21,7 @@ class JointArguments(ScoreArguments):
     temperature_name = "memory_temp"
 
     do_test: bool = flag(False, "score the split; the command does so without this flag too")
-    knn_generator_path: str = required("the memory: a folder or a hub name")
+    knn_generator_path: list[str] = required("the memory, or several: folders or hub names")
     memory_temp: list[float] = field(
         default_factory=lambda: [1.0],
         metadata={"help": "temperature of the memory's softmax, one or several", "aliases": ["--knn_temp"]},
@@ -37,7 +37,7 @@ class JointArguments(ScoreArguments):
 def main() -> None:
     (arguments,) = parse(JointArguments, description=__doc__.split("\n")[0])
     arguments.require_base()
-    arguments.check_scored()
+    arguments.check_scored(len(arguments.knn_generator_path))
     check_at_least(1, arguments, "per_device_eval_batch_size")
     if ADAPTIVE in arguments.lmbda and arguments.dstore_path:
         raise InputError(f"--lmbda {ADAPTIVE}: the gate needs the base's whole distribution; leave --dstore_path out")
@@ -59,37 +59,41 @@ def evaluate(arguments: JointArguments) -> None:
     quiet_libraries()
     started, split, batch_size = time.time(), arguments.dataset_split_name, arguments.per_device_eval_batch_size
     windows = load_windows(arguments.dataset_name, split, arguments.max_eval_samples)
-    dtype, path, gate = arguments.dtype(bf16=arguments.bf16, fp16=arguments.fp16), arguments.knn_generator_path, None
+    dtype, paths, gates = arguments.dtype(bf16=arguments.bf16, fp16=arguments.fp16), arguments.knn_generator_path, []
     score = MixtureScore([value for value in arguments.lmbda if value != ADAPTIVE], arguments.memory_temp)
     if arguments.dstore_path:
-        base, memory = None, open_memory_of(arguments, path, dtype=dtype)
+        base, memories = None, [open_memory_of(arguments, path, dtype=dtype) for path in paths]
+        weights = [memory.lm_head.weight for memory in memories]
     else:
         tokenizer = arguments.open_tokenizer()
         base = arguments.open_base(tokenizer, dtype=dtype)
         check_windows(arguments.dataset_name, windows, base.config, tokenizer)
-        joint = open_joint(arguments, path, base, ADAPTIVE if ADAPTIVE in arguments.lmbda else 0.0, dtype=dtype)
-        memory, gate = joint.knn_generator, joint.gate
-    if gate:
+        joint = open_joint(arguments, paths, base, ADAPTIVE if ADAPTIVE in arguments.lmbda else 0.0, dtype=dtype)
+        memories, gates = joint.memories, joint.gates
+        weights = [joint.head_of(memory).weight for memory in memories]
+    if gates:
         check_token_ids(windows, base.get_input_embeddings().weight.shape[0], arguments.dataset_name)
-        rows = gate_rows(joint, gate, windows, batch_size, f"score {split}")
+        rows = gate_rows(joint, gates, windows, batch_size, f"score {split}")
     else:
-        rows = scored_rows(base, windows, arguments, split, batch_size, memory.input_dim)
-    weight = memory.lm_head.weight
+        rows = scored_rows(base, windows, arguments, split, batch_size, memories[0].input_dim)
     with torch.inference_mode():
         for hidden, scored, labels in rows:
-            other = None
-            if score.lmbda:
-                read = memory.hidden(filled(hidden.to(weight.device, memory.dtype)))  # (filled rows, hidden)
+            others = []
+            for memory, weight in zip(memories, weights, strict=True) if score.lmbda else ():
+                last = memory.hidden(filled(hidden.to(memory.device, memory.dtype)))  # (filled rows, hidden)
                 ids = filled(labels.to(weight.device))
-                other = label_log_probabilities(read, weight, ids, arguments.memory_temp)[: len(labels)]
-            score.add(scored.base if gate else scored, other)
-            if gate:
-                score.add_adaptive(*scored.mixture(gate))
-    about = {"model": arguments.model_name_or_path, "memory": path, "dataset": arguments.dataset_name, "split": split}
+                others.append(label_log_probabilities(last, weight, ids, arguments.memory_temp)[: len(labels)])
+            score.add(scored.base if gates else scored, *others)
+            if gates:
+                score.add_adaptive(*scored.mixture(gates))
+    places = [memory.name_or_path for memory in memories]
+    shown = paths[0] if len(paths) == 1 else paths
+    about = {"model": arguments.model_name_or_path, "memory": shown, "dataset": arguments.dataset_name, "split": split}
     about["dtype"] = str(dtype).removeprefix("torch.")
-    made_from = {"base": arguments.base_id(), "memory": made_id(memory.name_or_path)}
+    made_from = {"base": arguments.base_id(), "memory": "+".join(filter(None, map(made_id, places))) or None}
     made_from["windows"] = made_id(arguments.dataset_name)
-    mixture = {"mixture": "base + memory", "adaptive": {"memory_temp": gate.memory_temp} if gate else None}
+    adaptive = {"memory_temp": gates[0].memory_temp} if gates else None
+    mixture = {"mixture": "base + memory" if len(paths) == 1 else f"base + {len(paths)} memories", "adaptive": adaptive}
     report_scores(score, arguments.output_dir, about, made_from, **mixture, started=started)
 
 

@@ -99,6 +99,7 @@ def gate_share(setting: Setting, name: str, count: int, times: int) -> Row:
     """
     import torch
 
+    from models.gate import mix
     from models.mixture import fixed_log_weights, log_mixture
 
     memory = setting.memory()
@@ -107,7 +108,7 @@ def gate_share(setting: Setting, name: str, count: int, times: int) -> Row:
     gate, weights = open_gate(setting, memory.config), fixed_log_weights(0.25)
     mixtures = {
         "one lambda": lambda learned: log_mixture((base.log_softmax(-1), learned.log_softmax(-1)), weights),
-        "gate": lambda learned: gate.mix(base, learned, hidden),
+        "gate": lambda learned: mix([gate], base, [learned], hidden),
     }
     seconds: dict[str, list[float]] = {each: [] for each in ("memory", *mixtures)}
     with torch.inference_mode():
@@ -158,7 +159,7 @@ def joint_model(setting: Setting, base: Any, *, gated: bool = False) -> Any:
     from models import MLPMemory
 
     memory = setting.memory()
-    mixture = {"lmbda": "adaptive", "gate": open_gate(setting, memory.config)} if gated else {}
+    mixture = {"lmbda": "adaptive", "gates": [open_gate(setting, memory.config)]} if gated else {}
     return MLPMemory(base, memory, **mixture).eval()
 
 

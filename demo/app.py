@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo.pair import PairArguments, Sampling, choose_pair, open_pair
+from demo.pair import PairArguments, Sampling, choose_pair, open_pair, short_name
 from utils.cli import command, flag, parse
 from utils.errors import InputError
 
@@ -49,7 +49,14 @@ def main() -> None:
     passages = None
     if files is not None and arguments.passages > 0:
         passages = Passages(*files, arguments.dataset_split_name, tokenizer, pair_arguments)
-    viewer = Viewer(joint, tokenizer, passages, arguments.passages, arguments.candidates)
+    viewer = Viewer(
+        joint,
+        tokenizer,
+        list(map(short_name, pair.knn_generator_path)),
+        passages,
+        arguments.passages,
+        arguments.candidates,
+    )
     folder = Path(__file__).parent
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # Gradio's default loads from Google
     build(viewer, pair, sampling).launch(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from demo.pair import PairArguments, Sampling, choose_pair, open_pair, short_name
 from utils.cli import command, parse
+from utils.results import lambda_text
 
 
 def main() -> None:
@@ -26,8 +27,11 @@ def main() -> None:
 
     joint, tokenizer = open_pair(pair, arguments)
     input_ids = tokenizer(pair.prompt, return_tensors="pt").input_ids
-    base, memory = short_name(pair.model_name_or_path), short_name(pair.knn_generator_path)
-    names = [f"base: {base}", f"base + memory: {memory}, lambda {pair.lmbda}, temperature {pair.memory_temp:g}"]
+    base, memory = short_name(pair.model_name_or_path), short_name(*pair.knn_generator_path)
+    names = [
+        f"base: {base}",
+        f"base + memory: {memory}, lambda {lambda_text(pair.lmbda)}, temperature {pair.memory_temp:g}",
+    ]
     print(f"{pair.prompt}\n", flush=True)
     screen = Console()
     with Live(console=screen, auto_refresh=False, transient=not screen.is_terminal) as live:

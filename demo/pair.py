@@ -16,14 +16,14 @@ from utils.results import Lambda
 
 @dataclass
 class Pair:
-    """A base and its memory (folders or hub names), their mixture, and a prompt.
+    """A base and its memories (folders or hub names), their mixture, and a prompt.
 
-    `lmbda` is a number or "adaptive". `passages`: paths of datastore, index and windows for passages, or None.
+    `lmbda` is a number, one for each memory, or "adaptive". `passages`: paths of datastore, index and windows for passages, or None.
     """
 
     model_name_or_path: str
-    knn_generator_path: str
-    lmbda: float | str = 0.25
+    knn_generator_path: list[str]
+    lmbda: float | list[float] | str = 0.25
     memory_temp: float = 1.0
     prompt: str = "The capital of France is"
     max_new_tokens: int = 40
@@ -40,7 +40,9 @@ class PairArguments(BaseArguments):
     )
     quickstart: str = flag("results/quickstart", "output folder of scripts/quickstart.sh")
     model_name_or_path: str | None = flag(None, "base model: a folder or a hub name; if not given, the preset's")
-    knn_generator_path: str | None = flag(None, "MLP memory: a folder or a hub name; if not given, the preset's")
+    knn_generator_path: list[str] | None = flag(
+        None, "MLP memory, or several: folders or hub names; if not given, the preset's"
+    )
     prompt: str | None = flag(None, "text to continue; if not given, the preset's")
     lmbda: Lambda | None = flag(None, "weight of the memory, 0 to 1, or adaptive; if not given, the preset's")
     memory_temp: float | None = field(
@@ -66,7 +68,7 @@ def choose_pair(arguments: PairArguments) -> Pair:
         pair = Pair(arguments.model_name_or_path, arguments.knn_generator_path)
     elif arguments.preset == "mistral":
         prompt = "Answer the questions:\n\nQuestion: who sings i can't take my eyes off of you?? The answer is:"
-        pair = Pair("mistralai/Mistral-7B-v0.3", "Rubin-Wei/MLPMemory-Mistral-wikipedia", 0.75, 1.0, prompt, 20)
+        pair = Pair("mistralai/Mistral-7B-v0.3", ["Rubin-Wei/MLPMemory-Mistral-wikipedia"], 0.75, 1.0, prompt, 20)
     else:
         pair = quickstart_pair(Path(arguments.quickstart))
     for name in vars(pair):
@@ -84,7 +86,7 @@ def quickstart_pair(folder: Path) -> Pair:
         remedy = "run scripts/quickstart.sh, or give --model_name_or_path and --knn_generator_path"
         raise InputError(f"{folder}: contains no trained memory; {remedy}")
     memory = max(epochs, key=lambda path: int(path.name.removeprefix("epoch_")))
-    pair = Pair(str(work / "embedded" / "model"), str(memory))
+    pair = Pair(str(work / "embedded" / "model"), [str(memory)])
     if (evaluated := work / "joint_test" / "results.json").exists():
         pair.model_name_or_path = read_json(evaluated)["model"]  # another one if MODEL was set
     if (folder / "results.json").exists():
@@ -112,15 +114,15 @@ def open_pair(pair: Pair, arguments: PairArguments) -> tuple[Any, Any]:
     return joint, tokenizer
 
 
-def short_name(path: str) -> str:
-    """A hub name, or the last two parts of a folder's path."""
-    return "/".join(Path(path).parts[-2:])
+def short_name(*paths: str) -> str:
+    """Hub names, or the last two parts of folders' paths."""
+    return ", ".join("/".join(Path(path).parts[-2:]) for path in paths)
 
 
 def main() -> None:
     """Print base, memory, lambda and memory temperature of a quickstart's folder, one per line, for scripts."""
     pair = quickstart_pair(Path(sys.argv[1]))
-    print(pair.model_name_or_path, pair.knn_generator_path, pair.lmbda, pair.memory_temp, sep="\n")
+    print(pair.model_name_or_path, *pair.knn_generator_path, pair.lmbda, pair.memory_temp, sep="\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ differ only by the memory: with lambda 0 they are equal, even when sampled.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,6 @@ from models.mlpMemory import room_after
 from models.stack import context_size
 
 SIDES = BASE, JOINT = "base", "joint"
-SOURCES = ("base", "memory", "mixture")
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 ANCHOR_TOKENS = 8  # decoded along, since some tokenizers drop the space at the start of a text
 
@@ -36,23 +36,40 @@ ANCHOR_TOKENS = 8  # decoded along, since some tokenizers drop the space at the 
 class Token:
     """A generated token and the distributions that it was chosen from.
 
-    `log_probs`: its log-probability (nats) in each of SOURCES. `top`: the most probable tokens of each, [(token id,
-    probability)]. `lmbda`: the memory's weight. `hidden`: the captured hidden state (hidden,). `demo.viewer` fills in
+    `log_probs`: its log-probability (nats) in each of `sources_of`. `top`: the most probable tokens of each, [(token id,
+    probability)]. `weights`: those of the memories. `hidden`: the captured hidden state (hidden,). `demo.viewer` fills in
     `texts` (of it and its candidates, by token id) and `passages`.
     """
 
     token_id: int
     log_probs: dict[str, float]
     top: dict[str, list[tuple[int, float]]]
-    lmbda: float
+    weights: list[float]
     hidden: torch.Tensor
     texts: dict[int, str] = field(default_factory=dict)
     passages: list[Any] | None = None
 
     @property
+    def lmbda(self) -> float:
+        """The weight of all memories."""
+        return sum(self.weights)
+
+    @property
+    def memory(self) -> int:
+        """The number, from 0, of the memory with the largest share of this token's probability."""
+        _, *memories, _ = self.log_probs.values()
+        shares = [weight * math.exp(log_prob) for weight, log_prob in zip(self.weights, memories, strict=True)]
+        return shares.index(max(shares))
+
+    @property
     def moved(self) -> float:
         """log p_mixture - log p_base in nats; at least log(1 - lambda)."""
         return self.log_probs["mixture"] - self.log_probs["base"]
+
+
+def sources_of(memories: int) -> list[str]:
+    """The names of the distributions: base, memory (or memory 1, memory 2, …), mixture."""
+    return ["base", *(["memory"] if memories == 1 else [f"memory {n}" for n in range(1, memories + 1)]), "mixture"]
 
 
 class SideBySide(LogitsProcessor, BaseStreamer):
@@ -62,7 +79,7 @@ class SideBySide(LogitsProcessor, BaseStreamer):
         self.queue: Queue[dict[str, list[Token]] | None] = Queue()
         self.stopped = False
         self._joint, self._sampling, self._candidates = joint, sampling, candidates
-        self._lmbda, self._memory_temp = joint.lmbda, joint.knn_temp
+        self._lmbda, self._temperatures = joint.lmbda, joint.temperatures
         self._random = torch.Generator().manual_seed(sampling.seed)
         self._steps: deque[tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]] = deque()
         self._made: dict[str, list[Token]] = {side: [] for side in SIDES}
@@ -92,15 +109,17 @@ class SideBySide(LogitsProcessor, BaseStreamer):
         """The base's logits (2, vocabulary) → scores whose argmax are the next tokens."""
         hidden = self._capture.take()[:, -1]  # (2, hidden)
         base = scores.log_softmax(-1)
-        memory = self._joint.memory_logits(hidden).to(base.device).float()
-        memory = (memory / self._memory_temp).log_softmax(-1)
+        learned = zip(self._joint.memory_logits(hidden), self._temperatures, strict=True)
+        memories = [(logits.to(base.device).float() / temp).log_softmax(-1) for logits, temp in learned]
         if self._lmbda == ADAPTIVE:
-            weights = gate_log_weights(self._joint.gate(base, memory, hidden))  # (2, 1) each
+            pairs = zip(self._joint.gates, memories, strict=True)
+            weights = gate_log_weights(*(gate(base, memory, hidden) for gate, memory in pairs))  # (2, 1) each
         else:
-            weights = fixed_log_weights(self._lmbda)
-        mixture = log_mixture([base, memory], weights)
-        lmbda = torch.as_tensor(weights[1]).exp().expand(2, 1)
-        self._steps.append((dict(zip(SOURCES, (base, memory, mixture), strict=True)), lmbda, hidden))
+            weights = fixed_log_weights(self._lmbda, len(memories))
+        mixture = log_mixture([base, *memories], weights)
+        scores_of = dict(zip(sources_of(len(memories)), (base, *memories, mixture), strict=True))
+        shares = torch.cat([torch.as_tensor(weight).exp().expand(2, 1) for weight in weights[1:]], 1)
+        self._steps.append((scores_of, shares, hidden))
         chosen = torch.stack([base[0], mixture[1]])
         if self._sampling.temperature <= 0:
             return chosen
@@ -113,7 +132,7 @@ class SideBySide(LogitsProcessor, BaseStreamer):
         """Called by `generate` with the prompt (2, time), then with the two tokens of each step."""
         if value.ndim == 2:
             return
-        scores, lmbda, hidden = self._steps.popleft()
+        scores, weights, hidden = self._steps.popleft()
         best = {name: each.exp().topk(min(self._candidates, each.shape[-1])) for name, each in scores.items()}
         for row, (token, tokens) in enumerate(zip(value.tolist(), self._made.values(), strict=True)):
             if tokens and tokens[-1].token_id in self._ends:
@@ -123,7 +142,7 @@ class SideBySide(LogitsProcessor, BaseStreamer):
                 name: list(zip(each.indices[row].tolist(), each.values[row].tolist(), strict=True))
                 for name, each in best.items()
             }
-            tokens.append(Token(token, log_probs, top, lmbda[row].item(), hidden[row]))
+            tokens.append(Token(token, log_probs, top, weights[row].tolist(), hidden[row]))
         self.queue.put({side: tokens.copy() for side, tokens in self._made.items()})
 
     def end(self) -> None:

@@ -23,19 +23,20 @@ from utils.results import ADAPTIVE
 class Viewer:
     """Runs prompts, one at a time: the page's queue ensures that.
 
-    `passages`: where training passages are looked up, or None. `passage_count`, `candidate_count`: how many of each are
+    `names`: of the memories. `passages`: where training passages are looked up, or None. `passage_count`, `candidate_count`: how many of each are
     shown per token. `stopped`: set it to end the current run at the next token.
     """
 
     joint: MLPMemory
     tokenizer: Any
+    names: list[str]
     passages: Passages | None = None
     passage_count: int = 3
     candidate_count: int = 6
     stopped: bool = False
 
     def run(
-        self, prompt: str, lmbda: float | str, memory_temp: float, max_new_tokens: int, sampling: Sampling
+        self, prompt: str, lmbda: float | list[float] | str, memory_temp: float, max_new_tokens: int, sampling: Sampling
     ) -> Iterator[tuple[str, str, str, str]]:
         """Yield (base's text, text of base + memory, inspector's HTML, status) after each token and at the end.
 
@@ -55,7 +56,7 @@ class Viewer:
             status = f"{sum(map(len, made.values()))} tokens in {time.monotonic() - started:.1f} s"
             for tokens in made.values():
                 self._add_texts(prompt_ids, tokens)
-            yield *texts, page.inspector(made), status
+            yield *texts, page.inspector(made, self.names), status
         except (ValueError, torch.OutOfMemoryError) as error:
             raise gradio.Error(str(error), print_exception=False) from None
 
@@ -74,7 +75,8 @@ class Viewer:
 def build(viewer: Viewer, pair: Pair, sampling: Sampling) -> gradio.Blocks:
     """The page, with the settings of `pair` and `sampling` at first."""
     adaptive = pair.lmbda == ADAPTIVE
-    has_gate = adaptive or LambdaGate.load(viewer.joint.knn_generator.name_or_path) is not None
+    has_gate = adaptive or all(LambdaGate.load(memory.name_or_path) for memory in viewer.joint.memories)
+    shares = [weight / sum(pair.lmbda) for weight in pair.lmbda] if isinstance(pair.lmbda, list) else None
     private = {"api_visibility": "private", "show_progress": "hidden"}
 
     def slider(
@@ -83,11 +85,12 @@ def build(viewer: Viewer, pair: Pair, sampling: Sampling) -> gradio.Blocks:
         return gradio.Slider(least, max(most, value), value, step=step, label=label, elem_id=name, visible=visible)
 
     def run(prompt: str, by_token: bool, lmbda: float, memory_temp: float, new_tokens: int, *sampling: Any) -> Any:
-        yield from viewer.run(prompt, ADAPTIVE if by_token else lmbda, memory_temp, new_tokens, Sampling(*sampling))
+        fixed = [lmbda * share for share in shares] if shares else lmbda
+        yield from viewer.run(prompt, ADAPTIVE if by_token else fixed, memory_temp, new_tokens, Sampling(*sampling))
 
     with gradio.Blocks(title="MLP Memory", analytics_enabled=False) as blocks:
         gradio.Markdown(
-            f"# MLP Memory\nbase {short_name(pair.model_name_or_path)}; memory {short_name(pair.knn_generator_path)}"
+            f"# MLP Memory\nbase {short_name(pair.model_name_or_path)}; memory {short_name(*pair.knn_generator_path)}"
         )
         with gradio.Row():
             with gradio.Column(scale=3):
@@ -98,7 +101,7 @@ def build(viewer: Viewer, pair: Pair, sampling: Sampling) -> gradio.Blocks:
             with gradio.Column(scale=2):
                 label = "Lambda by token: the memory's gate, with its own temperature"
                 by_token = gradio.Checkbox(adaptive, label=label, visible=has_gate, elem_id="adaptive")
-                weight = Pair.lmbda if adaptive else pair.lmbda
+                weight = Pair.lmbda if adaptive else sum(pair.lmbda) if shares else pair.lmbda
                 lmbda = slider("lambda", "Lambda: weight of the memory", 0, 1, 0.01, weight, not adaptive)
                 label = "Temperature of the memory"
                 memory_temp = slider("memory_temp", label, 0.1, 4, 0.01, pair.memory_temp, not adaptive)

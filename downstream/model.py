@@ -17,7 +17,7 @@ class ModelArguments(BaseArguments):
 
     torch_dtype: str | None = flag(None, "float32, bfloat16, float16 or auto; default: float16 on a GPU, else float32")
     use_neural_knn: bool = flag(False, "evaluate base + MLP memory; without it the base alone")
-    knn_generator_path: str | None = flag(None, "the MLP memory: a folder or a hub name")
+    knn_generator_path: list[str] = flag([], "the MLP memory, or several: folders or hub names")
     lmbda: Lambda = flag(0.25, "weight of the memory: 0 to 1, or adaptive (the memory's gate)")
     memory_temp: float = flag(1.0, "temperature of the memory's softmax")
     add_bos: bool = flag(False, "begin each prompt with the BOS token, for bases trained with windows of --window_bos")
@@ -25,7 +25,7 @@ class ModelArguments(BaseArguments):
     def check(self) -> None:
         """Check the values before anything is loaded. Raises InputError."""
         self.require_base()
-        check_lambda("--lmbda", self.lmbda)
+        check_lambda("--lmbda", self.lmbda, len(self.knn_generator_path))
         if self.use_neural_knn and not self.knn_generator_path:
             raise InputError("--use_neural_knn: name the memory with --knn_generator_path")
 
@@ -44,7 +44,7 @@ class ModelArguments(BaseArguments):
         if not self.use_neural_knn:
             return {"model": self.model_name_or_path, "memory": None, "lmbda": None, "memory_temp": None}
         temperature = None if self.lmbda == ADAPTIVE else self.memory_temp
-        names = {"model": self.model_name_or_path, "memory": self.knn_generator_path}
+        names = {"model": self.model_name_or_path, "memory": " ".join(self.knn_generator_path)}
         return names | {"lmbda": self.lmbda, "memory_temp": temperature}
 
     def settings(self) -> dict[str, Any]:
@@ -61,12 +61,12 @@ class ModelArguments(BaseArguments):
         from utils.artefact import read_made
 
         found = {"base": self.base_id()}
-        if self.use_neural_knn:
-            memory = find_memory(self.knn_generator_path)
+        for number, path in enumerate(self.knn_generator_path if self.use_neural_knn else (), 1):
+            memory, which = find_memory(path), "" if number == 1 else f"_{number}"
             made = read_made(memory)
-            found["memory"] = made.id if made else replace(self, model_name_or_path=str(memory)).base_id()
+            found[f"memory{which}"] = made.id if made else replace(self, model_name_or_path=str(memory)).base_id()
             if self.lmbda == ADAPTIVE and (gate := read_made(memory / WEIGHTS)):
-                found["gate"] = gate.id
+                found[f"gate{which}"] = gate.id
         return found
 
 

@@ -31,7 +31,7 @@ DEFINITION = r"\b(?:is|was|are|were) (?:an?|the|one of the)(?= [\w\"'])"
 YEAR = r"(\s(?:1\d|20)\d\d\b)"
 ANSWER_WORDS = 2
 SHORTEST, LONGEST = 8, 400
-Mixture = tuple[float | str, float]  # lambda and temperature
+Mixture = tuple[float | list[float] | str, float]  # lambda and temperature
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Case:
 class RecallArguments(BaseArguments):
     """Models and articles."""
 
-    knn_generator_path: str = required("folder of the memory")
+    knn_generator_path: list[str] = required("folder of the memory, or of several")
     articles: str = required(".jsonl file of the training articles, one per row, in the column text")
     max_cases: int = flag(400, "maximum number of cases, spread evenly over the articles")
     answer_words: int = flag(ANSWER_WORDS, "words that answer a definition")
@@ -60,7 +60,7 @@ class RecallArguments(BaseArguments):
 
     def mixtures(self) -> dict[str, Mixture]:
         """Base, memory, and with an adaptive lambda also the single lambda of --choose_on. Raises InputError."""
-        check_lambda("--lmbda", self.lmbda)
+        check_lambda("--lmbda", self.lmbda, len(self.knn_generator_path))
         found: dict[str, Mixture] = {"base": (0.0, 1.0), "memory": (self.lmbda, self.memory_temp)}
         if self.choose_on:
             (lmbda,), (memory_temp,) = chosen(self.choose_on, knn=False)

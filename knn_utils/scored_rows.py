@@ -4,7 +4,7 @@ the base's log-probabilities."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +92,8 @@ class Scorer:
 
 
 class GateRows(NamedTuple):
-    """The gate's features (rows, FEATURES) and the labels' log-probabilities (rows,) under base and memory, float32."""
+    """The features (rows, memories, FEATURES) of the gates, and the labels' log-probabilities under base (rows,) and
+    memories (rows, memories); float32."""
 
     features: Tensor
     base: Tensor
@@ -102,22 +103,25 @@ class GateRows(NamedTuple):
     def concatenate(cls, rows: list[GateRows]) -> GateRows:
         return cls(*map(torch.cat, zip(*rows, strict=True)))
 
-    def mixture(self, gate: Any) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (rows,) of the labels under the gate's mixture, and lambda (rows,)."""
-        weights = gate_log_weights(gate.logit(self.features)[:, 0])
-        return log_mixture((self.base, self.memory), weights), weights[1].exp()
+    def mixture(self, gates: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (rows,) of the labels under the mixture by `gates`, and the memories' weights
+        (rows, memories)."""
+        logits = (gate.logit(features)[:, 0] for gate, features in zip(gates, self.features.unbind(1), strict=True))
+        weights = gate_log_weights(*logits)
+        return log_mixture((self.base, *self.memory.unbind(1)), weights), torch.stack(weights[1:], 1).exp()
 
 
 @torch.inference_mode()
 def gate_rows(
-    joint: Any, gate: Any, windows: Any, batch_size: int, description: str
+    joint: Any, gates: Sequence[Any], windows: Any, batch_size: int, description: str
 ) -> Iterator[tuple[Tensor, GateRows, Tensor]]:
     """This process's batches of windows: captured states (rows, hidden), their `GateRows`, and labels (rows,).
 
     Raises InputError where the base gives NaN or infinity.
     """
     device = joint.get_input_embeddings().weight.device
-    block = block_rows(device, 16 * joint.config.vocab_size)  # four float32 copies of the logits at a time
+    copies = 3 + len(joint.memories)  # float32 ones of the logits at a time
+    block = block_rows(device, 4 * copies * joint.config.vocab_size)
     for ids, positions, labels in own_batches(windows, batch_size, description):
         inputs = joint.base_lm, ids.to(device), positions.to(device), joint.layer_position
         states, final = map(filled, hidden_and_head_input(*inputs))  # (rows, hidden) each
@@ -125,11 +129,15 @@ def gate_rows(
         for start in range(0, len(states), block):
             rows = slice(start, start + block)
             base = base_logits(joint.base_lm, final[rows]).float()  # (block, V)
-            memory = joint.memory_logits(states[rows]).to(base.device).float() / gate.memory_temp
-            features, base_total, memory_total = gate.features(base, memory, states[rows])
             label = filled_labels[rows, None].to(base.device)
-            base, memory = base.gather(-1, label) - base_total, memory.gather(-1, label) - memory_total
-            scored.append(GateRows(features, base[:, 0], memory[:, 0]))
+            features, learned = [], []
+            for gate, logits in zip(gates, joint.memory_logits(states[rows]), strict=True):
+                logits = logits.to(base.device).float() / gate.memory_temp
+                found, base_total, memory_total = gate.features(base, logits, states[rows])
+                features.append(found)
+                learned.append(logits.gather(-1, label) - memory_total)
+            base = base.gather(-1, label) - base_total
+            scored.append(GateRows(torch.stack(features, 1), base[:, 0], torch.cat(learned, 1)))
             check_finite(joint.base_lm, states[rows], base)
         yield states[: len(labels)], GateRows(*(each[: len(labels)] for each in GateRows.concatenate(scored))), labels
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -108,6 +109,38 @@ class HiddenCapture:
     def __exit__(self, kind: type | None, *_: object) -> bool:
         self._handle.remove()
         return kind is _CapturedError
+
+
+class SharedHead:
+    """In its `with` block a base's head also computes the logits of the tied memories, all in one product.
+
+    `more` is called when the head runs, and returns hidden states of the shape of its input (batch, kept, hidden); `.logits`
+    are theirs (batch, kept, vocabulary). As `HiddenCapture` it acts in the thread that created it.
+    """
+
+    def __init__(self, head: nn.Module, more: Callable[[], list[torch.Tensor]]) -> None:
+        self.logits: list[torch.Tensor] = []
+        self._more, self._thread = more, threading.get_ident()
+        self._handles = head.register_forward_pre_hook(self._append), head.register_forward_hook(self._split)
+
+    def _append(self, head: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor | None:
+        if threading.get_ident() != self._thread:
+            return None
+        self._batch = len(args[0])
+        return torch.cat([args[0], *(hidden.to(args[0]) for hidden in self._more())])
+
+    def _split(self, head: nn.Module, args: tuple, logits: torch.Tensor) -> torch.Tensor | None:
+        if threading.get_ident() != self._thread:
+            return None
+        own, *self.logits = logits.split(self._batch)
+        return own
+
+    def __enter__(self) -> SharedHead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 @torch.no_grad()

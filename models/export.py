@@ -1,6 +1,6 @@
 """Write base and memory as one folder that opens wherever transformers is installed.
 
-    python -m models.export BASE MEMORY FOLDER --lmbda 0.5 --include_base --results results/joint/results.json
+    python -m models.export BASE MEMORY [MEMORY …] FOLDER --lmbda 0.5 --include_base --results results/joint/results.json
 
 `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` opens it with the code that is copied into it.
 """
@@ -22,12 +22,13 @@ def main(words: list[str] | None = None) -> None:
         prog="python -m models.export", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("base", help="the base model: a folder or a hub name")
-    parser.add_argument("memory", help="its memory: a folder or a hub name")
+    parser.add_argument("memory", nargs="+", help="its memory, or several: folders or hub names")
     parser.add_argument("folder", help="the folder to write")
     parser.add_argument(
         "--lmbda",
-        type=number_or_adaptive,
-        help="weight of the memory: 0 to 1, or adaptive if the memory has a gate (default: the memory's, else 0.25)",
+        type=parse_lambda,
+        help="weight of the memory: 0 to 1, one for each of several (0.2,0.1), or adaptive if the memory has a gate "
+        "(default: the memory's, else 0.25)",
     )
     parser.add_argument(
         "--memory_temp",
@@ -52,13 +53,15 @@ def main(words: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def number_or_adaptive(word: str) -> float | str:
-    return word if word == "adaptive" else float(word)
+def parse_lambda(word: str) -> float | list[float] | str:
+    if word == "adaptive":
+        return word
+    return [float(each) for each in word.split(",")] if "," in word else float(word)
 
 
 def export(
     base: str,
-    memory: str,
+    memory: list[str],
     folder: str,
     *,
     memory_temp: float | None,
@@ -75,7 +78,7 @@ def export(
     rows = [row for each in read for row in (each if isinstance(each, list) else [each])]
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    joint = MLPMemory.from_pretrained(base, memory, knn_temp=memory_temp, **settings)
+    joint = MLPMemory.from_pretrained(base, memory if len(memory) > 1 else memory[0], knn_temp=memory_temp, **settings)
     joint.save_pretrained(folder, include_base=include_base or None, results=rows)
     print(f"{folder}: AutoModelForCausalLM.from_pretrained opens it with trust_remote_code=True")
     if os.path.isdir(base) and not include_base:

@@ -7,12 +7,14 @@ log-probability of the other's top-1 token, and the log Mahalanobis distance of 
 
     lambda = σ(w₂ · SiLU(W₁ features + c₁) + c₂),     p = (1 - lambda) · b + lambda · m.
 
-`training/gate.py` trains it to maximize the mixture's likelihood and writes it into the folder of its memory.
+`training/gate.py` trains it to maximize the mixture's likelihood and writes it into the folder of its memory. Several
+memories have a gate each: the weights of base and memories are softmax([0, g_1, g_2, …]) of the gates' logits.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -92,12 +94,6 @@ class LambdaGate(nn.Module):
         """log(lambda / (1 - lambda)) (…, 1) of each position; arguments as in `features`."""
         return self.logit(self.features(base, memory, hidden)[0])
 
-    def mix(self, base: torch.Tensor, memory: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The mixture's log-probabilities (…, vocabulary); arguments as in `features`."""
-        features, base_total, memory_total = self.features(base, memory, hidden)
-        base_weight, memory_weight = gate_log_weights(self.logit(features))
-        return log_mixture((base, memory), (base_weight - base_total, memory_weight - memory_total))
-
     @torch.no_grad()
     def fit_corpus(self, states: torch.Tensor) -> None:
         """Set mean and covariance of the corpus from a sample of its states (n, hidden)."""
@@ -131,6 +127,23 @@ class LambdaGate(nn.Module):
             message = " ".join(str(error).split())[:200]
             raise ValueError(f"{path}: cannot be read ({message}); train it again: python -m training.gate") from None
         return gate.eval().requires_grad_(False)
+
+
+def mix(
+    gates: Sequence[LambdaGate], base: torch.Tensor, memories: Sequence[torch.Tensor], hidden: torch.Tensor
+) -> torch.Tensor:
+    """The log-probabilities (…, vocabulary) of a mixture of base and memories, each with its gate.
+
+    `memories`: the logits of each; otherwise as in `LambdaGate.features`.
+    """
+    logits, totals = [], []
+    for gate, memory in zip(gates, memories, strict=True):
+        features, base_total, memory_total = gate.features(base, memory, hidden)
+        logits.append(gate.logit(features))
+        totals.append(memory_total)
+    weights = gate_log_weights(*logits)
+    normalized = [weight - total for weight, total in zip(weights, (base_total, *totals), strict=True)]
+    return log_mixture((base, *memories), normalized)
 
 
 def _expectations(logits: torch.Tensor, *values: torch.Tensor) -> list[torch.Tensor]:

@@ -28,7 +28,7 @@ class MLPMemoryConfig(PretrainedConfig):
     """Config of `MLPMemory`. `text_config` is the base's own, so that generation finds its cache and context sizes.
 
     `base_model_name_or_path` names the base, unless it lies in the folder itself, in `base/`; `base_id` is that base's
-    id (`families.base_id`); `results` are measured rows for the model card.
+    id (`stack.base_id`); `results` are measured rows for the model card; `memories` counts the memories.
     """
 
     model_type = "mlp_memory"
@@ -37,12 +37,13 @@ class MLPMemoryConfig(PretrainedConfig):
     def __init__(
         self,
         text_config: PretrainedConfig | dict | None = None,
-        lmbda: float | str = 0.25,
+        lmbda: float | list[float] | str = 0.25,
         knn_temp: float = 1.0,
         layer_position: int = -1,
         base_model_name_or_path: str | None = None,
         base_id: str | None = None,
         results: list[dict[str, Any]] | None = None,
+        memories: int = 1,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -54,6 +55,7 @@ class MLPMemoryConfig(PretrainedConfig):
         self.base_model_name_or_path = base_model_name_or_path
         self.base_id = base_id
         self.results = results
+        self.memories = memories
         for name in PLAIN:
             kwargs.setdefault(name, getattr(text_config, name, None))
         super().__init__(**kwargs)

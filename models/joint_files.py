@@ -1,6 +1,7 @@
 """The folder of a joint model: opening its parts and saving it.
 
-Layout: `config.json` (base, lambda, temperature, layer), `memory/` (in the published layout), the tokenizer,
+Layout: `config.json` (base, lambda, temperature, layer), `memory/` (in the published layout; further ones in `memory_2/`
+and so on, each with its gate), the tokenizer,
 `README.md` (the model card), the code that `auto_map` names and, if it is included, the base in `base/`. `config.json`
 is written last, so a folder that has one is complete.
 """
@@ -24,8 +25,8 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from .gate import LambdaGate
-from .joint_config import OLDEST_MAJOR, MLPMemoryConfig, read_joint_config
+from .gate import WEIGHTS, LambdaGate
+from .joint_config import ADAPTIVE, OLDEST_MAJOR, MLPMemoryConfig, read_joint_config
 from .stack import BASE_PREFIX, MEMORY_PREFIX, base_id, download, load_base, resize_vocabulary, vocabulary_size
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,8 @@ def absolute(name: str | os.PathLike | None) -> str | None:
 
 def joint_parts(
     path: str | os.PathLike, config: MLPMemoryConfig | None, base_arguments: dict[str, Any]
-) -> tuple[Path, str, MLPMemoryConfig]:
-    """Memory, base and config of the joint model saved at `path` (a folder, or a hub name).
+) -> tuple[list[Path], str, MLPMemoryConfig]:
+    """Memories, base and config of the joint model saved at `path` (a folder, or a hub name).
 
     Removes from `base_arguments` those of the joint folder's own hub look-up. Raises ValueError when `path` is not a
     joint model.
@@ -93,7 +94,12 @@ def joint_parts(
     base = base_arguments.pop("base_model_name_or_path", None) or config.base_model_name_or_path
     if base == recorded.base_model_name_or_path and (folder / INSIDE / "config.json").is_file():
         base = str(folder / INSIDE)
-    return folder / MEMORY, base, config
+    return [folder / place for place in memory_folders(config.memories)], base, config
+
+
+def memory_folders(memories: int) -> list[str]:
+    """The names of the memories' folders in a joint folder: memory, memory_2, …"""
+    return [MEMORY, *(f"{MEMORY}_{number}" for number in range(2, memories + 1))]
 
 
 def open_base(name: str, arguments: dict[str, Any], joint_folder: Path | None = None) -> PreTrainedModel:
@@ -125,6 +131,21 @@ def made_for(memory: Path, config: MLPMemoryConfig | None) -> dict[str, Any]:
         made = json.loads(record.read_text(encoding="utf-8"))
         return {"base": made["made_from"].get("base"), "layer_position": made["settings"].get("layer_position", -1)}
     return {"base": config.base_id} if config is not None else {}
+
+
+def open_gate(memory: nn.Module, base: nn.Module) -> LambdaGate:
+    """The gate in a memory's folder. Raises ValueError where there is none, or one of another base."""
+    folder = memory.name_or_path
+    gate = LambdaGate.load(folder)
+    if gate is None:
+        raise ValueError(f"lambda {ADAPTIVE}: the memory {folder} has no gate; train one: python -m training.gate")
+    record = Path(folder, f"{WEIGHTS}.made.json")
+    recorded = json.loads(record.read_text(encoding="utf-8"))["made_from"].get("base") if record.is_file() else None
+    if recorded not in (None, found := id_of(base.name_or_path, {})) and found:
+        raise ValueError(
+            f"lambda {ADAPTIVE}: the gate of {folder} was trained for another base; run training.gate again"
+        )
+    return gate
 
 
 def check_fit(base_config: PretrainedConfig, memory: nn.Module) -> None:
@@ -205,7 +226,8 @@ def save_joint(
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token  # so that the folder generates in batches
 
-    config = copy.deepcopy(joint.config)
+    config, folders = copy.deepcopy(joint.config), memory_folders(len(joint.memories))
+    config.memories = len(folders)
     config.base_model_name_or_path = None if include_base and reference and os.path.isabs(reference) else reference
     config.base_id = None if include_base or not reference else id_of(reference, {})
     if results is not None:
@@ -215,12 +237,14 @@ def save_joint(
     config.text_config.name_or_path = ""
 
     with _replacing(folder) as new:
-        _save_part(joint.knn_generator, new / MEMORY, state_dict, MEMORY_PREFIX, max_shard_size)
+        prefixes = [MEMORY_PREFIX, *(f"more_memories.{number}." for number in range(len(joint.more_memories)))]
+        gates = list(joint.gates) or [LambdaGate.load(memory.name_or_path) for memory in joint.memories]
+        for place, memory, prefix, gate in zip(folders, joint.memories, prefixes, gates, strict=True):
+            _save_part(memory, new / place, state_dict, prefix, max_shard_size)
+            if gate is not None:
+                gate.save(new / place)
         if include_base:
             _save_part(joint.base_lm, new / INSIDE, state_dict, BASE_PREFIX, max_shard_size)
-        gate = joint.gate or LambdaGate.load(joint.knn_generator.name_or_path)
-        if gate is not None:
-            gate.save(new / MEMORY)
         if tokenizer is not None:
             for each in (new, new / INSIDE) if include_base else (new,):
                 tokenizer.save_pretrained(each)
@@ -282,7 +306,9 @@ def _replacing(folder: Path) -> Iterator[Path]:
 def _replace(new: Path, folder: Path) -> None:
     """Move the files in `new` into `folder`, config.json last, in place of those of the same names."""
     (folder / "config.json").unlink(missing_ok=True)
-    shutil.rmtree(folder / INSIDE, ignore_errors=True)
+    for stale in (INSIDE, f"{MEMORY}_*"):
+        for place in folder.glob(stale):
+            shutil.rmtree(place, ignore_errors=True)
     for source in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
         if source.is_dir():
             shutil.rmtree(folder / source.name, ignore_errors=True)
@@ -299,7 +325,7 @@ def model_card(joint: PreTrainedModel, config: MLPMemoryConfig, included: bool) 
     return CARD.format(
         front=f"base_model: {json.dumps(hub_name)}\n" if hub_name else "",
         base=(hub_name or _described(joint.base_lm)) + (", in `base/`" if included else ""),
-        memory=_described(joint.knn_generator),
+        memory="; ".join(map(_described, joint.memories)),
         results="".join(
             f"- {', '.join(f'{name} {value}' for name, value in row.items())}\n" for row in config.results or ()
         ),

@@ -26,9 +26,23 @@ def log_mixture(log_probs: Sequence[Tensor], log_weights: Sequence[Tensor | floa
     return mixed
 
 
-def fixed_log_weights(*lmbda: float) -> list[float]:
-    """Log-weights of base and memories whose weights `lmbda` are the same at every token; their sum is at most 1."""
-    return [math.log(weight) if weight > 0 else -math.inf for weight in (1 - math.fsum(lmbda), *lmbda)]
+def memory_weights(lmbda: float | Sequence[float], memories: int = 1) -> list[float]:
+    """The weight of each memory: `lmbda` has one for each, or is that of all together, in equal shares.
+
+    Raises ValueError when there are not as many weights as memories, or they or their sum are not from 0 to 1.
+    """
+    weights = list(lmbda) if isinstance(lmbda, Sequence) else [lmbda / memories] * memories
+    if len(weights) != memories:
+        raise ValueError(f"lambda {lmbda}: {len(weights)} weights for {memories} memories")
+    if not (all(weight >= 0 for weight in weights) and math.fsum(weights) <= 1 + 1e-9):
+        raise ValueError(f"lambda {lmbda}: expected weights from 0 to 1 whose sum is at most 1")
+    return weights
+
+
+def fixed_log_weights(lmbda: float | Sequence[float], memories: int = 1) -> list[float]:
+    """Log-weights of base and memories that are the same at every token; `lmbda` as in `memory_weights`."""
+    weights = memory_weights(lmbda, memories)
+    return [math.log(weight) if weight > 0 else -math.inf for weight in (1 - math.fsum(weights), *weights)]
 
 
 def gate_log_weights(*logits: Tensor) -> Sequence[Tensor]:

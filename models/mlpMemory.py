@@ -1,7 +1,8 @@
 """The joint model: base and memory as one causal language model.
 
 p(y|x) = (1 - lambda) · p_base(y|x) + lambda · p_memory(y|x), paper section 3.4. The memory reads the base's captured
-hidden states position by position, so the only cache is the base's.
+hidden states position by position, so the only cache is the base's. Several memories of a base may be mixed in, each with
+its own weight; those that are tied to its head share one product with it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,11 +23,21 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from .capture import HiddenCapture, captured_module
-from .gate import LambdaGate
+from .capture import HiddenCapture, SharedHead, captured_module
+from .gate import LambdaGate, mix
 from .joint_config import ADAPTIVE, MLPMemoryConfig, read_joint_config
-from .joint_files import absolute, check_fit, id_of, joint_parts, made_for, open_base, resize_to_memory, save_joint
-from .mixture import fixed_log_weights, log_mixture
+from .joint_files import (
+    absolute,
+    check_fit,
+    id_of,
+    joint_parts,
+    made_for,
+    open_base,
+    open_gate,
+    resize_to_memory,
+    save_joint,
+)
+from .mixture import fixed_log_weights, log_mixture, memory_weights
 from .stack import context_size, find_memory, load_memory, shifted_nll
 
 logger = logging.get_logger(__name__)
@@ -34,7 +46,7 @@ DEFAULT_NEW_TOKENS = 20  # of `generate`, without max_new_tokens and max_length
 
 
 class MLPMemory(PreTrainedModel, GenerationMixin):
-    """Base model and MLP memory as one causal language model whose `.logits` are joint log-probabilities."""
+    """Base model and MLP memories as one causal language model whose `.logits` are joint log-probabilities."""
 
     config_class = MLPMemoryConfig
     base_model_prefix = "base_lm"
@@ -47,26 +59,27 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
     def __init__(
         self,
         base_lm: PreTrainedModel,
-        knn_generator: nn.Module,
-        lmbda: float | str = 0.25,
+        knn_generator: nn.Module | Sequence[nn.Module],
+        lmbda: float | Sequence[float] | str = 0.25,
         knn_temp: float = 1.0,
         layer_position: int = -1,
-        gate: LambdaGate | None = None,
+        gates: Sequence[LambdaGate] = (),
     ) -> None:
-        """Join a base and a memory; neither is copied, moved or cast. A tied memory shares the base's head.
+        """Join a base and its memory, or several; none is copied, moved or cast.
 
         Args:
-            lmbda: weight of the memory, 0 to 1, or "adaptive": by token, from the memory's gate.
-            knn_temp: softmax temperature of the memory's logits, above 0. With a gate: the one it was trained with.
+            lmbda: weight of the memory, 0 to 1 (of several: of all together, in equal shares, or a list with one for each),
+                or "adaptive": by token, from the memories' gates.
+            knn_temp: softmax temperature of the memories' logits, above 0. A gate has its own.
             layer_position: the decoder block whose `.mlp` input is captured.
-            gate: for "adaptive"; default: the one in the memory's folder.
+            gates: one for each memory, for "adaptive"; default: those in the memories' folders.
 
-        Raises ValueError when the memory does not fit the base, a setting is out of range, or there is no gate.
+        Raises ValueError when a memory does not fit the base, a setting is out of range, or a gate is missing.
         """
         captured = captured_module(base_lm, layer_position)
-        check_fit(base_lm.config, knn_generator)
-        if knn_generator.tied:
-            knn_generator.use_head(base_lm.get_output_embeddings().weight)
+        memories = [knn_generator] if isinstance(knn_generator, nn.Module) else list(knn_generator)
+        for memory in memories:
+            check_fit(base_lm.config, memory)
         # Of a copy: setting the joint config's attention implementation sets its text_config's too.
         config = MLPMemoryConfig(
             text_config=copy.deepcopy(base_lm.config),
@@ -77,8 +90,9 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         self.config._attn_implementation = base_lm.config._attn_implementation  # its copy has lost it
         self.loss_type = "ForCausalLM"  # the Trainer counts labels without the first of each row
         self.base_lm = base_lm
-        self.knn_generator = knn_generator
-        self.gate = gate
+        self.knn_generator = memories[0]  # the original's name
+        self.more_memories = nn.ModuleList(memories[1:])
+        self.gates = nn.ModuleList(gates)
         self.knn_temp = knn_temp
         self.lmbda = lmbda
         self.supports_gradient_checkpointing = base_lm.supports_gradient_checkpointing
@@ -88,27 +102,30 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         self.eval()
 
     @property
-    def lmbda(self) -> float | str:
-        """Weight of the memory, 0 to 1, or "adaptive" if there is a gate; may be set at any time (else ValueError)."""
+    def memories(self) -> list[nn.Module]:
+        """The memory, or all of several."""
+        return [self.knn_generator, *self.more_memories]
+
+    @property
+    def lmbda(self) -> float | list[float] | str:
+        """Weight of the memory or memories, as in the constructor; may be set at any time (else ValueError)."""
         return self.config.lmbda
 
     @lmbda.setter
-    def lmbda(self, value: float | str) -> None:
+    def lmbda(self, value: float | Sequence[float] | str) -> None:
         if value == ADAPTIVE:
-            folder = self.knn_generator.name_or_path
-            self.gate = self.gate or LambdaGate.load(folder)
-            if self.gate is None:
-                raise ValueError(
-                    f"lambda {ADAPTIVE}: the memory {folder} has no gate; train one: python -m training.gate"
-                )
-            self.knn_temp = self.gate.memory_temp
-        elif isinstance(value, str) or not 0.0 <= value <= 1.0:
+            if not self.gates:
+                self.gates = nn.ModuleList(open_gate(memory, self.base_lm) for memory in self.memories)
+            self.knn_temp = self.gates[0].memory_temp
+        elif isinstance(value, str):
             raise ValueError(f"lambda {value}: expected a number from 0 to 1, or {ADAPTIVE}")
+        else:
+            memory_weights(value, len(self.memories))
         self.config.lmbda = value
 
     @property
     def knn_temp(self) -> float:
-        """Temperature of the memory's softmax; may be set at any time (ValueError unless positive)."""
+        """Temperature of the memories' softmax; may be set at any time (ValueError unless positive)."""
         return self.config.knn_temp
 
     @knn_temp.setter
@@ -116,6 +133,15 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         if not 0.0 < value < math.inf:
             raise ValueError(f"memory temperature {value}: expected a number above 0")
         self.config.knn_temp = value
+
+    @property
+    def temperatures(self) -> list[float]:
+        """The temperature of each memory's softmax: `knn_temp`, or its gate's."""
+        return (
+            [gate.memory_temp for gate in self.gates]
+            if self.lmbda == ADAPTIVE
+            else [self.knn_temp] * len(self.memories)
+        )
 
     @property
     def layer_position(self) -> int:
@@ -131,8 +157,8 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls,
         base: str | os.PathLike | PreTrainedModel,
-        memory: str | os.PathLike | nn.Module | None = None,
-        lmbda: float | str | None = None,
+        memory: str | os.PathLike | nn.Module | Sequence[str | os.PathLike | nn.Module] | None = None,
+        lmbda: float | Sequence[float] | str | None = None,
         knn_temp: float | None = None,
         layer_position: int | None = None,
         *,
@@ -140,47 +166,59 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         memory_dtype: torch.dtype | None = None,
         **base_arguments: Any,
     ) -> MLPMemory:
-        """Join a base and a memory, each a folder, a hub name or a loaded model; in eval mode.
+        """Join a base and a memory, or a list of them, each a folder, a hub name or a loaded model; in eval mode.
 
         Args:
             base: without `memory`: a folder of `save_pretrained`. A base that is loaded here is frozen (undo with
                 `model.base_lm.requires_grad_()`) and resized to its tokenizer if the memory was made for that.
             lmbda, knn_temp, layer_position: default to those of such a folder, else to 0.25, 1 and the block that the
-                memory was trained on (-1 if its folder does not record it).
+                (first) memory was trained on (-1 if its folder does not record it).
             memory_dtype: default: the base's. The memory goes to the device of the captured block.
             base_arguments: of the base's own `from_pretrained` (`dtype`, `device_map`, `quantization_config`, …).
 
-        Raises ValueError when the base's checkpoint is incomplete, the memory does not fit the base or was trained for
-        another one, or a setting is out of range. A loaded base is taken as it is.
+        Raises ValueError when the base's checkpoint is incomplete, a memory does not fit the base or was trained for
+        another one or another block, or a setting is out of range. A loaded base is taken as it is.
         """
         opened = None
         if memory is None:
-            memory, base, config = joint_parts(base, config, base_arguments)
-            opened = memory.parent
-        elif not isinstance(memory, nn.Module):
-            config, memory = read_joint_config(memory), find_memory(memory)
+            memories, base, config = joint_parts(base, config, base_arguments)
+            opened, configs = memories[0].parent, [config] * len(memories)
+        else:
+            single = isinstance(memory, (str, os.PathLike, nn.Module))
+            memories = [memory] if single else list(memory)
+            configs = [None if isinstance(each, nn.Module) else read_joint_config(each) for each in memories]
+            memories = [each if isinstance(each, nn.Module) else find_memory(each) for each in memories]
+            config = configs[0] if single else None
         reference = absolute(base.name_or_path if isinstance(base, nn.Module) else base)
-        made = {} if isinstance(memory, nn.Module) else made_for(memory, config)
+        pairs = zip(memories, configs, strict=True)
+        records = [{} if isinstance(each, nn.Module) else made_for(each, its_config) for each, its_config in pairs]
         settings = {"lmbda": lmbda, "knn_temp": knn_temp, "layer_position": layer_position}
         for name, value in settings.items():
-            default = made.get(name, getattr(config or MLPMemoryConfig(), name))
+            default = records[0].get(name, getattr(config or MLPMemoryConfig(), name))
             settings[name] = default if value is None else value
         base_found = None
         if not isinstance(base, nn.Module):
             base = open_base(reference, base_arguments, opened)
             base_found = id_of(reference, base_arguments)
-        if not isinstance(memory, nn.Module):
-            weight = next(captured_module(base, settings["layer_position"]).parameters())
-            place = base.device if weight.is_meta else weight.device  # meta: offloaded by accelerate
-            memory = load_memory(absolute(memory), dtype=memory_dtype or base.dtype, device=place)
+        weight = next(captured_module(base, settings["layer_position"]).parameters())
+        place = base.device if weight.is_meta else weight.device  # meta: offloaded by accelerate
+        for number, (each, made) in enumerate(zip(memories, records, strict=True)):
+            if isinstance(each, nn.Module):
+                continue
+            memories[number] = load_memory(absolute(each), dtype=memory_dtype or base.dtype, device=place)
             base_recorded = made.get("base")
             if base_found and base_recorded and base_found != base_recorded:
-                problem = f"{memory.name_or_path}: was trained for another base than {reference}"
+                problem = f"{each}: was trained for another base than {reference}"
                 if opened is None:
                     raise ValueError(f"{problem} (id {base_recorded[:12]}, given {base_found[:12]})")
                 logger.warning(problem)
-        resize_to_memory(base, memory, reference)
-        joint = cls(base, memory, **settings)
+            if (
+                layer_position is None
+                and made.get("layer_position", settings["layer_position"]) != settings["layer_position"]
+            ):
+                raise ValueError(f"{each}: reads another block of the base than {memories[0].name_or_path}")
+        resize_to_memory(base, memories[0], reference)
+        joint = cls(base, memories, **settings)
         if opened is not None:
             joint.name_or_path = joint.config.name_or_path = absolute(opened)
             joint.config.base_model_name_or_path = config.base_model_name_or_path or reference
@@ -228,25 +266,30 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def resize_token_embeddings(self, *arguments: Any, **settings: Any) -> nn.Module:
-        """Resize the base's embeddings and the memory's head; new rows of the head are the mean of the old ones."""
+        """Resize the base's embeddings and the memories' own heads, whose new rows are the mean of the old ones."""
         embeddings = self.base_lm.resize_token_embeddings(*arguments, **settings)
-        size, head = len(embeddings.weight), self.knn_generator.lm_head
-        if self.knn_generator.tied:
-            self.knn_generator.use_head(self.get_output_embeddings().weight)
-        else:
-            rows = head.weight[:size]
-            new = rows.float().mean(0).to(rows.dtype).expand(size - len(rows), -1)
-            head.weight = nn.Parameter(torch.cat([rows, new]), head.weight.requires_grad)
-            head.out_features = size
-        self.knn_generator.config.vocab_size = size
+        size = len(embeddings.weight)
+        for memory in self.memories:
+            if not memory.tied:
+                head, rows = memory.lm_head, memory.lm_head.weight[:size]
+                new = rows.float().mean(0).to(rows.dtype).expand(size - len(rows), -1)
+                head.weight = nn.Parameter(torch.cat([rows, new]), head.weight.requires_grad)
+                head.out_features = size
+            memory.config.vocab_size = size
         self.config.vocab_size = self.config.text_config.get_text_config().vocab_size = size
         self.config.base_model_name_or_path = None  # the base is no longer what lies there
         return embeddings
 
-    def memory_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The memory's logits (…, vocabulary) of captured hidden states (…, hidden), in its own dtype and place."""
-        memory = self.knn_generator
-        return memory(hidden.to(device=memory.device, dtype=memory.dtype)).logits
+    def head_of(self, memory: nn.Module) -> nn.Module:
+        """The head of one of the memories: its own, or the base's if it is tied."""
+        return self.get_output_embeddings() if memory.tied else memory.lm_head
+
+    def memory_logits(self, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """Each memory's logits (…, vocabulary) of captured hidden states (…, hidden), in its own dtype and place."""
+        heads = [self.head_of(memory) for memory in self.memories]
+        return [
+            head(read(memory, hidden).to(head.weight.dtype)) for memory, head in zip(self.memories, heads, strict=True)
+        ]
 
     def forward(
         self,
@@ -270,7 +313,21 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         """
         return_dict, items = kwargs.pop("return_dict", None), kwargs.pop("num_items_in_batch", None)
         unnormalized = kwargs.pop("unnormalized", False)
-        with HiddenCapture(*self._captured) as capture:
+        # generate(assistant_early_exit=…) lowers the base's layer count for its drafts: they are the base's alone.
+        configs = (self.base_lm.config.get_text_config(), self.config.text_config.get_text_config())
+        alone = configs[0].num_hidden_layers < configs[1].num_hidden_layers
+        alone = alone or (self.lmbda != ADAPTIVE and not any(memory_weights(self.lmbda, len(self.memories))))
+
+        def kept(hidden: torch.Tensor) -> torch.Tensor:
+            last = isinstance(logits_to_keep, int)  # so many last positions; 0: all
+            return hidden[:, slice(-logits_to_keep, None) if last else logits_to_keep.to(hidden.device)]
+
+        def read_by_tied() -> list[torch.Tensor]:
+            tied = [] if alone else [memory for memory in self.memories if memory.tied]
+            return [read(memory, kept(capture.hidden)) for memory in tied]
+
+        captured, head = HiddenCapture(*self._captured), SharedHead(self.get_output_embeddings(), read_by_tied)
+        with captured as capture, head:
             base = self.base_lm(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -282,21 +339,20 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
                 return_dict=True,
                 **kwargs,
             )
-            # generate(assistant_early_exit=…) lowers the base's layer count for its drafts: they are the base's alone.
-            configs = (self.base_lm.config.get_text_config(), self.config.text_config.get_text_config())
-            early_exit = configs[0].num_hidden_layers < configs[1].num_hidden_layers
-            hidden = None if early_exit else capture.take()  # (batch, time, hidden)
-        lmbda, own = 0.0 if early_exit else self.lmbda, base.logits.float()  # (batch, kept, vocabulary)
-        if lmbda == 0.0:
+        own = base.logits.float()  # (batch, kept, vocabulary)
+        if alone:
             logits = own if unnormalized else own.log_softmax(-1)
         else:
-            last = isinstance(logits_to_keep, int)  # so many last positions; 0: all
-            hidden = hidden[:, slice(-logits_to_keep, None) if last else logits_to_keep.to(hidden.device)]
-            memory = self.memory_logits(hidden).to(own.device).float() / self.knn_temp  # (batch, kept, vocabulary)
-            if lmbda == ADAPTIVE:
-                logits = self.gate.mix(own, memory, hidden)
+            hidden, by_tied = kept(capture.take()), iter(head.logits)  # (batch, kept, hidden)
+            memories = [next(by_tied) if each.tied else each.lm_head(read(each, hidden)) for each in self.memories]
+            memories = [
+                each.to(own.device).float() / temp for each, temp in zip(memories, self.temperatures, strict=True)
+            ]
+            if self.lmbda == ADAPTIVE:
+                logits = mix(self.gates, own, memories, hidden)
             else:
-                logits = log_mixture((own.log_softmax(-1), memory.log_softmax(-1)), fixed_log_weights(lmbda))
+                log_probs = [each.log_softmax(-1) for each in (own, *memories)]
+                logits = log_mixture(log_probs, fixed_log_weights(self.lmbda, len(memories)))
             if unnormalized:
                 logits = logits + own.logsumexp(-1, keepdim=True)
         loss = None if labels is None else shifted_nll(logits, labels, items)
@@ -340,6 +396,11 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
 MLPMemory.register_for_auto_class("AutoModelForCausalLM")
 # The Trainer's label smoothing shifts the labels for classes in this table.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MLPMemoryConfig.model_type] = MLPMemory.__name__
+
+
+def read(memory: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """A memory's input of its head (…, hidden), from captured hidden states in any dtype and place."""
+    return memory.hidden(hidden.to(memory.device, memory.dtype))
 
 
 def room_after(prompts: torch.Tensor, attention_mask: torch.Tensor | None, context: int | None) -> float:

@@ -307,7 +307,7 @@ def find_memory(path: str | os.PathLike) -> Path:
     Raises ValueError when there is none, or several, whose names are listed.
     """
     folder = Path(path) if Path(path).is_dir() else download(str(path))
-    for pattern in (".", "knn_generator", "memory", "*", "*/knn_generator"):
+    for pattern in (".", "knn_generator", "memory*", "*", "*/knn_generator"):
         places = [folder / name for name in glob.glob(pattern, root_dir=folder)]  # without hidden folders
         found = [
             place

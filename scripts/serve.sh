@@ -4,7 +4,7 @@
 # Base and memory are written into one folder (python -m models.export), and transformers' own server opens it. It needs
 # pip install ".[serve]". Relative paths count from the repository's root. Every setting is an environment variable:
 #   OUTPUT           the quickstart's folder                        (default: results/quickstart)
-#   MODEL KNN_PATH   another base and memory: folders or hub names  (default: the quickstart's)
+#   MODEL KNN_PATH   another base and its memories: folders or hub names, with blanks between  (default: the quickstart's)
 #   LAMBDA MEMORY_TEMP  weight and temperature of the memory           (default: the quickstart's best; 0.25 and 1)
 #   FOLDER           the folder to write, and the model's name in requests  (default: OUTPUT/served)
 #   PORT             of 127.0.0.1                                   (default: 8000)
@@ -26,5 +26,6 @@ if [ -z "${MODEL:-}" ] || [ -z "${KNN_PATH:-}" ]; then
     mapfile -t pair <<<"$found"
     MODEL="${MODEL:-${pair[0]}}" KNN_PATH="${KNN_PATH:-${pair[1]}}" LAMBDA="${LAMBDA:-${pair[2]}}" MEMORY_TEMP="${MEMORY_TEMP:-${pair[3]}}"
 fi
-run "export" "$PYTHON" -m models.export "$MODEL" "$KNN_PATH" "$FOLDER" --lmbda "${LAMBDA:-0.25}" --memory_temp "${MEMORY_TEMP:-1}"
+if [ -e "$KNN_PATH" ]; then memories=("$KNN_PATH"); else read -ra memories <<<"$KNN_PATH"; fi
+run "export" "$PYTHON" -m models.export "$MODEL" "${memories[@]}" "$FOLDER" --lmbda "${LAMBDA:-0.25}" --memory_temp "${MEMORY_TEMP:-1}"
 run "serve" "$PYTHON" -m transformers.cli.transformers serve "$FOLDER" --trust-remote-code --host 127.0.0.1 --port "$PORT" "$@"

@@ -61,9 +61,9 @@ def test_continuous_batching_gives_the_same_tokens(joint):
 def test_a_vocabulary_of_another_size_is_that_of_base_memory_and_config(joint, size, tmp_path):
     ids = some_ids().clamp(max=80)
     with torch.no_grad():
-        before = joint.memory_logits(torch.ones(1, 32))
+        before = joint.memory_logits(torch.ones(1, 32))[0]
         assert joint.resize_token_embeddings(size, mean_resizing=False) is joint.get_input_embeddings()
-        after = joint.memory_logits(torch.ones(1, 32))
+        after = joint.memory_logits(torch.ones(1, 32))[0]
     known = min(size, VOCABULARY)
     torch.testing.assert_close(after[:, :known], before[:, :known])
     torch.testing.assert_close(after[:, known:], before.mean(-1, keepdim=True).expand(1, size - known))

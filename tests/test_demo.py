@@ -21,7 +21,7 @@ from tiny_models import byte_tokenizer, random_gate, save_models, tiny_joint, ti
 from demo import page
 from demo.pair import Pair, PairArguments, Sampling, choose_pair
 from demo.passages import Passage, Passages
-from demo.streams import BASE, JOINT, SOURCES, running_text, side_by_side, text_after
+from demo.streams import BASE, JOINT, running_text, side_by_side, sources_of, text_after
 from models import MLPMemory
 from utils.errors import InputError
 from utils.loading import load_windows
@@ -64,7 +64,7 @@ def test_the_figures_of_a_token_are_the_golden_ones(family, lmbda, knn_temp, nam
         (token,) = last(model, max_new_tokens=1, prompt=golden["input_ids"][:1, :end])[JOINT]
         assert torch.allclose(token.hidden, golden["mlp_input"][0, end - 1], atol=1e-4)
         assert token.lmbda == pytest.approx(lmbda)
-        for source in SOURCES:
+        for source in sources_of(1):
             log_probs = expected[source][end - 1]  # (vocabulary,)
             assert token.log_probs[source] == pytest.approx(log_probs[token.token_id].item(), abs=1e-4)
             candidates, probabilities = zip(*token.top[source], strict=True)
@@ -75,7 +75,7 @@ def test_the_figures_of_a_token_are_the_golden_ones(family, lmbda, knn_temp, nam
 @pytest.mark.unit
 def test_with_a_gate_each_token_has_its_own_lambda():
     gated = tiny_joint("llama")
-    gated.gate = random_gate(gated.base_lm)
+    gated.gates = torch.nn.ModuleList([random_gate(gated.base_lm)])
     gated.lmbda = "adaptive"
     tokens = last(gated)[JOINT]
     whole = torch.tensor([[*PROMPT[0].tolist(), *ids(tokens)]])
@@ -83,7 +83,7 @@ def test_with_a_gate_each_token_has_its_own_lambda():
         expected = gated(whole).logits[0, PROMPT.shape[1] - 1 : -1].gather(-1, whole[0, PROMPT.shape[1] :, None])
     assert [token.log_probs["mixture"] for token in tokens] == pytest.approx(expected[:, 0].tolist(), abs=1e-4)
     for token in tokens:
-        base, memory, mixture = (math.exp(token.log_probs[source]) for source in SOURCES)
+        base, memory, mixture = (math.exp(token.log_probs[source]) for source in sources_of(1))
         assert mixture == pytest.approx((1 - token.lmbda) * base + token.lmbda * memory, rel=1e-3)
     assert max(token.lmbda for token in tokens) - min(token.lmbda for token in tokens) > 0.01
 
@@ -207,7 +207,7 @@ def test_lambda_by_token_takes_the_gates_temperature(saved, capsys):
 def test_the_mistral_preset_is_the_originals_example():
     pair = choose_pair(PairArguments(preset="mistral"))
     models = ("mistralai/Mistral-7B-v0.3", "Rubin-Wei/MLPMemory-Mistral-wikipedia")
-    assert (pair.model_name_or_path, pair.knn_generator_path) == models
+    assert (pair.model_name_or_path, *pair.knn_generator_path) == models
     assert (pair.lmbda, pair.memory_temp, pair.max_new_tokens) == (0.75, 1.0, 20)
     assert pair.prompt.endswith("who sings i can't take my eyes off of you?? The answer is:")
 
@@ -276,7 +276,7 @@ def viewer(saved):
     pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[demo]'")
     from demo.viewer import Viewer
 
-    return Viewer(MLPMemory.from_pretrained(*saved), byte_tokenizer())
+    return Viewer(MLPMemory.from_pretrained(*saved), byte_tokenizer(), ["memory"])
 
 
 def shown(viewer, lmbda=0.4, prompt="Who wrote it?", sampling=GREEDY):
@@ -319,7 +319,7 @@ def test_a_stopped_run_shows_the_tokens_that_were_made(viewer):
 def test_the_sliders_of_the_mixture_are_hidden_while_lambda_is_by_token(viewer, saved, lmbda):
     from demo.viewer import build
 
-    blocks = build(viewer, Pair(*map(str, saved), lmbda, 2.0), GREEDY)
+    blocks = build(viewer, Pair(str(saved[0]), [str(saved[1])], lmbda, 2.0), GREEDY)
     props = {each["props"].get("elem_id"): each["props"] for each in blocks.get_config_file()["components"]}
     assert props["adaptive"]["visible"] and props["adaptive"]["value"] == (lmbda == "adaptive")
     assert all(props[name]["visible"] == (lmbda != "adaptive") for name in ("lambda", "memory_temp"))
@@ -331,7 +331,7 @@ def test_text_of_a_model_or_a_corpus_is_escaped(viewer):
     for (token,) in made.values():
         token.texts = dict.fromkeys({token.token_id, *(each for top in token.top.values() for each, _ in top)}, evil)
         token.passages = [Passage(evil, evil, evil, token.token_id, 1.5)]
-    html = page.inspector(made)
+    html = page.inspector(made, ["memory"])
     assert "<script" not in html and "&lt;script&gt;alert(1)" in html
 
 

@@ -76,10 +76,10 @@ def generated(base, memory, gate, folder):
 
 def gated(base, memory, gate, folder):
     """Lambda by token, in generation and in scoring."""
-    model = MLPMemory(base, memory, "adaptive", gate=gate)
+    model = MLPMemory(base, memory, "adaptive", gates=[gate])
     ids = torch.from_numpy(IDS).to(base.get_input_embeddings().weight.device)
     made = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    scored = [rows for _, rows, _ in gate_rows(model, model.gate, WINDOWS, 2, "scored")]
+    scored = [rows for _, rows, _ in gate_rows(model, model.gates, WINDOWS, 2, "scored")]
     return [*made.tolist(), *(each.tolist() for rows in scored for each in rows)]
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from knn_utils.scored_rows import GateRows
 from models import MLPMemory
-from models.gate import FEATURES, WEIGHTS, LambdaGate
+from models.gate import FEATURES, WEIGHTS, LambdaGate, mix
 from training.gate import cut_anew, fit
 from utils.artefact import read_made
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.unit
 @pytest.fixture
 def gated():
     joint = tiny_joint()
-    joint.gate = random_gate(joint.base_lm, memory_temp=2.0)
+    joint.gates = torch.nn.ModuleList([random_gate(joint.base_lm, memory_temp=2.0)])
     joint.lmbda = "adaptive"
     return joint
 
@@ -50,7 +50,7 @@ def test_features_and_mixture_are_those_of_the_formula():
     features = gate.features(base, memory, hidden)[0]
     assert features.numpy() == pytest.approx(np.stack(each, -1).astype(float), rel=1e-4, abs=1e-4)
     lmbda = gate.logit(features).sigmoid().double().numpy()
-    mixed = gate.mix(base.clone(), memory.clone(), hidden).double().exp().numpy()
+    mixed = mix([gate], base.clone(), [memory.clone()], hidden).double().exp().numpy()
     np.testing.assert_allclose(mixed, (1 - lmbda) * np.exp(b) + lmbda * np.exp(m), atol=1e-5)
     base[1, 3] = memory[2, 4] = -math.inf  # an impossible token
     assert torch.isfinite(gate.features(base, memory, hidden)[0]).all()
@@ -64,7 +64,7 @@ def test_gradients_reach_base_memory_and_gate(gated):
     output = gated(ids, labels=ids)
     assert torch.allclose(output.logits, without, atol=1e-5)
     output.loss.backward()
-    for part in (gated.base_lm.lm_head, gated.knn_generator.lm_head, gated.gate.outer):
+    for part in (gated.base_lm.lm_head, gated.knn_generator.lm_head, gated.gates[0].outer):
         assert part.weight.grad.abs().sum() > 0
 
 
@@ -145,7 +145,7 @@ def test_the_command_fits_a_gate_that_evaluation_uses(pair, tmp_path):
 
 def test_caution_leaves_distant_states_to_the_base():
     torch.manual_seed(0)
-    rows = GateRows(torch.randn(400, FEATURES) * 0.3, torch.full((400,), -3.0), torch.full((400,), -1.0))
+    rows = GateRows(torch.randn(400, 1, FEATURES) * 0.3, torch.full((400,), -3.0), torch.full((400, 1), -1.0))
     lambdas = {}
     for caution in (0, 1):
         gate = LambdaGate(4, 16)

@@ -96,7 +96,7 @@ def test_a_tied_memory_is_saved_without_the_bases_head(world, tmp_path):
     with pytest.raises(ValueError, match=world.base.name):
         memory(torch.zeros(1, 32))
     joint = MLPMemory.from_pretrained(world.base, tmp_path / "offline" / "epoch_2", lmbda=1.0)
-    assert joint.knn_generator.lm_head.weight is joint.base_lm.get_output_embeddings().weight
+    assert joint.head_of(joint.knn_generator) is joint.get_output_embeddings()
     joint.save_pretrained(tmp_path / "joint")
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():

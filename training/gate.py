@@ -71,14 +71,14 @@ def fit(gate: LambdaGate, held_out: GateRows, training: GateRows, arguments: Gat
     caution · the mean of -log(1 - lambda) on held-out rows moved away from the corpus, in place of out-of-domain text."""
     import torch
 
-    features = torch.cat([held_out.features, training.features])
+    features = torch.cat([held_out.features, training.features])[:, 0]
     gate.feature_mean.copy_(features.mean(0))
     gate.feature_scale.copy_(features.std(0) + 1e-3)
     optimizer = torch.optim.AdamW(gate.parameters(), lr=arguments.learning_rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, arguments.steps)
     for _ in range(arguments.steps):
-        loss = -held_out.mixture(gate)[0].mean() - arguments.known_weight * training.mixture(gate)[0].mean()
-        farther = held_out.features.clone()
+        loss = -held_out.mixture([gate])[0].mean() - arguments.known_weight * training.mixture([gate])[0].mean()
+        farther = held_out.features[:, 0].clone()
         farther[:, -1] += torch.empty(len(farther)).uniform_(*FARTHER)
         loss += arguments.caution * torch.nn.functional.softplus(gate.logit(farther)).mean()
         optimizer.zero_grad()
@@ -131,18 +131,18 @@ def train(arguments: GateArguments) -> LambdaGate:
     gate = LambdaGate(base.config.get_text_config().hidden_size, arguments.width, arguments.memory_temp)
     gate.to(joint.get_output_embeddings().weight.device)
     batch_size = arguments.per_device_eval_batch_size
-    states, scored, _ = zip(*gate_rows(joint, gate, trained, batch_size, "training text"), strict=True)
+    states, scored, _ = zip(*gate_rows(joint, [gate], trained, batch_size, "training text"), strict=True)
     gate.fit_corpus(torch.cat(states))
     training = GateRows.concatenate(scored)
-    training.features[:, -1:] = gate.distance(torch.cat(states))
-    _, scored, _ = zip(*gate_rows(joint, gate, windows, batch_size, "held-out text"), strict=True)
+    training.features[:, 0, -1:] = gate.distance(torch.cat(states))
+    _, scored, _ = zip(*gate_rows(joint, [gate], windows, batch_size, "held-out text"), strict=True)
     texts = {"held-out": GateRows.concatenate(scored), "training": training}
     texts = {name: GateRows(*(each.cpu() for each in rows)) for name, rows in texts.items()}
     fit(gate.cpu(), texts["held-out"], texts["training"], arguments)
 
     perplexity = {}
     for name, rows in texts.items():
-        likelihoods = {"base": rows.base, "memory": rows.memory, "mixture": rows.mixture(gate)[0]}
+        likelihoods = {"base": rows.base, "memory": rows.memory[:, 0], "mixture": rows.mixture([gate])[0]}
         perplexity[name] = {key: each.double().mean().neg().exp().item() for key, each in likelihoods.items()}
         shown = ", ".join(f"{key} {value:.2f}" for key, value in perplexity[name].items())
         say(f"{name} text: {len(rows.base)} tokens, perplexity {shown}")

@@ -69,23 +69,29 @@ class MixtureScore:
     """
 
     def __init__(
-        self, lmbda: Sequence[float], temperatures: Sequence[float], temperature_name: str = "memory_temp"
+        self,
+        lmbda: Sequence[float | Sequence[float]],
+        temperatures: Sequence[float],
+        temperature_name: str = "memory_temp",
     ) -> None:
         self.lmbda, self.temperatures, self.temperature_name = list(lmbda), list(temperatures), temperature_name
         # Tokens, the base, the adaptive mixture, its lambdas; then the grid, lambda by lambda.
         self.sums = torch.zeros(4 + len(self.lmbda) * len(self.temperatures), dtype=torch.float64)
 
-    def add(self, base: Tensor, other: Tensor | None = None) -> None:
-        """Add rows: the labels' log-probabilities under the base (rows,) and under what is mixed in (rows, temperatures)."""
+    def add(self, base: Tensor, *others: Tensor) -> None:
+        """Add rows: the labels' log-probabilities under the base (rows,) and under each of what is mixed in
+        (rows, temperatures)."""
         base = base.cpu().double()
         self.sums[0] += len(base)
         self.sums[1] += base.sum()
-        if other is not None and self.lmbda:
-            pair = base[:, None], other.cpu().double()
-            self.sums[4:] += torch.cat([log_mixture(pair, fixed_log_weights(value)).sum(0) for value in self.lmbda])
+        if others and self.lmbda:
+            mixed = base[:, None], *(other.cpu().double() for other in others)
+            weights = (fixed_log_weights(value, len(others)) for value in self.lmbda)
+            self.sums[4:] += torch.cat([log_mixture(mixed, each).sum(0) for each in weights])
 
     def add_adaptive(self, log_likelihoods: Tensor, lmbda: Tensor) -> None:
-        """Add rows of the adaptive mixture: the labels' log-probabilities under it, and lambda; (rows,) each."""
+        """Add rows of the adaptive mixture: the labels' log-probabilities under it (rows,), and the weights of what is
+        mixed in (rows,) or (rows, memories)."""
         self.sums[2:4] += torch.stack([log_likelihoods.cpu().double().sum(), lmbda.cpu().double().sum()])
 
     def reduce(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from utils.artefact import read_made, require
@@ -86,21 +86,22 @@ def head_of_base(arguments: BaseArguments, config: Any, open_base: Callable[[], 
 
 def open_joint(
     arguments: BaseArguments,
-    path: str | os.PathLike,
+    paths: str | os.PathLike | Sequence[str],
     base: Any,
-    lmbda: float | str = 0.0,
+    lmbda: float | Sequence[float] | str = 0.0,
     memory_temp: float = 1.0,
     *,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Base and memory as one model (`models.MLPMemory`) in evaluation mode.
+    """Base and memory, or several memories, as one model (`models.MLPMemory`) in evaluation mode.
 
-    Raises InputError as `open_memory_of`, and where the memory does not fit the base or has no gate for "adaptive".
+    Raises InputError as `open_memory_of`, and where a memory does not fit the base or has no gate for "adaptive".
     """
     from models import MLPMemory
 
-    memory = open_memory_of(arguments, path, base, dtype=dtype)
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    memories = [open_memory_of(arguments, path, base, dtype=dtype) for path in paths]
     try:
-        return MLPMemory(base, memory, lmbda, memory_temp, arguments.layer_position).eval()
+        return MLPMemory(base, memories, lmbda, memory_temp, arguments.layer_position).eval()
     except ValueError as error:
-        raise InputError(f"--knn_generator_path {path}: {one_line(error, 300)}") from None
+        raise InputError(f"--knn_generator_path {' '.join(map(str, paths))}: {one_line(error, 300)}") from None

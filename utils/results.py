@@ -25,21 +25,33 @@ PACKAGES = "torch", "transformers", "datasets", "accelerate", *FAISS, "numpy", "
 
 
 class Lambda(float):
-    """The type of a flag for the weight of what is mixed into the base: gives a float, or `ADAPTIVE` for a weight that
-    differs from token to token. `check_lambda` checks the range."""
+    """The type of a flag for the weight of what is mixed into the base: gives a float, a list of them from "0.2,0.1" (one
+    for each memory), or `ADAPTIVE` for weights that differ from token to token. `check_lambda` checks the range."""
 
     def __new__(cls, text: str | float) -> Any:
-        return ADAPTIVE if text == ADAPTIVE else float(text)
+        if text == ADAPTIVE:
+            return ADAPTIVE
+        return [float(each) for each in text.split(",")] if isinstance(text, str) and "," in text else float(text)
 
 
-def check_lambda(flag: str, value: float | str) -> float | str:
-    """Return `value` if it is in [0, 1] or `ADAPTIVE`; raises InputError naming `flag` otherwise."""
-    return value if value == ADAPTIVE else check_fraction(flag, float(value))
+def check_lambda(flag: str, value: float | list[float] | str, memories: int = 1) -> None:
+    """Raises InputError naming `flag` unless `value` is `ADAPTIVE` or fits so many memories (`models.mixture`)."""
+    if value != ADAPTIVE:
+        parts = value if isinstance(value, list) else [value]
+        check_fraction(flag, math.fsum(map(float, parts)))
+        if min(parts) < 0 or (isinstance(value, list) and len(parts) != memories):
+            raise InputError(
+                f"{flag} {lambda_text(value)}: expected a weight from 0 to 1 for each of {memories} memories"
+            )
 
 
-def lambda_text(value: float | str) -> str:
-    """A lambda as a table shows it."""
-    return value if isinstance(value, str) else f"{value:g}"
+def lambda_text(value: float | list[float] | str) -> str:
+    """A lambda as a table shows it, and as a command takes it."""
+    return (
+        value
+        if isinstance(value, str)
+        else ",".join(f"{each:g}" for each in (value if isinstance(value, list) else [value]))
+    )
 
 
 @dataclass(kw_only=True)
@@ -54,7 +66,7 @@ class ScoreArguments(BaseArguments):
     lmbda: list[Lambda] = flag([0.25], "weight of what is mixed into the base: numbers from 0 to 1, adaptive, or both")
     choose_on: str | None = flag(None, "results.json of another split: use its best lambda and temperature")
 
-    def check_scored(self) -> None:
+    def check_scored(self, memories: int = 1) -> None:
         """Take lambda and temperature from `choose_on`, and check what is scored. Raises InputError."""
         name = self.temperature_name
         if self.choose_on:
@@ -63,7 +75,7 @@ class ScoreArguments(BaseArguments):
             self.lmbda = [*lmbda, *asked]
             setattr(self, name, temperatures)
         for value in self.lmbda:
-            check_lambda("--lmbda", value)
+            check_lambda("--lmbda", value, memories)
         for value in getattr(self, name):
             check_positive(f"--{name}", value)
         check_at_least(1, self, "max_eval_samples")
