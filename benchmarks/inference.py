@@ -84,6 +84,28 @@ def decoding(setting: Setting, *, gated: bool = False) -> list[Row]:
     return [Row("time added to a token, of the bare products", added / bare, "<=", 1.2, "x", detail)]
 
 
+def tied_decoding(setting: Setting) -> list[Row]:
+    """Tokens per second with a memory that is tied to the base's head, and its gate, of the base's alone."""
+    from models import MLPMemory
+
+    rows, ids = [], prompt(setting, SHORT)
+    for dtype in ("float32", "bfloat16"):
+        base = setting.base(dtype)
+        memory = setting.memory(tied=True, dtype=dtype)
+        joint = MLPMemory(base, memory, "adaptive", gates=[open_gate(setting, memory.config)]).eval()
+        ratios, times = [], []
+        for _ in range(setting.repeats):
+            seconds = in_turn({"base": (base, ids), "joint": (joint, ids)}, TOKENS, setting.device)
+            pairs = zip(seconds["base"], seconds["joint"], strict=True)
+            ratios.append(median(one / other for one, other in pairs))
+            times.append([1000 * median(seconds[name]) for name in ("joint", "base")])
+        detail = "{:.1f} ms against {:.1f} ms".format(*(median(each) for each in zip(*times, strict=True)))
+        rows.append(
+            Row(f"rate of the base, head tied, with the gate, {dtype}", median(ratios), ">=", 0.88, "x", detail)
+        )
+    return rows
+
+
 def gate(setting: Setting) -> list[Row]:
     """The cost of lambda by token compared with the memory's own time; and the two benchmarks above with a gate."""
     rows = [gate_share(setting, "token", 1, 20), gate_share(setting, "scored position", 64, 6)]

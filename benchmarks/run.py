@@ -33,6 +33,7 @@ STAGES = {
     "joint_evaluation": "inference",
     "first_token": "inference",
     "decoding": "inference",
+    "tied_decoding": "inference",
     "gate": "inference",
     "start": "commands",
 }

@@ -120,8 +120,8 @@ class Setting(BenchmarkArguments):
         arguments = BaseArguments(self.model, torch_dtype=dtype)
         return arguments.open_base(arguments.open_tokenizer(), device=self.device).requires_grad_(False)
 
-    def memory(self) -> Any:
-        """A memory with random float32 weights, on which time and memory do not depend."""
+    def memory(self, *, tied: bool = False, dtype: str = "float32") -> Any:
+        """A memory with random weights, on which time and memory do not depend; `tied`: to the base's head."""
         import torch
         from transformers import AutoConfig
 
@@ -131,8 +131,9 @@ class Setting(BenchmarkArguments):
 
         config = memory_config(AutoConfig.from_pretrained(self.model), self.memory_layers)
         config.vocab_size = vocabulary_size(load_tokenizer(self.model, required=True))
+        config.tie_head = "base" if tied else None
         torch.manual_seed(0)
-        return memory_class(config)(config).to(self.device, torch.float32).eval()
+        return memory_class(config)(config).to(self.device, getattr(torch, dtype)).eval()
 
     def step(self, step: str, precision: str = "no", **changes: object) -> list[str]:
         """Module and flags of one stage of the chain. A changed flag comes twice; the last one counts."""

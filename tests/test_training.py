@@ -23,6 +23,7 @@ from training.memory import MemoryWithLoss
 from training.rows import epoch_order
 from training.trainer import MemoryTrainer, rows_that_fit
 from utils.artefact import read_made
+from utils.errors import InputError
 from utils.evaluation import rounded
 from utils.memories import head_of_base
 
@@ -130,6 +131,14 @@ def test_a_tied_head_is_read_from_the_bases_files(family, shard, tmp_path):
         config.vocab_size = rows
         found = head_of_base(arguments, config, lambda calls=calls: calls.append(1) or base)
         assert torch.equal(found, head[:rows]) and bool(calls) == opened
+
+
+@pytest.mark.unit
+def test_a_head_with_a_bias_cannot_be_tied(tmp_path):
+    base = tiny_base("phi")
+    base.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="phi"):
+        head_of_base(TrainerArguments(str(tmp_path)), base.config, lambda: base)
 
 
 def test_micro_batches_do_not_change_the_losses(llama_world, tmp_path):

@@ -55,7 +55,7 @@ def head_of_base(arguments: BaseArguments, config: Any, open_base: Callable[[], 
     """The base's head (config.vocab_size, hidden), float32 on the CPU, for a tied memory with this config.
 
     Only this tensor is read from the base's safetensors files. `open_base` opens the base where it has another name there
-    or fewer rows than the tokenizer has tokens.
+    or fewer rows than the tokenizer has tokens. Raises InputError for a head with a bias.
     """
     import torch
     from safetensors import SafetensorError, safe_open
@@ -67,6 +67,8 @@ def head_of_base(arguments: BaseArguments, config: Any, open_base: Callable[[], 
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(memory_config(config, 1))
     head = base.get_output_embeddings().weight
+    if getattr(base.get_output_embeddings(), "bias", None) is not None:
+        raise InputError(f"--tie_head: the head of {config.model_type} models has a bias; train without it")
     # Several names where the head is the base's input embedding; GPT-2's own files leave the prefix out.
     names = [name for name, weight in base.named_parameters(remove_duplicate=False) if weight is head]
     names += [name.removeprefix(f"{base.base_model_prefix}.") for name in names]
