@@ -60,6 +60,7 @@ class CompareArguments:
     rag_passages: int = flag(1, "RAG: number of passages")
     passage_tokens: int = flag(256, "RAG: maximum number of tokens of a passage")
     encoder: str | None = flag(None, "RAG: folder of a sentence encoder; default: all-MiniLM-L6-v2 from PyPI")
+    lora_epochs: int | None = flag(None, "LoRA: epochs; default: those of the memory")
     lora_rank: int = flag(16, "LoRA: rank; alpha is twice the rank")
     lora_learning_rate: float = flag(5e-4, "LoRA: peak learning rate")
     page: str | None = flag(None, "write the table of results.json into this page, the plot beside it; measure nothing")

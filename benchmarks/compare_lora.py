@@ -44,12 +44,16 @@ def lora(work: Quickstart, name: str) -> Method:
         return replace(method, bytes=method.bytes + on_disk, note=note, settings=settings)
     note = (
         f"rank {flags.lora_rank}, alpha {2 * flags.lora_rank}, on all linear layers but the head, learning rate "
-        f"{flags.lora_learning_rate:g} (not tuned), linear decay, {training['num_train_epochs']} epochs, "
+        f"{flags.lora_learning_rate:g} (not tuned), linear decay, {epochs_of(work)} epochs, "
         f"{training['windows_per_step']} windows per step; the state after step {kept} of {steps}"
         + ("" if name == "lora_last" else f", the best of {len(losses)} by validation loss")
         + "; merged into the base's weights."
     )
     return Method(merged, bytes=on_disk, note=note, settings=settings)
+
+
+def epochs_of(work: Quickstart) -> int:
+    return work.flags.lora_epochs or work.training["num_train_epochs"]
 
 
 def train(work: Quickstart) -> Path:
@@ -61,8 +65,9 @@ def train(work: Quickstart) -> Path:
     from training.finetune import FinetuneArguments, finetune
 
     flags, training, peft = work.flags, work.training, library("peft")
-    epochs, at_once = training["num_train_epochs"], training["windows_per_step"]
-    identity = json.dumps([work.made.made_from, training, flags.lora_rank, flags.lora_learning_rate], sort_keys=True)
+    epochs, at_once = epochs_of(work), training["windows_per_step"]
+    chosen = [work.made.made_from, training, flags.lora_rank, flags.lora_learning_rate, flags.lora_epochs]
+    identity = json.dumps(chosen, sort_keys=True)
     folder = work.output / "work" / f"lora-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
     steps = math.ceil(len(work.windows("train")) / at_once) * epochs
     every = max(math.ceil(steps / EVALUATIONS), 1)  # and once more at the end

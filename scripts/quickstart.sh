@@ -3,15 +3,15 @@
 #
 # Run it again and it continues where it stopped. Every setting is an environment variable:
 #   MODEL           base model: folder or hub name            (default: SmolLM2-135M-Instruct, from PyPI)
-#   TEXT            text: .txt, .jsonl, .csv, .parquet, folder or hub name  (default: Wikipedia articles, from PyPI)
+#   TEXT            text: .jsonl, .csv, .parquet, folder or hub name  (default: Wikipedia articles, from PyPI)
 #   OUTPUT          folder of everything                      (default: results/quickstart)
-#   MAX_DOCUMENTS   use at most this many documents           (default: 320 of the default text, all of another)
-#   MAX_CHARACTERS  of each document, use the paragraphs that begin within this many characters  (default: 1200)
-#   MIN_CHARACTERS  skip shorter documents                    (default: 500 for the default text)
+#   MAX_DOCUMENTS MAX_CHARACTERS MIN_CHARACTERS  use at most so many documents; of each, the paragraphs that begin within so
+#                   many characters; none that is shorter     (default: 320, 1200 and 500 for the default text, else all)
 #   SIZE            full: all articles of the default text
-#   BY_DOCUMENT=1   each document of TEXT begins a window     (always so with the default text)
 #   DTYPE           float32, bfloat16 or auto                 (default: auto, the faster one on this machine)
 #   LAYERS EPOCHS LEARNING_RATE ALPHA DROPOUT WINDOWS_PER_STEP  the memory and its training
+#   OWN_HEAD=1      the memory has a head of its own          (default: the base's)
+#   SAMPLED         tokens sampled for the loss, 0 for the whole vocabulary  (default: 4096)
 #   KNOWN_WEIGHT    gate: weight of training text; more recall, higher perplexity on new text  (default: 0.05)
 #   CAUTION         gate: weight of staying at the base outside the domain of the text         (default: 1)
 #   K PROBE         neighbours of a position, inverted lists searched  (default: 256, 8)
@@ -27,16 +27,16 @@ install ""
 
 WORK="${OUTPUT:=results/quickstart}/work" embedded="${OUTPUT}/work/embedded"
 DONE="$WORK/done"
-: "${BLOCK_SIZE:=512}" "${MAX_CHARACTERS:=1200}" "${SEED:=42}" "${K:=256}" "${PROBE:=8}" "${FINETUNE:=0}"
+: "${BLOCK_SIZE:=512}" "${SEED:=42}" "${K:=256}" "${PROBE:=8}" "${FINETUNE:=0}"
 # The paper trains from random weights at learning rate 5e-4 and alpha 0.5, with one lambda. With this little text it is
-# better to start from the base; six epochs at a small alpha make the memory learn the text, dropout keeps it from being
+# better to start from the base; nine epochs at a small alpha make the memory learn the text, dropout keeps it from being
 # overconfident elsewhere, and a gate switches it off where it does not know (docs/remember.md has the experiments).
 documents=320
 if [ "$FINETUNE" = 1 ]; then  # a base that knows the domain leaves less to gain: more text, more epochs
     documents=480
     : "${EPOCHS:=12}" "${DROPOUT:=0.4}" "${KNOWN_WEIGHT:=0.005}" "${CAUTION:=0.3}"
 fi
-: "${LAYERS:=4}" "${EPOCHS:=6}" "${KNOWN_WEIGHT:=0.05}" "${LEARNING_RATE:=6e-4}" "${ALPHA:=0.2}" "${WINDOWS_PER_STEP:=3}"
+: "${LAYERS:=8}" "${EPOCHS:=9}" "${KNOWN_WEIGHT:=0.05}" "${LEARNING_RATE:=6e-4}" "${ALPHA:=0.2}" "${WINDOWS_PER_STEP:=3}"
 : "${DROPOUT:=0.2}" "${CAUTION:=1}"
 LAMBDAS="0.02 0.05 0.1 0.15 0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.75 0.8 0.85 0.9"
 
@@ -44,10 +44,12 @@ LAMBDAS="0.02 0.05 0.1 0.15 0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.7
 if [ -z "${MODEL:-}" ] || [ -z "${TEXT:-}" ]; then
     once "get model and text" python -m utils.embedded_default --output_dir "$embedded"
 fi
-cut=(--group_rows)
-[ "${BY_DOCUMENT:-0}" = 0 ] || cut=(--by_document)
-if [ -n "${TEXT:-}" ] || [ "${SIZE:-}" = full ]; then documents=1000000; fi
-if [ -z "${TEXT:-}" ]; then cut=(--by_document --min_document_characters "${MIN_CHARACTERS:=500}"); fi
+if [ -z "${TEXT:-}" ]; then
+    [ "${SIZE:-}" = full ] || : "${MAX_DOCUMENTS:=$documents}"
+    : "${MAX_CHARACTERS:=1200}" "${MIN_CHARACTERS:=500}"
+fi
+limits=(${MAX_DOCUMENTS:+--max_documents "$MAX_DOCUMENTS"} ${MAX_CHARACTERS:+--max_document_characters "$MAX_CHARACTERS"}
+    ${MIN_CHARACTERS:+--min_document_characters "$MIN_CHARACTERS"})
 MODEL="${MODEL:-$embedded/model}" TEXT="${TEXT:-$embedded/wiki.jsonl}"
 dtype="$(python -c 'import sys; from utils.loading import BaseArguments
 print(str(BaseArguments(torch_dtype=sys.argv[1]).dtype()).split(".")[-1])' "${DTYPE:-auto}")"
@@ -57,11 +59,11 @@ if [ "$FINETUNE" = 1 ]; then  # all that follows is made for the fine-tuned base
     OUTPUT="$OUTPUT/finetuned" WORK="$WORK/finetuned" DONE="$DONE/finetuned"
 fi
 
-# 2. Text to token windows, split by document. Each article begins a window, as it will begin a prompt.
+# 2. Text to token windows, split by document. Each document begins a window, as it will begin a prompt.
 once "windows" python utils/preprocess_dataset.py \
     --dataset_name "$TEXT" --tokenizer_path "$MODEL" --output_dir "$WORK/windows" \
-    --block_size "$BLOCK_SIZE" --stride "$BLOCK_SIZE" "${cut[@]}" --max_documents "${MAX_DOCUMENTS:-$documents}" \
-    --max_document_characters "$MAX_CHARACTERS" --validation_fraction 0.1 --test_fraction 0.1 --seed "$SEED"
+    --block_size "$BLOCK_SIZE" --stride "$BLOCK_SIZE" --by_document ${limits[@]+"${limits[@]}"} \
+    --validation_fraction 0.1 --test_fraction 0.1 --seed "$SEED"
 
 if [ "$FINETUNE" = 1 ]; then
     once "base" python -m train_base --do_eval --model_name_or_path "$MODEL" --dataset_name "$WORK/windows" \
@@ -110,10 +112,14 @@ once "kNN targets" python -m knn_utils.saveKNNMulti --dstore_path "$train_dstore
     --output_path "$WORK/targets" --k "$K" --probe "$PROBE" --batch_size 4096 --ignore_first True \
     --choose_on "$WORK/knnlm_validation/results.json"
 
-# 7. The memory.
+# 7. The memory: without a head of its own, in bfloat16 where that is the faster precision, and with a loss over a sampled part
+#    of the vocabulary, which makes a step a third faster.
+tied=(--sampled_vocabulary "${SAMPLED:-4096}")
+[ "${OWN_HEAD:-0}" = 1 ] || tied+=(--tie_head)
+[ "$mixed" = no ] || tied+=(--save_dtype bfloat16)
 once "train the memory" python -m train_mlpmem_offline --model_name_or_path "$MODEL" --dataset_name "$WORK/windows" \
     --knn_save_path "$WORK/targets" --knn_dstore_path "$train_dstore" --validation_dstore_path "$validation_dstore" \
-    --output_dir "$WORK/memory" --init_from_base --memory_layers "$LAYERS" --num_train_epochs "$EPOCHS" \
+    --output_dir "$WORK/memory" --init_from_base "${tied[@]}" --memory_layers "$LAYERS" --num_train_epochs "$EPOCHS" \
     --learning_rate "$LEARNING_RATE" --alpha "$ALPHA" --memory_dropout "$DROPOUT" \
     --per_device_train_batch_size "$WINDOWS_PER_STEP" --lr_scheduler_type linear --num_warmup_steps 10 \
     --logging_steps 10 --micro_batch_rows 2048 --max_eval_samples 16 --seed "$SEED" --mixed_precision "$mixed"
@@ -133,10 +139,8 @@ joint test --lmbda adaptive --choose_on "$WORK/joint_validation/results.json" --
 knnlm test "$test_dstore" --choose_on "$WORK/knnlm_validation/results.json"
 
 # 9. Recall: beginnings of the training articles, continued.
-articles="$WORK/windows/raw/train.jsonl"
-[ -f "$articles" ] || articles=/dev/null  # a text that came with its own splits
 once "recall" python -m downstream.recall --model_name_or_path "$MODEL" --knn_generator_path "$memory" \
-    --articles "$articles" --lmbda adaptive --choose_on "$WORK/joint_validation/results.json" \
+    --articles "$WORK/windows/raw/train.jsonl" --lmbda adaptive --choose_on "$WORK/joint_validation/results.json" \
     --answer_words 1 --max_cases 300 --torch_dtype "$dtype" --output_dir "$WORK/recall"
 
 # 10. The table.

@@ -245,6 +245,7 @@ def test_a_split_that_is_there_is_not_made_again(tmp_path, articles):
     source.mkdir()
     for split in ("train", "test"):
         (source / f"{split}.jsonl").write_text(articles.read_text())
-    assert "--test_fraction" in refused_here(MODULE, *flags(source, tmp_path / "out", "--test_fraction", 0.2))
-    windows = make(source, tmp_path / "out", "--validation_fraction", 0.2)
+    windows = make(source, tmp_path / "out", "--validation_fraction", 0.2, "--test_fraction", 0.2)
+    given = [json.loads(line)["text"] for line in articles.read_text().splitlines()]
+    assert raw_texts(tmp_path / "out", "test") == given and len(raw_texts(tmp_path / "out", "train")) < len(given)
     assert set(windows) == {"train", "validation", "test"}

@@ -62,15 +62,25 @@ def test_the_gate_is_trained_after_the_one_lambda_is_chosen_and_test_and_recall_
     assert [each.get("--choose_on") for each in later[1:]] == [chosen, chosen]
 
 
-def test_articles_of_the_default_text_begin_windows_and_another_text_is_cut_through(tmp_path):
-    for name, settings, cut in (
-        ("own", {}, "--by_document"),
-        ("other", {"TEXT": "a.txt", "MODEL": "m"}, "--group_rows"),
-        ("documents", {"TEXT": "a.jsonl", "MODEL": "m", "BY_DOCUMENT": 1}, "--by_document"),
+def test_documents_begin_windows_and_nothing_of_another_text_is_left_out(tmp_path):
+    for name, settings, limits in (
+        ("own", {}, ["320", "1200", "500"]),
+        ("full", {"SIZE": "full"}, [None, "1200", "500"]),
+        ("other", {"TEXT": "a.jsonl", "MODEL": "m"}, [None, None, None]),
+        ("limited", {"TEXT": "a.jsonl", "MODEL": "m", "MAX_DOCUMENTS": 7}, ["7", None, None]),
     ):
         _, found = quickstart(tmp_path / name, **settings)
         windows = next(call for call in found if call[0].endswith("preprocess_dataset.py"))
-        assert [word for word in windows if word in ("--by_document", "--group_rows")] == [cut]
+        assert "--by_document" in windows
+        words = "--max_documents", "--max_document_characters", "--min_document_characters"
+        assert [flags(windows).get(word) for word in words] == limits
+
+
+def test_the_memory_is_tied_unless_asked_for_a_head_of_its_own(tmp_path):
+    for name, settings, tied in (("tied", {}, True), ("own", {"OWN_HEAD": 1}, False)):
+        _, found = quickstart(tmp_path / name, **settings)
+        trained = next(call for call in found if "train_mlpmem_offline" in call)
+        assert ("--tie_head" in trained) == tied
 
 
 def test_with_a_fine_tuned_base_the_whole_chain_is_made_with_it_in_a_folder_of_its_own(tmp_path):

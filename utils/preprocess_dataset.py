@@ -3,8 +3,8 @@
     python utils/preprocess_dataset.py --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 …
 
 Writes a `datasets.DatasetDict` folder with the columns input_ids, labels, attention_mask and dstore_range,
-`dstore_summary.json` with the counts of each split, and `made.json`. With --validation_fraction or --test_fraction, the
-text of each split is written too, to `raw/<split>.jsonl`. `utils/text_files.py` reads text, `utils/windows.py` cuts it.
+`dstore_summary.json` with the counts of each split, and `made.json`. With --by_document or a fraction, the text of each
+split is written too, to `raw/<split>.jsonl`. `utils/text_files.py` reads text, `utils/windows.py` cuts it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,12 @@ class Arguments:
     output_dir: str = required("folder of windows to write")
     dataset_config_name: str | None = flag(None, "the dataset's configuration, or its subfolder of that name")
     text_column: str = flag("text", "column that holds the text; each row is a document")
-    validation_fraction: float = flag(0.0, "fraction of the train split's documents to make a validation split of")
-    test_fraction: float = flag(0.0, "fraction of the train split's documents to make a test split of")
+    validation_fraction: float = flag(
+        0.0, "fraction of the train split's documents to make a validation split of, if there is none"
+    )
+    test_fraction: float = flag(
+        0.0, "fraction of the train split's documents to make a test split of, if there is none"
+    )
     seed: int = flag(42, "decides which documents go to which split")
     min_document_characters: int = flag(0, "leave out documents of fewer characters")
     max_document_characters: int | None = flag(None, "cut documents after this many characters, at the end of the line")
@@ -117,10 +121,12 @@ def read_text(arguments: Arguments, work: Path) -> tuple[dict[str, Any], dict[st
     left_out = {}
     for split, rows in splits.items() if any(limits) else ():
         splits[split], left_out[split] = select_documents(rows, *limits, work / f"documents-{split}.arrow")
+    for split in fractions.keys() & splits.keys():
+        fractions[split] = 0.0  # the text has its own
     if any(fractions.values()):
-        if "train" not in splits or any(fractions.get(split) for split in splits):
+        if "train" not in splits:
             there = f"--dataset_name {name}: has the splits {', '.join(splits)}"
-            raise InputError(f"{there}; --validation_fraction and --test_fraction need train, and make new ones only")
+            raise InputError(f"{there}; --validation_fraction and --test_fraction need train")
         splits = split_documents(splits.pop("train"), fractions, arguments.seed) | splits
     return splits, left_out
 
@@ -141,7 +147,7 @@ def make_windows(arguments: Arguments, sizes: WindowSizes, tokenizer: Any, outpu
             )
         counts |= {"rows": len(rows), "dataset_cnt_len": len(windows[split])}
         summary[split] = counts | {"characters_left_out": left_out.get(split, 0)}
-    for split, rows in splits.items() if arguments.validation_fraction or arguments.test_fraction else ():
+    for split, rows in splits.items() if arguments.by_document or any(map(vars(arguments).get, FRACTIONS)) else ():
         rows.to_json(ensure_folder(output / "raw") / f"{split}.jsonl", force_ascii=False)
     write_json(output / "dstore_summary.json", summary)
     datasets.DatasetDict(windows).save_to_disk(str(output))
