@@ -1,0 +1,124 @@
+"""Questions about a memory's documents, answered by the base and by base + memory.
+
+    python -m downstream.ask --model_name_or_path BASE --knn_generator_path MEMORY --questions questions.jsonl
+
+A row of the table has an answer, and a prompt that is continued as it is, or a question; it may have a kind, for which
+results are given separately. An answer is right if the greedy continuation begins with it. A wrong one may be the answer of
+another question, which is confidently wrong: that is counted too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from utils.cli import command, flag, parse, required, say
+from utils.documents import QUESTION, chat
+from utils.errors import InputError
+from utils.loading import BaseArguments
+from utils.results import Lambda, check_lambda
+
+MORE_TOKENS = 3  # generated beyond the longest answer
+CHAT = "chat"  # questions of this kind are put into the chat template
+
+
+@dataclass
+class Question:
+    """A prompt and the answer that should follow it; `kind` is how it asks."""
+
+    kind: str
+    prompt: str
+    answer: str
+
+
+@dataclass(kw_only=True)
+class AskArguments(BaseArguments):
+    """Models and questions."""
+
+    knn_generator_path: list[str] = required("folder of the memory, or of several")
+    questions: str = required("table (.jsonl, .csv, .parquet) with prompt or question, answer, and perhaps kind")
+    lmbda: Lambda = flag(0.25, "weight of the memory: 0 to 1, or adaptive (the memory's gate)")
+    memory_temp: float = flag(1.0, "temperature of the memory's softmax")
+    batch_size: int = flag(16, "prompts per forward pass")
+    output_dir: str = flag("tmp", "folder for results.json")
+
+
+def read_questions(path: str, tokenizer: Any) -> list[Question]:
+    """The questions of a table. Raises InputError where a column or a value is missing."""
+    from downstream.data import read_table
+
+    found = []
+    for number, row in enumerate(read_table(path)):
+        kind, answer = row.get("kind") or "question", row.get("answer")
+        if not answer or not (row.get("prompt") or row.get("question")):
+            raise InputError(f"--questions {path}: row {number}: expected an answer, and a prompt or a question")
+        if not (prompt := row.get("prompt")):
+            question = row["question"]
+            prompt = chat(tokenizer, question) if kind == CHAT else QUESTION.format(question=question)
+        found.append(Question(kind, prompt, str(answer).strip()))
+    return found
+
+
+def new_tokens(questions: Sequence[Question], tokenizer: Any) -> int:
+    """How many tokens are generated, so that every answer fits."""
+    return max(len(tokenizer(f" {each.answer}")["input_ids"]) for each in questions) + MORE_TOKENS
+
+
+def begins_with(text: str, answer: str) -> bool:
+    """Whether `text` begins with `answer` as whole words, in upper or lower case."""
+    text, answer = text.lstrip().casefold(), answer.casefold()
+    return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()
+
+
+def rates(questions: Sequence[Question], texts: Sequence[str]) -> dict[str, dict[str, float]]:
+    """For each kind: cases, and the shares that are right and that are the answer of another question."""
+    answers = {each.answer for each in questions}
+    counts: dict[str, list[int]] = {}
+    for question, text in zip(questions, texts, strict=True):
+        count = counts.setdefault(question.kind, [0, 0, 0])
+        count[0] += 1
+        if begins_with(text, question.answer):
+            count[1] += 1
+        elif any(begins_with(text, answer) for answer in answers):
+            count[2] += 1
+    return {kind: {"cases": n, "right": right / n, "another": other / n} for kind, (n, right, other) in counts.items()}
+
+
+def rates_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """A Markdown table: a row for each name in `found`, a column for each kind, and all answers of other questions."""
+    kinds = list(next(iter(found.values())))
+    lines = ["| | " + " | ".join(kinds) + " | another question's answer |", "| --- " * (len(kinds) + 2) + "|"]
+    for name, by_kind in found.items():
+        cases = sum(each["cases"] for each in by_kind.values())
+        another = sum(each["another"] * each["cases"] for each in by_kind.values()) / cases
+        lines.append(f"| {name} | " + " | ".join(f"{by_kind[kind]['right']:.1%}" for kind in kinds) + f" | {another:.1%} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    (arguments,) = parse(AskArguments, description=__doc__.split("\n")[0])
+    check_lambda("--lmbda", arguments.lmbda, len(arguments.knn_generator_path))
+    from downstream.scoring import Evaluator
+    from utils.loading import quiet_libraries
+    from utils.memories import open_joint
+    from utils.results import write_results
+
+    started = time.time()
+    quiet_libraries()
+    tokenizer = arguments.open_tokenizer(required=True)
+    questions = read_questions(arguments.questions, tokenizer)
+    base = arguments.open_base(tokenizer)
+    joint = open_joint(arguments, arguments.knn_generator_path, base, arguments.lmbda, arguments.memory_temp)
+    found = {}
+    for name, model in (("base", base), ("base + memory", joint)):
+        evaluator = Evaluator(model, tokenizer, arguments.batch_size)
+        prompts = [evaluator.encode(each.prompt) for each in questions]
+        found[name] = rates(questions, evaluator.continuations(prompts, new_tokens(questions, tokenizer), "\n"))
+    say(rates_table(found))
+    write_results(arguments.output_dir, {"answered": found, "lmbda": arguments.lmbda}, started)
+
+
+if __name__ == "__main__":
+    command(main)()
