@@ -171,13 +171,13 @@ def evaluate(base: Any, windows: Any, arguments: StageArguments, training: Any) 
         if adaptive := adaptive_score(arguments, windows, neighbours):
             temperatures += [each for each in adaptive.knn_temp if each not in temperatures]
     for hidden, logprob, labels in scored_rows(base, windows, arguments, split, training.per_device_eval_batch_size):
-        other = None
+        others = []
         if neighbours:
             other, nearest = neighbours.probability(hidden, labels, temperatures)  # (rows, temperatures)
             if adaptive:
                 adaptive.add(logprob, other[:, [temperatures.index(each) for each in adaptive.knn_temp]], nearest)
-            other = other[:, : len(arguments.knn_temp)].log()
-        score.add(logprob, other)
+            others = [other[:, : len(arguments.knn_temp)].log()]
+        score.add(logprob, *others)
     mixture = {"mixture": "kNN-LM", "adaptive": adaptive and adaptive.finish(score)} if arguments.knn else {}
     report_scores(score, training.output_dir or "trainer_output", about, made_from, **mixture, started=started)
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.compare_methods import Method, Quickstart, bytes_of, library, memory
+from benchmarks.compare_methods import Method, Quickstart, memory
 from benchmarks.setting import ROOT
+from downstream.retrieval import bytes_of, library
 from utils.errors import InputError
 from utils.files import atomic, read_json
 

@@ -7,9 +7,8 @@ none of its code is installed or run.
 from __future__ import annotations
 
 import functools
-import importlib
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compare_scores import Method
+from downstream.retrieval import Search, bm25_search, bytes_of, passages
 from utils.artefact import read_made
 from utils.errors import InputError
 from utils.files import atomic, ensure_folder, read_json
@@ -33,7 +33,6 @@ ENCODER_FILES = {
     "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
 }
 ENCODER_TOKENS = 256  # the encoder's own limit; the rest of a text is not read
-Search = Callable[[str, int], list[int]]  # (text, count) → numbers of the most similar articles, best first
 
 
 class Quickstart:
@@ -128,19 +127,6 @@ def build(work: Quickstart, name: str) -> Method:
     return make(work, adaptive=name.endswith("adaptive"))
 
 
-def bytes_of(paths: Iterable[Path]) -> int:
-    """Total size of the files among `paths`."""
-    return sum(path.stat().st_size for path in paths if path.is_file())
-
-
-def library(name: str) -> Any:
-    """A package of the extra `compare`. Raises InputError where it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise InputError(f"--methods: needs the package {name}; pip install '.[compare]'") from None
-
-
 def chosen(results: dict[str, Any], temperature: str) -> str:
     setting = f"lambda {lambda_text(results['lmbda'])} and temperature {results[temperature]:g}"
     return f"{setting} chosen on the validation articles"
@@ -194,43 +180,6 @@ def rag(work: Quickstart, name: str) -> Method:
     before = passages(search, articles, work.tokenizer, flags.rag_passages, flags.passage_tokens)
     size = on_disk + sum(len(text.encode()) for text in articles)
     return Method(work.base, passages=before, bytes=size, note=note)
-
-
-def passages(
-    search: Search, articles: Sequence[str], tokenizer: Any, count: int, most_tokens: int
-) -> Callable[[str], list[int]]:
-    """A function: text → token ids of the `count` best articles, each cut to `most_tokens`, the best one last."""
-    separator = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
-
-    def before(text: str) -> list[int]:
-        ids: list[int] = []
-        for number in reversed(search(text, count)):
-            article = tokenizer(articles[number].strip(), add_special_tokens=False)["input_ids"]
-            ids += article[:most_tokens] + separator
-        return ids
-
-    return before
-
-
-def bm25_search(articles: Sequence[str]) -> tuple[Search, int]:
-    """BM25 over `articles` with bm25s (English stop words, no stemming), and the size of its saved index."""
-    bm25s = library("bm25s")
-
-    def split(texts: Sequence[str]) -> Any:
-        return bm25s.tokenize(list(texts), stopwords="en", show_progress=False, return_ids=False)
-
-    index = bm25s.BM25()
-    index.index(split(articles), show_progress=False)
-    with tempfile.TemporaryDirectory() as folder:
-        index.save(folder, show_progress=False)
-        on_disk = bytes_of(Path(folder).iterdir())
-
-    def search(text: str, count: int) -> list[int]:
-        found, scores = index.retrieve(split([text]), k=min(count, len(articles)), show_progress=False)
-        # Score 0: an article without a word of the text.
-        return [int(number) for number, score in zip(found[0], scores[0], strict=True) if score > 0]
-
-    return search, on_disk
 
 
 def dense_search(articles: Sequence[str], encoder: Path) -> tuple[Search, int]:

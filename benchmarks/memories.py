@@ -24,8 +24,8 @@ from utils.cli import command, flag, parse, say
 from utils.errors import InputError
 from utils.files import ensure_folder, read_json, write_json
 
-WEB_BYTES = 90_000  # of the quickstart's web text, as in docs/remember.md
-METHODS = ("base", "knnlm", "knnlm_adaptive", "lora", "memory", "memory_adaptive")
+WEB_BYTES = 45_000  # of the quickstart's web text
+METHODS = ("base", "knnlm", "knnlm_adaptive", "lora", "memory_adaptive")
 
 
 @dataclass
@@ -36,7 +36,7 @@ class MemoriesArguments:
     output_dir: str = flag("results/memories", "folder of results.json, table.md, plot.png and the parts' quickstarts")
     parts: list[int] = flag([], "numbers of parts whose memories are put together")
     shares: list[float] = flag([], "shares of the training articles, for memories of the same size")
-    lora_epochs: int = flag(2, "with --shares: epochs of LoRA, of which the best state on validation counts")
+    lora_epochs: int = flag(1, "with --shares: epochs of LoRA, of which the best state on validation counts")
 
 
 def main() -> None:
@@ -94,12 +94,12 @@ def memory_of(work: Path) -> Path:
 
 
 def measured(
-    output: Path, work: Path, memories: list[Path], windows: dict[str, Path], articles: list[Path]
+    output: Path, work: Path, memories: list[Path], windows: dict[str, Path], articles: dict[int, Path]
 ) -> dict[str, Any]:
     """Perplexity of each of `windows`, and the beginnings of each of `articles` that are continued, by lambda per token."""
     model = ("--model_name_or_path", read_json(work / "joint_test" / "results.json")["model"], "--torch_dtype")
     model = (*model, read_json(work / "joint_test" / "results.json")["dtype"], "--knn_generator_path", *memories)
-    found: dict[str, Any] = {"base": {}, "recalled": [], "recalled_base": []}
+    found: dict[str, Any] = {"base": {}, "recalled": {}, "recalled_base": {}}
     for name, folder in windows.items():
         split = "train" if name == "web" else "test"
         scored = (
@@ -115,12 +115,11 @@ def measured(
         run(sys.executable, "-m", "evaluate_joint", *model, *scored)
         result = read_json(output / "results.json")
         found[name], found["base"][name] = result["perplexity"], result["base_perplexity"]
-    for path in articles:
+    for number, path in articles.items():
         cases = ("--articles", path, "--answer_words", 1, "--max_cases", 300, "--lmbda", "adaptive")
         run(sys.executable, "-m", "downstream.recall", *model, *cases, "--output_dir", output)
         result = read_json(output / "results.json")
-        found["recalled"].append(result["recall_memory"])
-        found["recalled_base"].append(result["recall_base"])
+        found["recalled"][number], found["recalled_base"][number] = result["recall_memory"], result["recall_base"]
     return found
 
 
@@ -130,45 +129,28 @@ def together(work: Path, output: Path, count: int) -> dict[str, Any]:
     works = [quickstart_of(work, output / f"part-{n + 1}-of-{count}", articles[n::count]) for n in range(count)]
     web.write_bytes((work / "embedded" / "web.txt").read_bytes()[:WEB_BYTES])
     model = read_json(work / "joint_test" / "results.json")["model"]
-    cut = (
-        "--tokenizer_path",
-        model,
-        "--output_dir",
-        output / "web",
-        "--block_size",
-        512,
-        "--stride",
-        512,
-        "--group_rows",
-    )
     if not (output / "web").exists():
-        run(sys.executable, "utils/preprocess_dataset.py", "--dataset_name", web, *cut)
-    memories = [memory_of(each) for each in works]
-    chosen = {f"part {n + 1}": [memory] for n, memory in enumerate(memories)}
-    chosen |= {"together": memories, "one memory of all": [memory_of(work)]}
-    windows, texts = (
-        {"held_out": work / "windows", "web": output / "web"},
-        [each.parent / "text" / "train.jsonl" for each in works],
-    )
+        cut = ("--output_dir", output / "web", "--block_size", 512, "--stride", 512, "--group_rows")
+        run(sys.executable, "utils/preprocess_dataset.py", "--dataset_name", web, "--tokenizer_path", model, *cut)
+    memories, windows = [memory_of(each) for each in works], {"held_out": work / "windows", "web": output / "web"}
+    texts = {n: each.parent / "text" / "train.jsonl" for n, each in enumerate(works, 1)}
+    chosen = {f"part {n}": ([memory], {n: texts[n]}) for n, memory in enumerate(memories, 1)}
+    chosen |= {"together": (memories, texts), "one memory of all": ([memory_of(work)], texts)}
     scratch = ensure_folder(output / "scratch")
-    return {name: measured(scratch, work, each, windows, texts) for name, each in chosen.items()}
+    return {name: measured(scratch, work, which, windows, asked) for name, (which, asked) in chosen.items()}
 
 
 def parts_table(found: dict[str, Any]) -> str:
     """Rows: the base, each memory alone, all together, one of the whole text."""
-    base = next(iter(found.values()))
-    base = {**base["base"], "recalled": base["recalled_base"]}
-    header = [
-        "memory",
-        "held-out articles",
-        *(f"beginnings of part {n + 1}" for n in range(len(base["recalled"]))),
-        "web text",
-    ]
-    rows = [
-        line(name, f"{row['held_out']:.2f}", *(f"{share:.1%}" for share in row["recalled"]), f"{row['web']:.2f}")
-        for name, row in {"none (base)": base, **found}.items()
-    ]
-    return "\n".join([line(*header), line(*["---"] * len(header)), *rows])
+    whole = found["one memory of all"]
+    parts = list(whole["recalled"])
+    rows = {"none (base)": {**whole["base"], "recalled": whole["recalled_base"]}, **found}
+    header = ["memory", "held-out articles", *(f"beginnings of part {n}" for n in parts), "web text"]
+    lines = [line(*header), line(*["---"] * len(header))]
+    for name, row in rows.items():
+        shares = [f"{row['recalled'][n]:.1%}" if n in row["recalled"] else "–" for n in parts]
+        lines.append(line(name, f"{row['held_out']:.2f}", *shares, f"{row['web']:.2f}"))
+    return "\n".join(lines)
 
 
 def compared(work: Path, output: Path, share: float, lora_epochs: int) -> dict[str, Any]:

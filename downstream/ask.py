@@ -1,6 +1,7 @@
-"""Questions about a memory's documents, answered by the base and by base + memory.
+"""Questions about a memory's documents, answered by the base and by base + memory; by kNN-LM and RAG on request.
 
-    python -m downstream.ask --model_name_or_path BASE --knn_generator_path MEMORY --questions questions.jsonl
+    python -m downstream.ask --model_name_or_path BASE --knn_generator_path MEMORY --questions questions.jsonl \\
+        --documents documents.jsonl --dstore_path DATASTORE --index_path INDEX --knn_results RESULTS
 
 A row of the table has an answer, and a prompt that is continued as it is, or a question; it may have a kind, for which
 results are given separately. An answer is right if the greedy continuation begins with it. A wrong one may be the answer of
@@ -10,16 +11,20 @@ another question, which is confidently wrong: that is counted too.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from utils.cli import command, flag, parse, required, say
 from utils.documents import QUESTION, chat
 from utils.errors import InputError
+from utils.files import read_json
 from utils.loading import BaseArguments
 from utils.results import Lambda, check_lambda
 
+PASSAGE_TOKENS = 512  # of a document, for RAG
 MORE_TOKENS = 3  # generated beyond the longest answer
 CHAT = "chat"  # questions of this kind are put into the chat template
 
@@ -41,7 +46,15 @@ class AskArguments(BaseArguments):
     questions: str = required("table (.jsonl, .csv, .parquet) with prompt or question, answer, and perhaps kind")
     lmbda: Lambda = flag(0.25, "weight of the memory: 0 to 1, or adaptive (the memory's gate)")
     memory_temp: float = flag(1.0, "temperature of the memory's softmax")
-    batch_size: int = flag(16, "prompts per forward pass")
+    documents: str | None = flag(
+        None, "RAG too: table of the documents (column text); the best one by BM25 is put in front"
+    )
+    dstore_path: str | None = flag(None, "kNN-LM too: datastore of the documents")
+    index_path: str | None = flag(None, "kNN-LM: its index")
+    knn_results: str | None = flag(
+        None, "kNN-LM: results.json of train_base --knn, for lambda by distance and temperature"
+    )
+    batch_size: int = flag(64, "prompts per forward pass")
     output_dir: str = flag("tmp", "folder for results.json")
 
 
@@ -93,13 +106,40 @@ def rates_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     for name, by_kind in found.items():
         cases = sum(each["cases"] for each in by_kind.values())
         another = sum(each["another"] * each["cases"] for each in by_kind.values()) / cases
-        lines.append(f"| {name} | " + " | ".join(f"{by_kind[kind]['right']:.1%}" for kind in kinds) + f" | {another:.1%} |")
+        lines.append(
+            f"| {name} | " + " | ".join(f"{by_kind[kind]['right']:.1%}" for kind in kinds) + f" | {another:.1%} |"
+        )
     return "\n".join(lines)
+
+
+def answers(
+    evaluator: Any, questions: Sequence[Question], before: Callable[[str], list[int]] | None = None
+) -> list[str]:
+    """What a `downstream.scoring.Evaluator`'s model answers. `before`: question → token ids to put in front of the prompt."""
+    prompts = [evaluator.encode(each.prompt) for each in questions]
+    if before:
+        prompts = [
+            np.concatenate([before(each.prompt), ids]).astype(np.int32)
+            for each, ids in zip(questions, prompts, strict=True)
+        ]
+    return evaluator.continuations(prompts, new_tokens(questions, evaluator.tokenizer), "\n")
+
+
+def knnlm_of(arguments: AskArguments) -> Any:
+    """The kNN-LM with the lambdas by distance and the temperature that were chosen on validation text."""
+    from knn_utils.adaptive import Buckets
+    from knn_utils.knn_lm import KNNLM
+
+    chosen, buckets = read_json(arguments.knn_results), Buckets.read(arguments.knn_results)
+    options = {"k": chosen["k"], "probe": chosen["probe"], "lmbda": buckets, "knn_temp": buckets.knn_temp}
+    return KNNLM(arguments.index_path, arguments.dstore_path, layer_position=arguments.layer_position, **options)
 
 
 def main() -> None:
     (arguments,) = parse(AskArguments, description=__doc__.split("\n")[0])
     check_lambda("--lmbda", arguments.lmbda, len(arguments.knn_generator_path))
+    from downstream.data import read_table
+    from downstream.retrieval import bm25_search, passages
     from downstream.scoring import Evaluator
     from utils.loading import quiet_libraries
     from utils.memories import open_joint
@@ -111,11 +151,18 @@ def main() -> None:
     questions = read_questions(arguments.questions, tokenizer)
     base = arguments.open_base(tokenizer)
     joint = open_joint(arguments, arguments.knn_generator_path, base, arguments.lmbda, arguments.memory_temp)
-    found = {}
-    for name, model in (("base", base), ("base + memory", joint)):
-        evaluator = Evaluator(model, tokenizer, arguments.batch_size)
-        prompts = [evaluator.encode(each.prompt) for each in questions]
-        found[name] = rates(questions, evaluator.continuations(prompts, new_tokens(questions, tokenizer), "\n"))
+    alone, together = (Evaluator(model, tokenizer, arguments.batch_size) for model in (base, joint))
+    found = {
+        "base": rates(questions, answers(alone, questions)),
+        "base + memory": rates(questions, answers(together, questions)),
+    }
+    if arguments.dstore_path:
+        with knnlm_of(arguments).on(base):
+            found["kNN-LM"] = rates(questions, answers(alone, questions))
+    if arguments.documents:
+        texts = read_table(arguments.documents)["text"][:]
+        before = passages(bm25_search(texts)[0], texts, tokenizer, 1, PASSAGE_TOKENS)
+        found["RAG"] = rates(questions, answers(alone, questions, before))
     say(rates_table(found))
     write_results(arguments.output_dir, {"answered": found, "lmbda": arguments.lmbda}, started)
 

@@ -1,6 +1,7 @@
 """Tables and plots from the results of earlier stages:
 
     python -m downstream.report quickstart --work DIR --output_dir DIR
+    python -m downstream.report remember --work DIR --memory DIR --output_dir DIR
     python -m downstream.report ablation --setting alpha --runs DIR --values 0 0.5 1 --output_dir DIR
     python -m downstream.report wikitext103 --output_dir DIR
 
@@ -42,6 +43,16 @@ class QuickstartArguments:
 
     work: str = required("folder with one results folder per stage")
     output_dir: str = flag("results/quickstart", "folder for results.json, report.md and report.png")
+    seconds: float = flag(0.0, "seconds the whole run has taken so far")
+
+
+@dataclass
+class RememberArguments:
+    """Results of scripts/remember.sh."""
+
+    work: str = required("folder of the memory that was measured, with one results folder per stage")
+    memory: str = required("folder of the memory of all documents")
+    output_dir: str = required("folder for results.json and report.md")
     seconds: float = flag(0.0, "seconds the whole run has taken so far")
 
 
@@ -201,6 +212,33 @@ def draw_lambda(axes: Any, grids: dict[str, list[dict[str, float]]], base: float
     axes.legend()
 
 
+def remember(arguments: RememberArguments) -> None:
+    """The lambda for a memory of the user's documents: one or the gate's, by held-out documents, and what both cost."""
+    work, rows = Path(arguments.work), {}
+    scored = {split: read_json(work / f"joint_{split}" / "results.json") for split in ("validation", "test", "web")}
+    knn = read_json(work / "knnlm_validation" / "results.json")
+    for split, found in scored.items():
+        by_token = found["adaptive"]["perplexity"]
+        rows[split] = {"base": found["base_perplexity"], "one_lambda": found["perplexity"], ADAPTIVE: by_token}
+    validation, one = rows["validation"], scored["validation"]["lmbda"]
+    chosen = ADAPTIVE if validation[ADAPTIVE] < validation["one_lambda"] else one
+    titles = {"base": "base", "one_lambda": f"one lambda, {lambda_text(one)}", ADAPTIVE: "the gate's, by token"}
+    cells = [(title, *(f"{rows[split][name]:.2f}" for split in rows)) for name, title in titles.items()]
+    cells.append(("kNN-LM by distance", f"{knn['adaptive']['perplexity']:.2f}", "", ""))
+    text = f"""
+Perplexity with a tenth of the documents held out for choosing lambda, and another tenth:
+
+{table(("lambda", "held out, to choose", "held out", "other text (web)"), cells)}
+
+The memory of all documents is {arguments.memory}; {arguments.seconds:.0f} s in total.
+It continues its documents and their sentences, and answers questions in words that --also has taught it; for questions
+in any other words, put the document into the prompt (RAG).
+
+lambda: {lambda_text(chosen)}"""
+    results = {"memory": str(Path(arguments.memory).resolve()), "lambda": chosen, "one_lambda": one, "perplexity": rows}
+    write(ensure_folder(arguments.output_dir), "report.md", text, results | {"seconds": arguments.seconds})
+
+
 def ablation(arguments: AblationArguments) -> None:
     """The perplexity for each value of one setting: a table and a plot."""
     output, setting, rows = ensure_folder(arguments.output_dir), arguments.setting, []
@@ -256,6 +294,7 @@ Subword perplexity over {last["tokens"]} test tokens; memory at lambda {lambda_t
 
 REPORTS = {
     "quickstart": (QuickstartArguments, quickstart),
+    "remember": (RememberArguments, remember),
     "ablation": (AblationArguments, ablation),
     "wikitext103": (WikiText103Arguments, wikitext103),
 }

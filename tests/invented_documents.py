@@ -12,7 +12,40 @@ import random
 from pathlib import Path
 
 KINDS = ("own beginning", "one sentence", "paraphrase", "question", "chat")
-SYLLABLES = "ba bel bri cor da dor el fan fi gal gro hal il jor ka kel lu mar mi nor o pra quin ra ri sel ta tor u vel vi zan".split()
+SYLLABLES = [
+    "ba",
+    "bel",
+    "bri",
+    "cor",
+    "da",
+    "dor",
+    "el",
+    "fan",
+    "fi",
+    "gal",
+    "gro",
+    "hal",
+    "il",
+    "jor",
+    "ka",
+    "kel",
+    "lu",
+    "mar",
+    "mi",
+    "nor",
+    "o",
+    "pra",
+    "quin",
+    "ra",
+    "ri",
+    "sel",
+    "ta",
+    "tor",
+    "u",
+    "vel",
+    "vi",
+    "zan",
+]
 THINGS = "water pump,desk lamp,bicycle bell,coffee grinder,garden shear,wall clock,tool chest,rain gauge,hand drill,bread oven"
 MATERIALS = "brushed zinc,red cedar,grey slate,blown glass,black rubber,white marble,woven hemp,cast bronze,pressed cork,green jade"
 TOWNS = "Tarnow,Viborg,Olten,Kotka,Bergamo,Lugo,Evora,Zwolle,Trogir,Dundalk,Narva,Sibiu,Gorizia,Kaunas,Bayeux"

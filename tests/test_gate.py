@@ -122,6 +122,8 @@ def trained_gate(pair, *more):
 def test_the_command_fits_a_gate_that_evaluation_uses(pair, tmp_path):
     import datasets
 
+    other = ("--other_dataset_name", pair / "windows")
+    assert "other" in trained_gate(pair, *other).settings["perplexity"]
     made = trained_gate(pair, "--known_weight", 1, "--memory_temp", 1.5)
     assert made.kind == "gate" and made.settings["known_weight"] == 1
     assert made.made_from["windows"] == read_made(pair / "windows").id
@@ -149,12 +151,27 @@ def test_caution_leaves_distant_states_to_the_base():
     lambdas = {}
     for caution in (0, 1):
         gate = LambdaGate(4, 16)
-        fit(gate, rows, rows, SimpleNamespace(learning_rate=0.01, steps=200, known_weight=0.05, caution=caution))
+        weights = SimpleNamespace(learning_rate=0.01, steps=200, known_weight=0.05, other_weight=5.0, caution=caution)
+        fit(gate, {"held-out": rows, "training": rows}, weights)
         distant = torch.zeros(FEATURES)
         distant[-1] = 1.5
         lambdas[caution] = [gate.logit(each).sigmoid().item() for each in (torch.zeros(FEATURES), distant)]
     assert min(lambdas[0]) > 0.9
     assert lambdas[1][0] > 0.8 and lambdas[1][1] < 0.2
+
+
+def test_other_text_is_left_to_the_base():
+    torch.manual_seed(0)
+    known = GateRows(torch.randn(400, 1, FEATURES) * 0.3, torch.full((400,), -3.0), torch.full((400, 1), -1.0))
+    other = GateRows(known.features + 2.0, known.base, known.memory - 4.0)
+    weights = SimpleNamespace(learning_rate=0.01, steps=200, known_weight=0.05, other_weight=1.0, caution=0.0)
+    lambdas = {}
+    for texts in ({"held-out": known, "training": known}, {"held-out": known, "training": known, "other": other}):
+        gate = LambdaGate(4, 16)
+        fit(gate, texts, weights)
+        lambdas[len(texts)] = [gate.logit(torch.full((FEATURES,), place)).sigmoid().item() for place in (0.0, 2.0)]
+    assert min(lambdas[2]) > 0.9
+    assert lambdas[3][0] > 0.9 and lambdas[3][1] < 0.1
 
 
 def test_windows_are_cut_anew_behind_their_bos_token():

@@ -16,7 +16,11 @@ from harness import ROOT, calls, flags, ran, shell, stub_cards, stub_python
 from utils import cli
 
 SCRIPTS = sorted(path for room in ("scripts", "downstream") for path in (ROOT / room).glob("*.sh"))
-RUNNABLE = [path for path in SCRIPTS if path.name not in ("common.sh", "train_memory.sh", "quickstart.sh", "test.sh")]
+RUNNABLE = [
+    path
+    for path in SCRIPTS
+    if path.name not in ("common.sh", "stages.sh", "train_memory.sh", "quickstart.sh", "test.sh")
+]
 VENV_PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 LAUNCHER = "accelerate.commands.launch"
 
@@ -258,7 +262,7 @@ def test_an_ablation_shares_what_its_setting_does_not_change(name, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_every_setting_that_a_script_reads_is_listed_at_its_top(script):
     text = script.read_text()
-    if script.name in ("common.sh", "test.sh", "train_memory.sh"):
+    if script.name in ("common.sh", "stages.sh", "test.sh", "train_memory.sh"):
         pytest.skip("has no settings of its own")
     head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
     read = set(re.findall(r"\$\{([A-Z_]+):?[-=+]", text)) - {"BASH_SOURCE", "ON_GPU", "LAUNCH"}

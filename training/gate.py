@@ -3,8 +3,8 @@
     python -m training.gate --model_name_or_path BASE --knn_generator_path MEMORY --dataset_name WINDOWS
 
 The gate (`models/gate.py`) is fitted to maximize the mixture's likelihood on held-out text and on training text, whose
-windows begin at a random token of their first half: text returns in other contexts than it was learnt in. Base and memory
-are frozen; the features of each position are computed once. The gate is written into the folder of the memory.
+windows begin at a random token of their first half: text returns in other contexts than it was learnt in; and, if it is
+there, on other text, for which the memory was not made. Base and memory are frozen; the features of each position are computed once. The gate is written into the folder of the memory.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ class GateArguments(BaseArguments):
     known_split_name: str = flag("train", "split that the memory was trained on")
     known_weight: float = flag(0.05, "weight of the training text: more recall, but higher perplexity of new text")
     caution: float = flag(1.0, "weight of the loss that keeps lambda at 0 on out-of-domain text")
+    other_dataset_name: str | None = flag(None, "windows (split train) of other text, where lambda is to be low")
+    other_weight: float = flag(5.0, "weight of the other text")
+    other_windows: int = flag(12, "use at most this many of its windows")
     known_windows: int = flag(64, "use at most this many training windows, evenly spread")
     max_eval_samples: int | None = flag(None, "use at most this many validation windows")
     memory_temp: float = flag(1.0, "temperature of the memory's softmax in the mixture")
@@ -66,19 +69,20 @@ def cut_anew(windows: Any, seed: int, bos: int | None = None) -> Any:
     return datasets.Dataset.from_dict(moved).with_format("numpy")
 
 
-def fit(gate: LambdaGate, held_out: GateRows, training: GateRows, arguments: GateArguments) -> None:
-    """Fit `gate` in place: AdamW on the mean loss of the held-out rows + known_weight · that of the training rows +
-    caution · the mean of -log(1 - lambda) on held-out rows moved away from the corpus, in place of out-of-domain text."""
+def fit(gate: LambdaGate, texts: dict[str, GateRows], arguments: GateArguments) -> None:
+    """Fit `gate` in place: AdamW on the mean loss of the rows of each text, weighted, + caution · the mean of
+    -log(1 - lambda) on held-out rows moved away from the corpus, in place of out-of-domain text."""
     import torch
 
-    features = torch.cat([held_out.features, training.features])[:, 0]
+    weights = {"held-out": 1.0, "training": arguments.known_weight, "other": arguments.other_weight}
+    features = torch.cat([rows.features for rows in texts.values()])[:, 0]
     gate.feature_mean.copy_(features.mean(0))
     gate.feature_scale.copy_(features.std(0) + 1e-3)
     optimizer = torch.optim.AdamW(gate.parameters(), lr=arguments.learning_rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, arguments.steps)
     for _ in range(arguments.steps):
-        loss = -held_out.mixture([gate])[0].mean() - arguments.known_weight * training.mixture([gate])[0].mean()
-        farther = held_out.features[:, 0].clone()
+        loss = -sum(weights[name] * rows.mixture([gate])[0].mean() for name, rows in texts.items())
+        farther = texts["held-out"].features[:, 0].clone()
         farther[:, -1] += torch.empty(len(farther)).uniform_(*FARTHER)
         loss += arguments.caution * torch.nn.functional.softplus(gate.logit(farther)).mean()
         optimizer.zero_grad()
@@ -90,7 +94,7 @@ def fit(gate: LambdaGate, held_out: GateRows, training: GateRows, arguments: Gat
 
 def main() -> None:
     (arguments,) = parse(GateArguments, description=__doc__.split("\n")[0])
-    check_at_least(0, arguments, "known_weight", "caution")
+    check_at_least(0, arguments, "known_weight", "caution", "other_weight")
     check_at_least(1, arguments, "known_windows", "max_eval_samples", "per_device_eval_batch_size")
     check_positive("--memory_temp", arguments.memory_temp)
     train(arguments)
@@ -135,10 +139,14 @@ def train(arguments: GateArguments) -> LambdaGate:
     gate.fit_corpus(torch.cat(states))
     training = GateRows.concatenate(scored)
     training.features[:, 0, -1:] = gate.distance(torch.cat(states))
-    _, scored, _ = zip(*gate_rows(joint, [gate], windows, batch_size, "held-out text"), strict=True)
-    texts = {"held-out": GateRows.concatenate(scored), "training": training}
+    unknown, texts = {"held-out": windows}, {"training": training}
+    if arguments.other_dataset_name:
+        unknown["other"] = load_windows(arguments.other_dataset_name, "train", arguments.other_windows)
+    for name, text in unknown.items():
+        _, scored, _ = zip(*gate_rows(joint, [gate], text, batch_size, f"{name} text"), strict=True)
+        texts[name] = GateRows.concatenate(scored)
     texts = {name: GateRows(*(each.cpu() for each in rows)) for name, rows in texts.items()}
-    fit(gate.cpu(), texts["held-out"], texts["training"], arguments)
+    fit(gate.cpu(), texts, arguments)
 
     perplexity = {}
     for name, rows in texts.items():

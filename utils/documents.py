@@ -20,7 +20,7 @@ from typing import Any
 from utils.cli import command, flag, parse, required, say
 from utils.errors import InputError
 from utils.files import atomic, ensure_folder
-from utils.text_files import open_source, split_documents
+from utils.text_files import split_documents
 
 TEXTS = (".txt", ".md")
 TABLES = (".jsonl", ".json", ".csv", ".parquet")

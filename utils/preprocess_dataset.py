@@ -140,7 +140,7 @@ def make_windows(arguments: Arguments, sizes: WindowSizes, tokenizer: Any, outpu
     for split, rows in splits.items():
         path = work / f"windows-{split}.arrow"
         windows[split], counts = windows_of_split(rows, tokenizer, sizes, arguments.num_proc, path)
-        if counts["tokens"] < sizes.width:
+        if counts["tokens"] < (2 if sizes.by_document else sizes.width):
             few = f"split {split} has {counts['tokens']} tokens, less than one window"
             raise InputError(
                 f"--dataset_name {arguments.dataset_name}: {few}; give more text or a smaller --block_size"
