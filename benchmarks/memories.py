@@ -167,9 +167,9 @@ def compared(work: Path, output: Path, share: float, lora_epochs: int) -> dict[s
         "--answer_words",
         1,
         "--max_cases",
-        300,
+        200,
         "--max_eval_tokens",
-        10240,
+        5120,
     )
     run(sys.executable, "-m", "benchmarks.compare", *flags, *web)
     return read_json(folder / "compare" / "results.json")
