@@ -29,6 +29,7 @@ STAGES = {
     "embedding": "data",
     "knn_targets": "data",
     "training_step": "training_step",
+    "sampled_vocabulary": "training_step",
     "training_memory": "commands",
     "joint_evaluation": "inference",
     "first_token": "inference",

@@ -50,6 +50,40 @@ def training_step(setting: Setting) -> list[Row]:
     return found
 
 
+def sampled_vocabulary(setting: Setting) -> list[Row]:
+    """Loss and gradient of the hidden states of 1,024 rows over a sampled vocabulary, of those over the whole one, for a
+    frozen random head of SmolLM2's size and one of Gemma's; and how alike the gradients are."""
+    import torch
+
+    from utils.cal_loss import fused_linear_distillation_loss, sample_vocabulary
+
+    found, rows, entries, others = [], 1024, 20, 4096
+    for vocabulary, width in ((49_152, 576), (262_144, 640)):
+        torch.manual_seed(0)
+        head = torch.randn(vocabulary, width, device=setting.device) / width**0.5
+        hidden = torch.randn(rows, width, device=setting.device, requires_grad=True)
+        # Zipf-like ids, as in text: most rows share their tokens.
+        ids = (vocabulary ** torch.rand(rows * entries)).long().clamp_max(vocabulary - 1)
+        targets = torch.full((rows,), entries), ids.int(), torch.full((rows * entries,), 1 / entries)
+        labels, gradients = ids[::entries].clone(), {}
+
+        def step(sampled: bool, hidden=hidden, head=head, labels=labels, targets=targets, gradients=gradients) -> None:
+            states, weight, label, token_id = hidden, head, labels, targets[1]
+            if sampled:
+                states, weight, label, token_id = sample_vocabulary(states, weight, label, token_id, others)
+            loss, *_ = fused_linear_distillation_loss(states, weight, label, targets[0], token_id, targets[2], 0.2)
+            (gradients[sampled],) = torch.autograd.grad(loss, hidden)
+
+        seconds = rounds({"sampled": lambda: step(True), "whole": lambda: step(False)}, setting.repeats, setting.device)
+        alike = torch.cosine_similarity(gradients[True], gradients[False]).mean().item()
+        detail = (
+            f"{seconds.median('sampled'):.3f} s of {seconds.median('whole'):.3f} s; gradients' mean cosine {alike:.4f}"
+        )
+        name = f"loss over {others} sampled tokens, of the whole {vocabulary:,}"
+        found.append(Row(name, seconds.ratio("sampled", "whole"), "<=", 0.5, "x", detail))
+    return found
+
+
 def make_trainer(setting: Setting, source: Any, arguments: Any, precision: str) -> Any:
     """A `MemoryTrainer` in a precision, with an accelerate state of its own."""
     from accelerate import Accelerator

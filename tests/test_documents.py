@@ -1,11 +1,14 @@
 """A user's documents: read without losing a character, learnt in several contexts, asked about; and the two scripts."""
 
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
 from harness import calls, command, refused_here, shell, stub_python
 from invented_documents import KINDS, invent
-from tiny_models import save_models
+from tiny_models import make_base, save_models
 
 from downstream.ask import Question, begins_with, rates
 from utils.documents import TITLE, cut_at, in_contexts, paragraphs, passages, read_documents
@@ -95,7 +98,10 @@ def test_an_answer_is_right_if_the_text_begins_with_it_as_whole_words():
 
 def test_questions_are_asked_of_base_and_memory(tmp_path, capsys):
     base, memory = save_models(tmp_path)
-    rows = [{"question": "Who wrote it?", "answer": "James"}, {"prompt": "The moon is", "answer": "there", "kind": "own"}]
+    rows = [
+        {"question": "Who wrote it?", "answer": "James"},
+        {"prompt": "The moon is", "answer": "there", "kind": "own"},
+    ]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = ("--model_name_or_path", base, "--knn_generator_path", memory, "--output_dir", tmp_path / "out")
     command("downstream.ask", *model, "--questions", tmp_path / "q.jsonl")
@@ -122,3 +128,31 @@ def test_ask_uses_all_memories_that_are_there(tmp_path):
     assert str(tmp_path / "a") in asked[""][1][0] and str(tmp_path / "b") in asked[""][1][0]
     assert "0.9" in asked["a"][1][0] and str(tmp_path / "b") not in asked["a"][1][0]
     assert asked["none"][0] == 2
+
+
+@pytest.mark.slow
+def test_remember_makes_a_memory_of_all_documents_and_asks_it(tmp_path):
+    base = make_base("llama", tmp_path / "out" / "embedded" / "model")
+    (tmp_path / "out" / "embedded" / "web.txt").write_text(
+        "".join(f"Line {n} of the web, a place.\n" for n in range(200))
+    )
+    documents, _, pairs = invent(20)
+    (tmp_path / "docs").mkdir()
+    for number, text in enumerate(documents):
+        (tmp_path / "docs" / f"{number}.txt").write_text(text)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    words = ("bash", "scripts/remember.sh", "notes", tmp_path / "docs", "--also", tmp_path / "pairs.jsonl")
+    small = {"BLOCK_SIZE": 64, "LAYERS": 1, "EPOCHS": 1, "K": 8, "OUTPUT": tmp_path / "out", "MODEL": base}
+    active = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = shell(*map(str, words), **small, **active)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out" / "notes"
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["perplexity"]) == {"validation", "test", "web"}
+    best = min(("one_lambda", "adaptive"), key=results["perplexity"]["validation"].get)
+    assert results["lambda"] == ("adaptive" if best == "adaptive" else results["one_lambda"])
+    evaluated = json.loads((folder / "measured" / "joint_test" / "results.json").read_text())
+    assert results["perplexity"]["test"]["adaptive"] == evaluated["adaptive"]["perplexity"]
+    assert sorted(texts(folder / "all" / "text", "documents")) == sorted(documents)
+    asked = shell("bash", "scripts/ask.sh", "The moon", "--max_new_tokens", "3", OUTPUT=tmp_path / "out", **active)
+    assert asked.returncode == 0 and "The moon" in asked.stdout, asked.stderr

@@ -10,7 +10,7 @@ from harness import command, refused_here
 from tiny_models import random_gate, save_models, some_ids, tiny_base, tiny_memory
 from transformers import AutoModelForCausalLM
 
-from models import MLPMemory, memory_class, memory_config
+from models import MLPMemory, export, memory_class, memory_config
 from models.stack import find_memory
 from utils.artefact import Made, record_path
 
@@ -123,6 +123,8 @@ def test_the_folder_of_several_opens_with_their_gates(saved, tmp_path):
     assert again.temperatures == [1.0, 3.0]
     with torch.no_grad():
         assert torch.equal(again(some_ids()).logits, joint(some_ids()).logits)
+    export.main([str(base), *map(str, memories), str(tmp_path / "exported"), "--lmbda", "0.2,0.1"])
+    assert MLPMemory.from_pretrained(tmp_path / "exported").lmbda == [0.2, 0.1]
     with pytest.raises(ValueError, match="memory_2"):
         find_memory(tmp_path / "joint")
     MLPMemory.from_pretrained(base, memories[0], 0.2).save_pretrained(tmp_path / "joint")
