@@ -34,7 +34,7 @@ done
 if [ -n "$questions" ]; then install compare; else install ""; fi
 
 : "${OUTPUT:=results/memories}" "${CONTEXTS:=documents paragraphs sentences}" "${ROWS_PER_STEP:=600}" "${SEED:=42}"
-: "${EPOCHS:=12}" "${INDEX_FACTORY:=Flat}" "${KNOWN_WEIGHT:=1}" "${CAUTION:=0}" "${DROPOUT:=0}"
+: "${EPOCHS:=12}" "${KNOWN_WEIGHT:=1}" "${CAUTION:=0}" "${DROPOUT:=0}"
 folder="$OUTPUT/$name"
 if [ ! -d "$OUTPUT/embedded/model" ]; then
     run "get the default model and web text" python -m utils.embedded_default --output_dir "$OUTPUT/embedded"
@@ -49,18 +49,22 @@ text() {
         --output_dir "$1" --contexts $CONTEXTS --seed "$SEED" "${@:2}"
 }
 
-# step_size: windows of about ROWS_PER_STEP rows.
-step_size() {
-    WINDOWS_PER_STEP="$(python -c 'import json, sys
+# sizes: windows of about ROWS_PER_STEP rows for a step; an exact index for few rows.
+sizes() {
+    local counts
+    counts="$(python -c 'import json, sys
 train = json.load(open(sys.argv[1]))["train"]
-print(max(round(int(sys.argv[2]) * train["dataset_cnt_len"] / train["dstore_size"]), 1))' "$WORK/windows/dstore_summary.json" "$ROWS_PER_STEP")"
+rows, windows = train["dstore_size"], train["dataset_cnt_len"]
+print(max(round(int(sys.argv[2]) * windows / rows), 1), "Flat" if rows < 50_000 else "IVF512,Flat")' \
+        "$WORK/windows/dstore_summary.json" "$ROWS_PER_STEP")"
+    WINDOWS_PER_STEP="${counts% *}" INDEX_FACTORY="${counts#* }"
 }
 
 # 1. A memory of four fifths of the documents, and what it does to text that it has not seen.
 WORK="$folder/measured" DONE="$folder/measured/done"
 text "$WORK/text" --held_out 0.1
 windows "$WORK/text"
-step_size
+sizes
 embed train
 embed validation --save_logprob
 embed test --save_logprob
@@ -89,7 +93,7 @@ measured="$WORK"
 WORK="$folder/all" DONE="$folder/all/done"
 text "$WORK/text"
 windows "$WORK/text"
-step_size
+sizes
 embed train
 index
 targets --choose_on "$measured/knnlm_validation/results.json"

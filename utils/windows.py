@@ -199,9 +199,9 @@ def check_held_out(windows: Any, corpus: np.ndarray, flag: str, kind: str) -> No
         raise InputError(f"{flag}: {shared:.0%} of it is in the {kind} text; choose on validation text that is not")
 
 
-def shared_runs(tokens: np.ndarray, corpus: np.ndarray, length: int = 16, at_most: int = 4096) -> float:
+def shared_runs(tokens: np.ndarray, corpus: np.ndarray, length: int = 64, at_most: int = 4096) -> float:
     """The share of the runs of `length` tokens in `tokens` (n,) that are in `corpus` (m,) too, however both are cut into
-    windows. `at_most` runs, evenly spread, are looked up; 0 where there is no run."""
+    windows; shorter runs are shared by documents that follow one template. `at_most` runs, evenly spread, are looked up; 0 where there is no run."""
     if min(len(tokens), len(corpus)) < length:
         return 0.0
     starts = np.linspace(0, len(tokens) - length, min(at_most, len(tokens) - length + 1)).astype(np.int64)
