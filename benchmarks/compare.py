@@ -3,6 +3,8 @@
     python -m benchmarks.compare                                what the quickstart left in results/quickstart/work
     python -m benchmarks.compare --methods base memory          some of the methods
     python -m benchmarks.compare --page docs/compare.md         write the table of the last run's results.json into a page
+    python -m benchmarks.compare --work results/memories/NAME/measured --questions questions.jsonl
+                                                                a memory of scripts/remember.sh, and answers to questions
 
 Methods: the base, kNN-LM with one lambda and with lambda by distance, RAG with BM25 and with a sentence encoder, LoRA at
 its best on validation and after all epochs, MLP memory with one lambda and with lambda by token, and a memory of the
@@ -52,6 +54,11 @@ class CompareArguments:
     web_text: str | None = flag(None, "text that nothing was trained on; default: the quickstart's embedded/web.txt")
     answer_words: int = flag(recall.ANSWER_WORDS, "words that answer a definition, as in downstream.recall")
     max_cases: int = flag(400, "maximum number of beginnings, spread evenly over the training articles")
+    questions: str | None = flag(
+        None,
+        "questions that are asked too, as in downstream.ask; with a column document only of "
+        "training documents that begin with it",
+    )
     max_eval_tokens: int = flag(20480, "maximum number of tokens of held-out articles, and of web text")
     speed_prompts: int = flag(8, "prompts for the measurement of speed")
     new_tokens: int = flag(32, "tokens generated in it after the first")
@@ -106,13 +113,14 @@ def run(arguments: CompareArguments, output: Path) -> None:
 def measure(work: Any, name: str) -> dict[str, Any]:
     """All figures of a method."""
     from benchmarks.compare_methods import build
-    from benchmarks.compare_scores import measure_speed, score_facts, score_windows, speed_prompts
+    from benchmarks.compare_scores import measure_speed, score_facts, score_questions, score_windows, speed_prompts
 
     flags, tokenizer, method, started = work.flags, work.tokenizer, build(work, name), time.perf_counter()
     prompts = speed_prompts(work.cases, flags.speed_prompts)
     found = {
         "speed": measure_speed(method, prompts, tokenizer, flags.new_tokens),
         "facts": score_facts(method, work.cases, tokenizer),
+        "answered": score_questions(method, work.questions, tokenizer) if flags.questions else None,
         "held_out": score_windows(method, work.held_out, tokenizer, flags.rag_chunk, flags.rag_query),
         "web": score_windows(method, work.web, tokenizer, flags.rag_chunk, flags.rag_query),
         "bytes": method.bytes,

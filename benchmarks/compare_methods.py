@@ -100,10 +100,19 @@ class Quickstart:
 
     @functools.cached_property
     def articles(self) -> list[str]:
-        """The training articles."""
+        """The training articles; of scripts/remember.sh the documents as they are."""
         from downstream.recall import read_articles
 
-        return [text for text in read_articles(str(self.folder / "windows/raw/train.jsonl")) if text.strip()]
+        documents = self.folder / "text" / "documents.jsonl"
+        path = documents if documents.exists() else self.folder / "windows/raw/train.jsonl"
+        return [text for text in read_articles(str(path)) if text.strip()]
+
+    @functools.cached_property
+    def questions(self) -> list[Any]:
+        """The questions about training documents."""
+        from downstream.ask import read_questions
+
+        return read_questions(self.flags.questions, self.tokenizer, self.articles)
 
     @functools.cached_property
     def cases(self) -> list[Any]:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.inference import Clock, generate
+from downstream.ask import Question, answers, rates
 from downstream.recall import Case
-from downstream.scoring import context_length
+from downstream.scoring import Evaluator, context_length
 
 
 @dataclass
@@ -129,6 +130,12 @@ def score_facts(method: Method, cases: Sequence[Case], tokenizer: Any) -> dict[s
         "right": "".join("01"[hit] for hit in right),
         "first_right": "".join("01"[hit] for hit in first),
     }
+
+
+def score_questions(method: Method, questions: Sequence[Question], tokenizer: Any) -> dict[str, dict[str, float]]:
+    """The shares of each kind of question that are answered right, and with another question's answer."""
+    with method.around():
+        return rates(questions, answers(Evaluator(method.model, tokenizer, 16), questions, method.passages))
 
 
 def speed_prompts(cases: Sequence[Case], count: int) -> list[str]:

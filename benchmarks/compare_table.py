@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.page import line
+from downstream.ask import rates_table
 
 MARKERS = "osD^vPX*<>d"
 COLUMNS = (
@@ -53,6 +54,8 @@ def markdown(results: dict[str, Any]) -> str:
         f"- Speed: medians over {first['speed']['prompts']} of these prompts, one at a time, "
         f"{first['speed']['new_tokens']} tokens generated, retrieval included. × is the ratio to the base alone, measured in turn.",
     ]
+    if first.get("answered"):
+        lines += ["", rates_table({record["title"]: record["answered"] for record in methods.values()})]
     lines += [f"- {record['title']}: {record['note']}" for record in methods.values() if record["note"]]
     return "\n".join(lines)
 

@@ -58,8 +58,11 @@ class AskArguments(BaseArguments):
     output_dir: str = flag("tmp", "folder for results.json")
 
 
-def read_questions(path: str, tokenizer: Any) -> list[Question]:
-    """The questions of a table. Raises InputError where a column or a value is missing."""
+def read_questions(path: str, tokenizer: Any, documents: Sequence[str] | None = None) -> list[Question]:
+    """The questions of a table; with `documents` only those whose column document one of these begins with.
+
+    Raises InputError where a column or a value is missing.
+    """
     from downstream.data import read_table
 
     found = []
@@ -70,7 +73,8 @@ def read_questions(path: str, tokenizer: Any) -> list[Question]:
         if not (prompt := row.get("prompt")):
             question = row["question"]
             prompt = chat(tokenizer, question) if kind == CHAT else QUESTION.format(question=question)
-        found.append(Question(kind, prompt, str(answer).strip()))
+        if documents is None or any(text.startswith(row.get("document") or "") for text in documents):
+            found.append(Question(kind, prompt, str(answer).strip()))
     return found
 
 

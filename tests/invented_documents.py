@@ -2,7 +2,7 @@
 
     python tests/invented_documents.py FOLDER --documents 20
 
-Writes `documents/*.txt`, `questions.jsonl` (kind, prompt or question, answer) and `pairs.jsonl` (question, answer): the same
+Writes `documents/*.txt`, `questions.jsonl` (kind, prompt or question, answer, document) and `pairs.jsonl` (question, answer): the same
 questions in words in which they are not asked in questions.jsonl.
 """
 
@@ -87,8 +87,9 @@ def invent(count: int, seed: int = 0) -> tuple[list[str], list[dict[str, str]], 
                 each.format(name=name, thing=thing) for each in (sentence, paraphrase, question, other)
             )
             asked = {"own beginning": text + sentence, "one sentence": sentence, "paraphrase": paraphrase}
-            questions += [{"kind": kind, "prompt": prompt, "answer": value} for kind, prompt in asked.items()]
-            questions += [{"kind": kind, "question": question, "answer": value} for kind in KINDS[3:]]
+            about = {"answer": value, "document": name}
+            questions += [{"kind": kind, "prompt": prompt, **about} for kind, prompt in asked.items()]
+            questions += [{"kind": kind, "question": question, **about} for kind in KINDS[3:]]
             pairs.append({"question": other, "answer": value})
             text += f"{sentence} {value}{after}" + ("\n\n" if place == 2 else " ")
         documents.append(text.rstrip() + "\n")

@@ -96,7 +96,13 @@ def opened(work):
 
 
 def test_methods_are_scored_on_the_same_tokens_once(work, encoder, tmp_path, capsys):
-    methods = compare(work, tmp_path, *MIXTURES, "rag_dense", encoder=encoder)
+    trained = opened(work).articles[0].split("\n")[0]
+    rows = [{"question": f"Who is {who}?", "answer": "a moon", "document": who} for who in (trained, "Nobody")]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encoder = {"encoder": encoder, "questions": questions}
+    methods = compare(work, tmp_path, *MIXTURES, "rag_dense", **encoder)
+    assert all(record["answered"]["question"]["cases"] == 1 for record in methods.values())
     assert {*methods} == {*MIXTURES, "rag_dense"}
     for record in methods.values():
         for part in ("held_out", "web"):
@@ -109,13 +115,13 @@ def test_methods_are_scored_on_the_same_tokens_once(work, encoder, tmp_path, cap
         assert (record["bytes"] == 0) == (record["name"] == "base")
     assert len({round(record["held_out"]["perplexity"], 6) for record in methods.values()}) == 6
     capsys.readouterr()
-    assert compare(work, tmp_path, *MIXTURES, encoder=encoder) == methods
+    assert compare(work, tmp_path, *MIXTURES, **encoder) == methods
     assert capsys.readouterr().out.count("measured before") == len(MIXTURES)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table: begin -->\nold\n<!-- table: end -->\nafter\n")
     command("benchmarks.compare", "--page", page, "--output_dir", tmp_path)
     assert "| MLP memory |" in page.read_text() and (tmp_path / "page.png").read_bytes()[:4] == b"\x89PNG"
-    assert [*compare(work, tmp_path, "base", encoder=encoder, max_cases=7)] == ["base"]
+    assert [*compare(work, tmp_path, "base", **encoder, max_cases=7)] == ["base"]
 
 
 def test_mixtures_have_the_perplexity_that_the_stages_reported(work, tmp_path):
