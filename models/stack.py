@@ -33,6 +33,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -108,6 +109,7 @@ class MLPStack:
         setattr(self, self.blocks_name, nn.ModuleList(blocks))
         setattr(self, self.norm_name, _materialized(norm))
         self.lm_head = None if self.tied else nn.Linear(width, config.vocab_size, bias=False)
+        fuse_gelu(self)
         self.post_init()
 
     @property
@@ -260,7 +262,19 @@ def load_base(path: str | os.PathLike, **options: Any) -> PreTrainedModel:
         raise ValueError(str(error)) from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"its checkpoint lacks {len(missing)} weights of the model: {missing[0]} …")
-    return base
+    return fuse_gelu(base)
+
+
+def fuse_gelu(model: nn.Module) -> nn.Module:
+    """`model` with GPT-2's tanh GELU as torch's one kernel, in place.
+
+    transformers' module has eight kernels, and CUDA's autocast runs its power in float32.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    return model
 
 
 def refuse_adapter(path: str | os.PathLike) -> None:

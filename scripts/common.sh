@@ -64,10 +64,20 @@ install() {
 }
 
 # find_launcher: LAUNCH, the first words of a command. With GPUs that is `accelerate launch`, which starts a process on each;
-# ACCELERATE_CONFIG names a file of accelerate_config/, LAUNCHER other words. GPUS counts them, ON_GPU is FAISS's flag.
+# ACCELERATE_CONFIG names a file of accelerate_config/, LAUNCHER other words. GPUS counts them, ON_GPU is FAISS's flag. GPUs that
+# PyTorch cannot use (a build without CUDA, an old driver) are an error, unless MLPMEM_CPU=1.
 find_launcher() {
     GPUS=0 ON_GPU=() LAUNCH=("$PYTHON")
-    ! command -v nvidia-smi >/dev/null || GPUS="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+    if command -v nvidia-smi >/dev/null && [ "${MLPMEM_CPU:-0}" != 1 ]; then
+        GPUS="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+        local cards
+        cards="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"
+        if [ "$GPUS" -eq 0 ] && [ "$cards" -gt 0 ] && [ "${CUDA_VISIBLE_DEVICES-all}" = all ]; then
+            echo "error: nvidia-smi lists $cards GPUs, but PyTorch can use none: install a build for this driver's CUDA version" \
+                "(pytorch.org), or set MLPMEM_CPU=1 to run on the CPU" >&2
+            exit 2
+        fi
+    fi
     if [ "$GPUS" -gt 0 ]; then
         ON_GPU=(--knn_gpu) LAUNCH=("$PYTHON" -m accelerate.commands.launch --mixed_precision bf16)
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + GPUS - 1) / GPUS))}"

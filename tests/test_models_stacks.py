@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import HIDDEN, VOCABULARY, tiny_base, tiny_memory
+from tiny_models import HIDDEN, VOCABULARY, some_ids, tiny_base, tiny_memory
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from models import GPT2MLPModel, LlamaMLPModel, MistralMLPModel, load_memory, memory_class, memory_config
+from models.stack import load_base
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ["gpt2", "llama", "mistral"]
@@ -197,3 +198,16 @@ def test_a_loaded_base_of_experts_alone_is_refused(tmp_path):
     tiny_base("qwen3_moe", **EXPERTS).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="qwen3_moe"):
         memory_class(memory_config(AutoModelForCausalLM.from_pretrained(tmp_path).config, 3))
+
+
+@pytest.mark.unit
+def test_the_gelu_of_gpt2_is_one_kernel_in_memory_and_base(tmp_path):
+    base = tiny_base("gpt2")
+    base.save_pretrained(tmp_path)
+    opened, memory = load_base(tmp_path).eval(), tiny_memory(base)
+    for model in (opened, memory):
+        names = {type(module).__name__ for module in model.modules()}
+        assert "GELU" in names and "NewGELUActivation" not in names
+    with torch.no_grad():
+        torch.testing.assert_close(opened(some_ids()).logits, base(some_ids()).logits, rtol=1e-5, atol=1e-5)
+    assert memory.config.activation_function == "gelu_new"  # as in published memories

@@ -20,6 +20,7 @@ RUNNABLE = [
     path
     for path in SCRIPTS
     if path.name not in ("common.sh", "stages.sh", "train_memory.sh", "quickstart.sh", "test.sh")
+    and path.name not in ("ask.sh", "remember.sh")  # tests/test_documents.py
 ]
 VENV_PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 LAUNCHER = "accelerate.commands.launch"
@@ -129,6 +130,19 @@ def test_gpus_are_launched_on_and_a_step_keeps_its_windows(cards, steps, tmp_pat
     _, (call,) = ran(tmp_path, "scripts/train_mlpmem_offline.sh", **machine)
     assert bool(launched(call)) == (cards > 0) and flags(call)["--gradient_accumulation_steps"] == steps
     assert flags(call)["--torch_dtype"] == "auto"
+
+
+def test_gpus_that_torch_cannot_use_are_an_error_unless_the_cpu_is_meant(tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("torch can use the GPUs here")
+    machine = stub_cards(tmp_path / "bin", 2)
+    machine["PATH"] = f"{machine['PATH']}{os.pathsep}{VENV_PATH}"
+    done = shell("bash", "scripts/train_mlpmem_offline.sh", **machine, PYTHON=sys.executable)  # a build without CUDA
+    assert done.returncode == 2 and "2 GPUs" in done.stderr and "MLPMEM_CPU=1" in done.stderr
+    _, (call,) = ran(tmp_path, "scripts/train_mlpmem_offline.sh", **machine, MLPMEM_CPU=1)
+    assert not launched(call)
 
 
 def test_a_configuration_or_a_launcher_can_be_named(tmp_path):
