@@ -19,6 +19,12 @@ from models.gate import LambdaGate
 from utils.results import ADAPTIVE
 
 
+LIMITS = (
+    "A memory continues the texts that it was trained on, from their beginnings and, after `scripts/remember.sh`, from their "
+    "sentences; it answers questions as question-answer pairs have taught it. For questions in other words use retrieval (RAG)."
+)
+
+
 @dataclass
 class Viewer:
     """Runs prompts, one at a time: the page's queue ensures that.
@@ -90,7 +96,7 @@ def build(viewer: Viewer, pair: Pair, sampling: Sampling) -> gradio.Blocks:
 
     with gradio.Blocks(title="MLP Memory", analytics_enabled=False) as blocks:
         gradio.Markdown(
-            f"# MLP Memory\nbase {short_name(pair.model_name_or_path)}; memory {short_name(*pair.knn_generator_path)}"
+            f"# MLP Memory\nbase {short_name(pair.model_name_or_path)}; memory {short_name(*pair.knn_generator_path)}\n\n{LIMITS}"
         )
         with gradio.Row():
             with gradio.Column(scale=3):
