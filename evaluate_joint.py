@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from utils.cli import command, flag, parse, required, say
 from utils.errors import InputError, check_at_least
 from utils.results import ADAPTIVE, ScoreArguments
+from utils.unused_flags import EVALUATE_JOINT
 
 
 @dataclass(kw_only=True)
@@ -35,7 +36,7 @@ class JointArguments(ScoreArguments):
 
 
 def main() -> None:
-    (arguments,) = parse(JointArguments, description=__doc__.split("\n")[0])
+    (arguments,) = parse(JointArguments, description=__doc__.split("\n")[0], unused=EVALUATE_JOINT)
     arguments.require_base()
     arguments.check_scored(len(arguments.knn_generator_path))
     check_at_least(1, arguments, "per_device_eval_batch_size")

@@ -17,6 +17,7 @@ from typing import Any
 from utils.cli import command, flag, make_parser, note_unused, parse
 from utils.errors import InputError, check_at_least
 from utils.results import ADAPTIVE, ScoreArguments
+from utils.unused_flags import TRAIN_BASE
 
 DESCRIPTION = "Fine-tune, score or embed with a base language model."
 
@@ -60,7 +61,7 @@ def main() -> None:
     from utils.loading import check_windows, load_windows, quiet_libraries
     from utils.memories import captured_by
 
-    arguments, training = parse(StageArguments, FinetuneArguments, description=DESCRIPTION)
+    arguments, training = parse(StageArguments, FinetuneArguments, description=DESCRIPTION, unused=TRAIN_BASE)
     check_arguments(arguments, training)
     quiet_libraries()
     windows = None

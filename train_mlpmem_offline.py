@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from training.arguments import TrainerArguments
 from utils.cli import command, parse, required
+from utils.unused_flags import TRAINERS
 
 
 @dataclass
@@ -20,7 +21,9 @@ class OfflineArguments:
 
 
 def main() -> None:
-    arguments, offline = parse(TrainerArguments, OfflineArguments, description="Train an MLP memory offline.")
+    arguments, offline = parse(
+        TrainerArguments, OfflineArguments, description="Train an MLP memory offline.", unused=TRAINERS
+    )
     arguments.check()
     from training.rows import OfflineRows
     from training.trainer import train_memory

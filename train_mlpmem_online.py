@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from training.arguments import TrainerArguments
 from utils.cli import command, flag, parse
+from utils.unused_flags import TRAINERS
 
 
 @dataclass
@@ -21,7 +22,9 @@ class OnlineArguments:
 
 
 def main() -> None:
-    arguments, online = parse(TrainerArguments, OnlineArguments, description="Train an MLP memory online.")
+    arguments, online = parse(
+        TrainerArguments, OnlineArguments, description="Train an MLP memory online.", unused=TRAINERS
+    )
     arguments.check()
     from training.online import OnlineRows
     from training.trainer import train_memory

@@ -18,7 +18,6 @@ from models import MLPMemory
 from models.gate import LambdaGate
 from utils.results import ADAPTIVE
 
-
 LIMITS = (
     "A memory continues the texts that it was trained on, from their beginnings and, after `scripts/remember.sh`, from their "
     "sentences; it answers questions as question-answer pairs have taught it. For questions in other words use retrieval (RAG)."

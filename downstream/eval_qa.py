@@ -28,6 +28,7 @@ from downstream.tasks import TASKS, Prompt, Task
 from utils.cli import command, flag, parse, required
 from utils.errors import InputError
 from utils.results import lambda_text
+from utils.unused_flags import EVAL_QA
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Row(NamedTuple):
 
 
 def main() -> None:
-    qa, model = parse(QAArguments, ModelArguments, description=__doc__.split("\n")[0])
+    qa, model = parse(QAArguments, ModelArguments, description=__doc__.split("\n")[0], unused=EVAL_QA)
     model.check()
     if qa.task not in TASKS:
         raise InputError(f"--task {qa.task}: expected one of {', '.join(TASKS)}")

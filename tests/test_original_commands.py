@@ -276,6 +276,28 @@ def test_flags_of_the_original_are_accepted(name):
     assert [flag for flag in KEPT[name].split() if flag not in known] == []
 
 
+UNUSED = {
+    "train_mlpmem_offline": "--train_file a --use_slow_tokenizer --block_size 8 --from_scratch --do_test --vocab_size=7",
+    "evaluate_joint": "--overwrite_cache --weight_decay 0.1 --with_tracking --knn_keytype last_ffn_input --group_name g",
+    "train_base": "--model_type gpt2 --use_fast_tokenizer True --prompt x --dstore_file d --knn_sim_func l2",
+    "downstream.eval_qa": "--ignore_pad_token_for_loss True --max_source_length 1024 --pad_to_max_length False --patience 2",
+}
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("name", UNUSED)
+def test_flags_of_the_originals_parsers_without_a_use_are_dropped_in_one_line(name, capsys):
+    from utils import unused_flags
+    from utils.cli import without
+
+    lists = {"train_mlpmem_offline": "TRAINERS", "downstream.eval_qa": "EVAL_QA"}
+    words = UNUSED[name].split()
+    kept = without(["--lmbda", "0.5", *words, "--seed", "3"], getattr(unused_flags, lists.get(name, name.upper())))
+    assert kept == ["--lmbda", "0.5", "--seed", "3"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert all(word.partition("=")[0] in line for word in words if word.startswith("--"))
+
+
 def told(capsys) -> list[str]:
     """The flags that lines of the output begin with, sorted."""
     return sorted(line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("--"))

@@ -46,12 +46,15 @@ def make_parser(dataclass_types: Sequence[type], description: str) -> Any:
     return OneLineParser(list(dataclass_types), description=description, allow_abbrev=False)
 
 
-def parse(*dataclass_types: type, description: str, arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Parse the command line into one instance of each dataclass.
+def parse(
+    *dataclass_types: type, description: str, arguments: Sequence[str] | None = None, unused: str = ""
+) -> tuple[Any, ...]:
+    """Parse the command line into one instance of each dataclass; `unused` flags (of `utils.unused_flags`) are dropped.
 
     Unknown flags, missing flags and values of the wrong type are reported in one line with exit status 2.
     """
     parser = make_parser(dataclass_types, description)
+    arguments = without(sys.argv[1:] if arguments is None else arguments, unused)
     try:
         *instances, unknown = parser.parse_args_into_dataclasses(
             args=arguments, return_remaining_strings=True, look_for_args_file=False
@@ -61,6 +64,24 @@ def parse(*dataclass_types: type, description: str, arguments: Sequence[str] | N
     if unknown:
         parser.error(f"unknown argument {unknown[0]}")
     return tuple(instances)
+
+
+def without(words: Sequence[str], unused: str) -> list[str]:
+    """The command line `words` without the flags in `unused` and their values; says in one line which were dropped."""
+    takes_value = {f"--{name.rstrip('*')}": not name.endswith("*") for name in unused.split()}
+    kept, dropped, left = [], [], list(words)
+    while left:
+        word = left.pop(0)
+        name, given, _ = word.partition("=")
+        if name not in takes_value:
+            kept.append(word)
+            continue
+        dropped.append(name)
+        if takes_value[name] and not given and left and not left[0].startswith("--"):
+            left.pop(0)
+    if dropped:
+        say(f"{' '.join(dropped)}: without a use here, ignored")
+    return kept
 
 
 def note_unused(names: Sequence[str], why: str) -> None:
