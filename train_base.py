@@ -28,7 +28,6 @@ class StageArguments(ScoreArguments):
 
     temperature_name = "knn_temp"
 
-    config_name: str | None = flag(None, "config to use instead of the base's own")
     from_scratch: bool = flag(False, "initialize random weights from the config")
     eval_subset: str = flag("validation", "split to score, to embed, or to evaluate on during fine-tuning")
     max_train_samples: int | None = flag(None, "train on at most this many windows")
@@ -73,9 +72,7 @@ def main() -> None:
     dtype = torch.float32 if training.do_train else arguments.dtype(bf16=training.bf16, fp16=training.fp16)
     tokenizer = arguments.open_tokenizer()
     set_seed(training.seed)  # of the random weights of --from_scratch
-    base = arguments.open_base(
-        tokenizer, dtype=dtype, config_name=arguments.config_name, from_scratch=arguments.from_scratch
-    )
+    base = arguments.open_base(tokenizer, dtype=dtype, from_scratch=arguments.from_scratch)
     if windows is not None:
         captured_by(arguments, base)
         check_windows(arguments.dataset_name, windows, base.config, tokenizer)

@@ -46,6 +46,7 @@ class QAArguments:
     start: int = flag(0, "skip this many rows at the beginning")
     max_eval_samples: int | None = flag(None, "maximum number of rows")
     per_device_eval_batch_size: int = flag(8, "sequences per forward pass; changes the speed, not the results")
+    num_beams: int = flag(1, "beams of generation; 1: greedy")
     do_eval: bool = flag(False, "accepted for compatibility; evaluation is all that this command does")
     overwrite: bool = flag(False, "discard the output folder's predictions and answer again")
 
@@ -73,7 +74,7 @@ def main() -> None:
     name = qa.dataset_name or task.hub[0]
     rows, dropped = read_rows(qa, task, name)
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]  # of questions, answers and prompts
-    settings = {"task": qa.task, "dataset": name, "questions": digest, **model.settings()}
+    settings = {"task": qa.task, "dataset": name, "questions": digest, "num_beams": qa.num_beams, **model.settings()}
     made = Made("predictions", settings, len(rows), model.made_from())
     folder = Path(qa.output_dir)
     with contextlib.closing(begin(folder, made, overwrite=qa.overwrite)) as making:
@@ -140,7 +141,7 @@ def answer(
     from downstream.scoring import Evaluator
     from utils.files import finite, naming_full_disk
 
-    evaluator = Evaluator(*open_model(model), qa.per_device_eval_batch_size, model.add_bos)
+    evaluator = Evaluator(*open_model(model), qa.per_device_eval_batch_size, model.add_bos, qa.num_beams)
     encoded = []
     for row in rows:
         try:

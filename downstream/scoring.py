@@ -34,14 +34,15 @@ class Evaluator:
         model: a causal language model of transformers, or a joint `MLPMemory`, in evaluation mode.
         tokenizer: its tokenizer. Padding is masked or comes last, so results do not depend on the pad token.
         batch_size: sequences per forward pass. It changes the speed, not the results.
+        num_beams: of generation; 1: greedy.
         add_bos: begin each text with the BOS token, even if the tokenizer does not (as windows of --window_bos do).
 
     Raises:
         InputError: `add_bos` without a BOS token.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int, add_bos: bool = False) -> None:
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, add_bos: bool = False, num_beams: int = 1) -> None:
+        self.model, self.tokenizer, self.batch_size, self.num_beams = model, tokenizer, batch_size, num_beams
         self.bos = tokenizer.bos_token_id if add_bos else None
         if add_bos and self.bos is None:
             raise InputError("--add_bos: the tokenizer has no BOS token")
@@ -144,6 +145,7 @@ class Evaluator:
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            num_beams=self.num_beams,
             pad_token_id=self.pad_token,
             eos_token_id=self.end_tokens or None,
         )

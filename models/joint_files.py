@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 INSIDE, MEMORY = "base", "memory"
 # Arguments of a hub look-up: those of the joint folder's own repository, and those that its base's needs too.
 OWN_HUB_ARGUMENTS = ("revision", "subfolder", "code_revision", "adapter_kwargs", "_from_auto", "_commit_hash")
+BASE_OPTIONS = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
 HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download")
 
 CARD = """---
@@ -118,7 +119,7 @@ def open_base(name: str, arguments: dict[str, Any], joint_folder: Path | None = 
 def id_of(base: str, arguments: dict[str, Any]) -> str | None:
     """`base_id` of a base; None where it has no readable config."""
     try:
-        return base_id(base, trust_remote_code=bool(arguments.get("trust_remote_code")))
+        return base_id(base, **{name: arguments[name] for name in BASE_OPTIONS if name in arguments})
     except (OSError, ValueError):
         return None
 

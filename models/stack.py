@@ -382,8 +382,9 @@ def load_memory(
     return memory_class(config).from_pretrained(folder, config=config, dtype=dtype, device=device)
 
 
-def base_id(path: str | os.PathLike, *, trust_remote_code: bool = False) -> str:
-    """The id of a base: SHA-256 of its config with the names and sizes of its weight files (hub names: the commit).
+def base_id(path: str | os.PathLike, **hub: Any) -> str:
+    """The id of a base: SHA-256 of its config with the names and sizes of its weight files (hub names, looked up with the
+    options `hub`: the commit).
 
     Raises OSError or ValueError where there is no readable config.
     """
@@ -392,7 +393,7 @@ def base_id(path: str | os.PathLike, *, trust_remote_code: bool = False) -> str:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights: Any = sorted((file.name, file.stat().st_size) for kind in BASE_WEIGHTS for file in folder.glob(kind))
     else:
-        loaded = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        loaded = AutoConfig.from_pretrained(str(path), **hub)
         config, weights = loaded.to_dict(), loaded._commit_hash
     config = {name: value for name, value in config.items() if name not in VOLATILE}
     return hashlib.sha256(json.dumps([config, weights], sort_keys=True, default=str).encode()).hexdigest()

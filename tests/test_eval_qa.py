@@ -152,6 +152,14 @@ def test_scores_and_texts_equal_those_of_single_prompts(family, kind, tokenizer)
         assert evaluator.continuations(ids, 12, letter) == [text.split(letter)[0] for text in texts]
 
 
+def test_beams_are_those_of_generate(tokenizer):
+    model = models_of("llama", tokenizer)["joint"]
+    ids = tokenizer("who wrote it?", return_tensors="pt").input_ids
+    expected = model.generate(ids, num_beams=3, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    evaluator = Evaluator(model, tokenizer, 2, num_beams=3)
+    assert evaluator.continuations([evaluator.encode("who wrote it?")], 8, "") == [evaluator.decode(expected.tolist())]
+
+
 @pytest.mark.unit
 def test_an_answer_without_tokens_is_not_right(tokenizer):
     evaluator = Evaluator(qa_base("llama", tokenizer), tokenizer, 4)

@@ -222,7 +222,8 @@ KEPT = {
     "train_base": "--model_name_or_path --config_name --tokenizer_name --from_scratch --dataset_name --eval_subset "
     "--max_train_samples --max_eval_samples --block_size --stride --patience --knn --knn_gpu --save_knnlm_dstore "
     "--dstore_dir --val_file --index_file --lmbda --k --knn_temp --probe --do_train --do_eval --output_dir --report_to "
-    "--per_device_eval_batch_size --per_device_train_batch_size --resume_from_checkpoint --bf16 --fp16",
+    "--per_device_eval_batch_size --per_device_train_batch_size --resume_from_checkpoint --bf16 --fp16 "
+    "--model_revision --cache_dir",
     "build_index": "--dstore_path --num_keys_to_add_at_a_time --ncentroids --code_size --probe --seed",
     "saveKNNMulti": "--model_path --dstore_path --val_path --index_path --output_path --k --knn_temp --threshold "
     "--probe --batch_size --knn_gpu --ignore_first",
@@ -230,12 +231,13 @@ KEPT = {
     "--output_dir --learning_rate --weight_decay --lr_scheduler_type --num_warmup_steps --num_train_epochs "
     "--max_train_steps --alpha --gradient_accumulation_steps --per_device_train_batch_size "
     "--per_device_eval_batch_size --seed --checkpointing_steps --resume_from_checkpoint --logging_steps "
-    "--init_lm_head --with_tracking --report_to --run_name --project_name",
+    "--init_lm_head --with_tracking --report_to --run_name --project_name --config_name",
     "offline": "--knn_dstore_path",
     "evaluate_joint": "--do_test --model_name_or_path --dataset_name --dataset_split_name "
-    "--per_device_eval_batch_size --output_dir --knn_temp --lmbda --knn_generator_path --report_to",
+    "--per_device_eval_batch_size --output_dir --knn_temp --lmbda --knn_generator_path --report_to --config_name",
     "eval_qa": "--model_name_or_path --dataset_name --dataset_config_name --eval_subset --use_neural_knn "
-    "--knn_generator_path --lmbda --output_dir --do_eval --per_device_eval_batch_size --max_eval_samples",
+    "--knn_generator_path --lmbda --output_dir --do_eval --per_device_eval_batch_size --max_eval_samples "
+    "--config_name --cache_dir --model_revision --num_beams",
 }
 
 

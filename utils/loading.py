@@ -36,7 +36,10 @@ class BaseArguments:
     """Which base model, and how it is loaded."""
 
     model_name_or_path: str | None = flag(None, "base model: a folder or a hub name")
+    config_name: str | None = flag(None, "config to use instead of the base's own")
     tokenizer_name: str | None = flag(None, "tokenizer, if not the base's own")
+    model_revision: str | None = flag(None, "revision of a base on the hub: a branch, tag or commit")
+    cache_dir: str | None = flag(None, "folder for what is downloaded from the hub; default: that of huggingface_hub")
     layer_position: int = flag(-1, "decoder block whose MLP input is the hidden state (0 = first, -1 = last)")
     torch_dtype: str | None = flag(None, "the base's weights: float32 (default), bfloat16, float16, or auto")
     device_map: str | None = flag(None, "accelerate's placement of the base over several devices, such as auto")
@@ -51,6 +54,12 @@ class BaseArguments:
                 f"--device_map {self.device_map}: gives each of {processes} processes all GPUs; leave it out"
             )
 
+    def hub(self) -> dict[str, Any]:
+        """What is said to `from_pretrained` about base and tokenizer, beside their names."""
+        named = {"revision": self.model_revision, "cache_dir": self.cache_dir}
+        given = {name: value for name, value in named.items() if value is not None}
+        return {"trust_remote_code": self.trust_remote_code, **given}
+
     def require_base(self) -> str:
         """The base's folder or name. Raises InputError where none is given."""
         if not self.model_name_or_path:
@@ -64,8 +73,7 @@ class BaseArguments:
         """The base's id (`models.stack.base_id`). Raises InputError where there is no readable config."""
         from models.stack import base_id
 
-        path, remote = self.require_base(), {"trust_remote_code": self.trust_remote_code}
-        return from_pretrained(base_id, path, "--model_name_or_path", **remote)
+        return from_pretrained(base_id, self.require_base(), "--model_name_or_path", **self.hub())
 
     def dtype(self, *, bf16: bool = False, fp16: bool = False) -> torch.dtype:
         """The dtype of the base's weights: --torch_dtype, else by the flags --bf16 and --fp16 of a command that has them."""
@@ -81,7 +89,7 @@ class BaseArguments:
     def open_tokenizer(self, *, required: bool = False) -> Any:
         """The tokenizer of the flags; None where the base has none and it is not `required`."""
         path, required = self.tokenizer_name or self.require_base(), required or bool(self.tokenizer_name)
-        return load_tokenizer(path, required=required, trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(path, required=required, **self.hub())
 
     def open_base(
         self,
@@ -89,7 +97,6 @@ class BaseArguments:
         *,
         dtype: Any = None,
         device: Any = None,
-        config_name: str | None = None,
         from_scratch: bool = False,
     ) -> Any:
         """The base in evaluation mode: any decoder that `AutoModelForCausalLM` loads. Raises InputError.
@@ -98,7 +105,7 @@ class BaseArguments:
             tokenizer: the embeddings are resized to its vocabulary, as the original does everywhere.
             dtype: of the weights (of a quantized base: of its arithmetic), by default that of the flags.
             device: by default this process's; --device_map has precedence.
-            config_name: config in place of the base's own; from_scratch: random weights in place of the checkpoint's.
+            from_scratch: random weights in place of the checkpoint's.
         """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -108,7 +115,7 @@ class BaseArguments:
         prepare_device()
         path, dtype = self.require_base(), self.dtype() if dtype is None else dtype
         device = torch.device(device or default_device())
-        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
+        options: dict[str, Any] = {"dtype": dtype, **self.hub()}
         quantized = {name: True for name in ("load_in_4bit", "load_in_8bit") if getattr(self, name)}
         if quantized and find_spec("bitsandbytes") is None:
             raise InputError("--load_in_4bit, --load_in_8bit: need the package bitsandbytes; pip install bitsandbytes")
@@ -116,11 +123,13 @@ class BaseArguments:
             options["quantization_config"] = BitsAndBytesConfig(**quantized, bnb_4bit_compute_dtype=dtype)
         if self.device_map or quantized or device.type != "cpu":  # straight onto a GPU, not through the host's memory
             options["device_map"] = self.device_map or {"": device}
-        if config_name or from_scratch:
-            remote = {"trust_remote_code": self.trust_remote_code}
-            config = from_pretrained(AutoConfig.from_pretrained, config_name or path, "--config_name", **remote)
+        if self.config_name or from_scratch:
+            config = from_pretrained(
+                AutoConfig.from_pretrained, self.config_name or path, "--config_name", **self.hub()
+            )
             options["config"] = config
         if from_scratch:
+            remote = {"trust_remote_code": self.trust_remote_code}
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote).to(device)
         else:
             model = from_pretrained(load_base, path, "--model_name_or_path", **options)
@@ -131,15 +140,16 @@ class BaseArguments:
         return model.eval()
 
 
-def load_tokenizer(path: str | os.PathLike, *, required: bool = False, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in folder or hub repository `path`; None for a folder without one, if it is not `required`."""
+def load_tokenizer(path: str | os.PathLike, *, required: bool = False, **options: Any) -> Any:
+    """The tokenizer in folder or hub repository `path`; None for a folder without one, if it is not `required`. `options`:
+    those of `from_pretrained`."""
     from transformers import AutoTokenizer
 
     if Path(path).is_dir() and not any(any(Path(path).glob(name)) for name in TOKENIZER_FILES):
         if required:
             raise InputError(f"{path}: holds no tokenizer")
         return None
-    return from_pretrained(AutoTokenizer.from_pretrained, path, "tokenizer", trust_remote_code=trust_remote_code)
+    return from_pretrained(AutoTokenizer.from_pretrained, path, "tokenizer", **options)
 
 
 def from_pretrained(call: Callable[..., Any], path: str | os.PathLike, flag: str, **options: Any) -> Any:
