@@ -1,6 +1,6 @@
 """The mixture of base and memories, in log-probabilities: p = w_0 · base + Σ w_i · memory_i (paper section 3.4).
 
-With one memory and one lambda, w = (1 - lambda, lambda); with gates, w = softmax([0, g_1, …, g_n]), which for one
+With one memory and one lambda, w = (1 - lambda, lambda); with gates, w = softmax([log n, g_1, …, g_n]), which for one
 memory is w_1 = sigmoid(g_1).
 """
 
@@ -46,6 +46,10 @@ def fixed_log_weights(lmbda: float | Sequence[float], memories: int = 1) -> list
 
 
 def gate_log_weights(*logits: Tensor) -> Sequence[Tensor]:
-    """Log-weights of base and memories from the memories' gates: log_softmax([0, g_1, …]), each of a gate's shape."""
-    stacked = torch.stack([torch.zeros_like(logits[0]), *logits])  # (1 + memories, …)
+    """Log-weights of base and n memories from the memories' gates: log_softmax([log n, g_1, …, g_n]), of a gate's shape.
+
+    The odds of each memory against the base, as its gate was trained, over n: where no memory knows the text, n of them weigh
+    as much together as one alone, and where one does, it has nearly all.
+    """
+    stacked = torch.stack([torch.full_like(logits[0], math.log(len(logits))), *logits])  # (1 + memories, …)
     return stacked.log_softmax(0).unbind(0)
