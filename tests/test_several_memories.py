@@ -67,10 +67,13 @@ def test_base_and_tied_memories_share_one_product(three):
     rows = []
     base.lm_head.register_forward_hook(lambda head, args, output: rows.append(args[0].shape[:2]))
     joint = MLPMemory(base, memories, 0.5)
-    joint(some_ids(), logits_to_keep=1)
-    assert rows == [(2 * 3, 1)]
+    whole = joint(some_ids()).logits
+    assert rows == [(2 * 3, 12)]
+    last = joint(some_ids(), logits_to_keep=1).logits  # so few rows are multiplied the other way round
+    assert rows[1] == (0, 1)
+    torch.testing.assert_close(last, whole[:, -1:], rtol=1e-5, atol=1e-5)
     joint.lmbda = 0.0
-    assert joint(some_ids()).logits.shape[:2] == (2, 12) and rows[1] == (2, 12)
+    assert joint(some_ids()).logits.shape[:2] == (2, 12) and rows[2] == (2, 12)
 
 
 @pytest.mark.unit
