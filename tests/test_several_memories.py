@@ -51,7 +51,10 @@ def test_the_mixture_is_that_of_base_and_memories(three, lmbda):
         base(ids)
         handle.remove()
         pairs = zip(gates, distributions[1:], strict=True)
-        scores = [torch.full((*ids.shape, 1), math.log(3)), *(gate(own, other.log(), captured["x"]) for gate, other in pairs)]
+        scores = [
+            torch.full((*ids.shape, 1), math.log(3)),
+            *(gate(own, other.log(), captured["x"]) for gate, other in pairs),
+        ]
         weights = torch.cat(scores, -1).softmax(-1).unbind(-1)
     else:
         each = lmbda if isinstance(lmbda, list) else [lmbda / 3] * 3
