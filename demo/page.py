@@ -105,7 +105,7 @@ def candidates(name: str, token: Token) -> str:
         f'<span class="mlpm-number">{probability:.1%}</span></li>'
         for candidate, probability in token.top[name]
     )
-    return f'<div class="mlpm-list"><h4>{heading(name)}</h4><ol>{rows}</ol></div>'
+    return f'<div class="mlpm-list mlpm-from-{name.replace(" ", "-")}"><h4>{heading(name)}</h4><ol>{rows}</ol></div>'
 
 
 def heading(name: str) -> str:
