@@ -131,7 +131,7 @@ def made_for(memory: Path, config: MLPMemoryConfig | None) -> dict[str, Any]:
     if record.is_file():
         made = json.loads(record.read_text(encoding="utf-8"))
         return {"base": made["made_from"].get("base"), "layer_position": made["settings"].get("layer_position", -1)}
-    return {"base": config.base_id} if config is not None else {}
+    return {"base": config.base_id, "layer_position": config.layer_position} if config is not None else {}
 
 
 def open_gate(memory: nn.Module, base: nn.Module) -> LambdaGate:
@@ -210,7 +210,8 @@ def save_joint(
     again.
     """
     folder = Path(folder)
-    present = [name for name in ("config.json", MEMORY, INSIDE) if (folder / name).exists()]
+    places = ("config.json", INSIDE, *memory_folders(len(joint.memories)))
+    present = [name for name in places if (folder / name).exists()]
     if present and read_joint_config(folder) is None:
         raise ValueError(
             f"{folder}: its {present[0]} is not a joint model's and would be overwritten; use another folder"
@@ -306,10 +307,10 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 def _replace(new: Path, folder: Path) -> None:
     """Move the files in `new` into `folder`, config.json last, in place of those of the same names."""
+    own = read_joint_config(folder)  # of the joint model that is replaced, if there is one
     (folder / "config.json").unlink(missing_ok=True)
-    for stale in (INSIDE, f"{MEMORY}_*"):
-        for place in folder.glob(stale):
-            shutil.rmtree(place, ignore_errors=True)
+    for stale in (INSIDE, *memory_folders(own.memories)) if own else ():
+        shutil.rmtree(folder / stale, ignore_errors=True)
     for source in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
         if source.is_dir():
             shutil.rmtree(folder / source.name, ignore_errors=True)

@@ -93,6 +93,8 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         self.knn_generator = memories[0]  # the original's name
         self.more_memories = nn.ModuleList(memories[1:])
         self.gates = nn.ModuleList(gates)
+        if self.gates and len(self.gates) != len(memories):
+            raise ValueError(f"{len(self.gates)} gates for {len(memories)} memories: expected one for each")
         self.knn_temp = knn_temp
         self.lmbda = lmbda
         self.supports_gradient_checkpointing = base_lm.supports_gradient_checkpointing
@@ -188,7 +190,7 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
             memories = [memory] if single else list(memory)
             configs = [None if isinstance(each, nn.Module) else read_joint_config(each) for each in memories]
             memories = [each if isinstance(each, nn.Module) else find_memory(each) for each in memories]
-            config = configs[0] if single else None
+            config = configs[0] if len(memories) == 1 else None
         reference = absolute(base.name_or_path if isinstance(base, nn.Module) else base)
         pairs = zip(memories, configs, strict=True)
         records = [{} if isinstance(each, nn.Module) else made_for(each, its_config) for each, its_config in pairs]
