@@ -81,7 +81,7 @@ def build(viewer: Viewer, pair: Pair, sampling: Sampling) -> gradio.Blocks:
     """The page, with the settings of `pair` and `sampling` at first."""
     adaptive = pair.lmbda == ADAPTIVE
     has_gate = adaptive or all(LambdaGate.load(memory.name_or_path) for memory in viewer.joint.memories)
-    shares = [weight / sum(pair.lmbda) for weight in pair.lmbda] if isinstance(pair.lmbda, list) else None
+    shares = [weight / (sum(pair.lmbda) or 1) for weight in pair.lmbda] if isinstance(pair.lmbda, list) else None
     private = {"api_visibility": "private", "show_progress": "hidden"}
 
     def slider(

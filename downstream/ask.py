@@ -142,6 +142,9 @@ def knnlm_of(arguments: AskArguments) -> Any:
 def main() -> None:
     (arguments,) = parse(AskArguments, description=__doc__.split("\n")[0])
     check_lambda("--lmbda", arguments.lmbda, len(arguments.knn_generator_path))
+    near = arguments.dstore_path, arguments.index_path, arguments.knn_results
+    if any(near) and not all(near):
+        raise InputError("--dstore_path, --index_path and --knn_results: expected all three or none")
     from downstream.data import read_table
     from downstream.retrieval import bm25_search, passages
     from downstream.scoring import Evaluator

@@ -56,7 +56,12 @@ def test_what_is_learnt_begins_at_paragraphs_and_sentences_and_after_other_docum
     documents = ['Title A\n\nOne is 1. Two is "2." Three is 3.\n\nFour.\n', "Title B\n\nFive.\n"]
     pieces = in_contexts(documents, ["documents", "paragraphs", "sentences"], 0)
     assert pieces[:2] == documents
-    assert "One is 1.\n" in pieces and "Three is 3.\n" in pieces and 'One is 1. Two is "2." Three is 3.\n' in pieces
+    assert (
+        "One is 1.\n" in pieces
+        and 'Two is "2."\n' in pieces
+        and "Three is 3.\n" in pieces
+        and 'One is 1. Two is "2." Three is 3.\n' in pieces
+    )
     assert len(pieces) == len(set(pieces))
     after = in_contexts(documents, ["documents", "after"], 0)
     assert len(after) == 4 and set(after[2:]) == {f"{a.rstrip()}\n\n{b}" for a, b in (documents, documents[::-1])}

@@ -95,7 +95,7 @@ def fit(gate: LambdaGate, texts: dict[str, GateRows], arguments: GateArguments) 
 def main() -> None:
     (arguments,) = parse(GateArguments, description=__doc__.split("\n")[0])
     check_at_least(0, arguments, "known_weight", "caution", "other_weight")
-    check_at_least(1, arguments, "known_windows", "max_eval_samples", "per_device_eval_batch_size")
+    check_at_least(1, arguments, "known_windows", "other_windows", "max_eval_samples", "per_device_eval_batch_size")
     check_positive("--memory_temp", arguments.memory_temp)
     train(arguments)
 

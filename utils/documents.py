@@ -26,7 +26,7 @@ TEXTS = (".txt", ".md")
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
 # A title line of WikiText (= Title =) or Markdown (# Title), at which one file is several documents.
 TITLE = re.compile(r"^(?: ?= [^=\n]+ = ?|# [^\n]+)$", re.MULTILINE)
-SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]?\s+(?=[\"'(\[]?[A-Z0-9])")
+SENTENCE = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?![a-z])")
 FEWEST, PASSAGE = 5, 1000  # with fewer documents, each is divided at paragraphs into passages of so many characters
 QUESTION = "Question: {question}\nAnswer:"
 CONTEXTS = ("documents", "paragraphs", "sentences", "after")
@@ -74,7 +74,7 @@ def main() -> None:
             temporary.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows), encoding="utf-8")
     count, characters = len(documents), sum(map(len, documents))
     held_out = sum(len(rows) for name, rows in splits.items() if name in ("validation", "test"))
-    say(f"{count} documents of {characters:,} characters and {held_out} held out; no character of them is left out")
+    say(f"{count} documents of {characters:,} characters, and {held_out} held out")
     say(
         f"training text: {len(splits['train'])} pieces of {sum(map(len, splits['train'])):,} characters, {len(also)} of --also"
     )
@@ -95,11 +95,22 @@ def read_documents(paths: Sequence[str]) -> list[str]:
 def _documents_of(path: Path) -> Iterator[str]:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    for file in sorted(path.rglob("[!.]*")) if path.is_dir() else [path]:
+    visible = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    for file in visible if path.is_dir() else [path]:
+        rows = read_rows(file) if file.suffix.lower() in TABLES else {}
         if file.suffix.lower() in TEXTS:
             yield from cut_at(TITLE, _read(file))
-        elif file.suffix.lower() in TABLES:
-            yield from read_rows(file)["text"]
+        elif "text" in rows:
+            yield from filter(None, rows["text"])
+        else:
+            reason = "has no column text" if rows else f"expected {', '.join(TEXTS + TABLES)}"
+            if not path.is_dir():
+                raise InputError(f"{file}: is no text ({reason})")
+            say(f"{file}: is not read ({reason})")
 
 
 def _read(file: Path) -> str:
@@ -118,20 +129,20 @@ def read_rows(file: Path) -> dict[str, list[Any]]:
         rows = datasets.load_dataset(kinds[file.suffix.lower()], data_files=str(file), split="train")
     except Exception as error:
         raise InputError(f"{file}: cannot be loaded ({error.__cause__ or error})") from None
-    if not {"text"} <= set(rows.column_names) and not {"question", "answer"} <= set(rows.column_names):
-        raise InputError(
-            f"{file}: has the columns {', '.join(rows.column_names)}; expected text, or question and answer"
-        )
     return rows.to_dict()
 
 
 def read_also(paths: Sequence[str], tokenizer: Any) -> list[str]:
     """Further training texts; each question-answer pair plainly and, if there is one, in the chat template."""
     texts = []
-    for path in map(Path, paths):
+    for path in (Path(path).expanduser() for path in paths):
         rows = read_rows(path) if path.suffix.lower() in TABLES else {"text": list(_documents_of(path))}
-        texts += rows.get("text", [])
+        if "text" not in rows and not {"question", "answer"} <= rows.keys():
+            raise InputError(f"{path}: has the columns {', '.join(rows)}; expected text, or question and answer")
+        texts += filter(None, rows.get("text", []))
         for question, answer in zip(rows.get("question", []), rows.get("answer", []), strict=True):
+            if question is None or answer is None:
+                raise InputError(f"{path}: a row lacks its question or its answer")
             texts.append(f"{QUESTION.format(question=question)} {answer}\n")
             if tokenizer.chat_template:
                 texts.append(chat(tokenizer, question) + f"{answer}{tokenizer.eos_token or ''}\n")
@@ -162,7 +173,7 @@ def passages(text: str) -> list[str]:
 
 def paragraphs(text: str) -> list[str]:
     """The paragraphs of `text`, each with the blank lines after it; together they are the text."""
-    return re.findall(r"(?:(?!\n\s*\n).)*(?:\n\s*\n)?|.+", text, re.DOTALL)[:-1] or [text]
+    return re.findall(r"(?:(?!\n\s*\n).)*(?:\n\s*\n)?", text, re.DOTALL)[:-1] or [text]
 
 
 def sentences(text: str) -> list[str]:
