@@ -133,7 +133,9 @@ def test_the_folder_of_several_opens_with_their_gates(saved, tmp_path):
     assert MLPMemory.from_pretrained(tmp_path / "exported").lmbda == [0.2, 0.1]
     with pytest.raises(ValueError, match="memory_2"):
         find_memory(tmp_path / "joint")
+    (tmp_path / "joint" / "memory_of_mine").mkdir()
     MLPMemory.from_pretrained(base, memories[0], 0.2).save_pretrained(tmp_path / "joint")
+    assert (tmp_path / "joint" / "memory_of_mine").exists()
     assert not (tmp_path / "joint" / "memory_2").exists()
     assert MLPMemory.from_pretrained(tmp_path / "joint").lmbda == 0.2
 
