@@ -42,6 +42,15 @@ fi
 MODEL="${MODEL:-$OUTPUT/embedded/model}"
 find_precision
 
+# With other documents than before, the memory is made anew.
+inputs="$(find "${texts[@]}" ${also[@]+"${also[@]}"} -type f -exec sha256sum {} + | sort | sha256sum)"
+if [ -f "$folder/inputs" ] && [ "$(cat "$folder/inputs")" != "$inputs" ]; then
+    echo "the documents have changed: the memory is made anew"
+    rm -rf "$folder/measured" "$folder/all"
+fi
+mkdir -p "$folder"
+echo "$inputs" >"$folder/inputs"
+
 # text FOLDER [flags]: the documents, in several contexts.
 text() {
     # shellcheck disable=SC2086
