@@ -74,7 +74,8 @@ def head_of_base(arguments: BaseArguments, config: Any, open_base: Callable[[], 
     names += [name.removeprefix(f"{base.base_model_prefix}.") for name in names]
 
     def find(file: str) -> str | None:
-        return cached_file(arguments.require_base(), file, _raise_exceptions_for_missing_entries=False)
+        hub = {name: value for name, value in arguments.hub().items() if name != "trust_remote_code"}
+        return cached_file(arguments.require_base(), file, _raise_exceptions_for_missing_entries=False, **hub)
 
     with contextlib.suppress(OSError, SafetensorError):
         index = find("model.safetensors.index.json")
