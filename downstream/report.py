@@ -235,7 +235,15 @@ It continues its documents and their sentences, and answers questions in words t
 in any other words, put the document into the prompt (RAG).
 
 lambda: {lambda_text(chosen)}"""
-    results = {"memory": str(Path(arguments.memory).resolve()), "lambda": chosen, "one_lambda": one, "perplexity": rows}
+    model = scored["validation"]["model"]
+    model = str(Path(model).resolve()) if Path(model).is_dir() else model
+    results = {
+        "model": model,
+        "memory": str(Path(arguments.memory).resolve()),
+        "lambda": chosen,
+        "one_lambda": one,
+        "perplexity": rows,
+    }
     write(ensure_folder(arguments.output_dir), "report.md", text, results | {"seconds": arguments.seconds})
 
 

@@ -126,15 +126,17 @@ class SharedHead:
     def _append(self, head: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor | None:
         if threading.get_ident() != self._thread:
             return None
-        self._batch, more = len(args[0]), self._more()
+        self._batch, self._turned = len(args[0]), None
+        if not (more := self._more()):
+            return None
         stacked = torch.cat([args[0], *(hidden.to(args[0]) for hidden in more)])  # (batches, kept, hidden)
         # On a CPU a few float32 rows times a large matrix take a fifth of the time the other way round: the head then gets
         # no rows, and the product follows in `_split`.
-        few = (
-            more and stacked.dtype == torch.float32 and stacked.device.type == "cpu" and stacked.shape[:2].numel() <= 8
-        )
-        self._turned = stacked if few and type(head) is nn.Linear else None
-        return stacked if self._turned is None else stacked[:0]
+        few = stacked.dtype == torch.float32 and stacked.device.type == "cpu" and stacked.shape[:2].numel() <= 8
+        if few and type(head) is nn.Linear:
+            self._turned = stacked
+            return stacked[:0]
+        return stacked
 
     def _split(self, head: nn.Module, args: tuple, logits: torch.Tensor) -> torch.Tensor | None:
         if threading.get_ident() != self._thread:

@@ -58,7 +58,7 @@ targets() {
 }
 
 # memory: without a head of its own, in bfloat16 where that is the faster precision, and with a loss over a sampled part of the
-# vocabulary, which makes a step a third faster.
+# vocabulary.
 memory() {
     local tied=(--sampled_vocabulary "$SAMPLED")
     [ "${OWN_HEAD:-0}" = 1 ] || tied+=(--tie_head)

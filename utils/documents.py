@@ -20,10 +20,10 @@ from typing import Any
 from utils.cli import command, flag, parse, required, say
 from utils.errors import InputError
 from utils.files import atomic, ensure_folder
-from utils.text_files import split_documents
+from utils.text_files import BUILDERS, split_documents
 
 TEXTS = (".txt", ".md")
-TABLES = (".jsonl", ".json", ".csv", ".parquet")
+TABLES = tuple(suffix for suffix in BUILDERS if suffix not in TEXTS)
 # A title line of WikiText (= Title =) or Markdown (# Title), at which one file is several documents.
 TITLE = re.compile(r"^(?: ?= [^=\n]+ = ?|# [^\n]+)$", re.MULTILINE)
 SENTENCE = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?![a-z])")
@@ -124,9 +124,8 @@ def read_rows(file: Path) -> dict[str, list[Any]]:
     """The columns of a table of texts, or of questions and answers. Raises InputError."""
     import datasets
 
-    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     try:
-        rows = datasets.load_dataset(kinds[file.suffix.lower()], data_files=str(file), split="train")
+        rows = datasets.load_dataset(BUILDERS[file.suffix.lower()], data_files=str(file), split="train")
     except Exception as error:
         raise InputError(f"{file}: cannot be loaded ({error.__cause__ or error})") from None
     return rows.to_dict()
