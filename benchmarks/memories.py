@@ -4,7 +4,7 @@
     SIZE=full OUTPUT=results/full bash scripts/quickstart.sh
     python -m benchmarks.memories --quickstart results/full --shares 0.2 0.5 1 --output_dir results/shares
 
-A part is every n-th training article, a share so many of them, evenly spread; each has the quickstart's held-out articles and
+A part is a run of the training articles, a share so many of them, evenly spread; each has the quickstart's held-out articles and
 is made by scripts/quickstart.sh. `--parts`: a table of each part's memory alone, of all together and of one memory of all
 text. `--shares`: `benchmarks.compare` for each, a table, and a plot of what grows and what is lost with the number of tokens.
 """
@@ -126,7 +126,11 @@ def measured(
 def together(work: Path, output: Path, count: int) -> dict[str, Any]:
     """Figures of `count` parts' memories, each alone and all together, and of one memory of the whole text."""
     articles, web = training_articles(work), output / "web.txt"
-    works = [quickstart_of(work, output / f"part-{n + 1}-of-{count}", articles[n::count]) for n in range(count)]
+    ends = [len(articles) * n // count for n in range(count + 1)]
+    works = [
+        quickstart_of(work, output / f"part-{n}-of-{count}", articles[ends[n - 1] : ends[n]])
+        for n in range(1, count + 1)
+    ]
     web.write_bytes((work / "embedded" / "web.txt").read_bytes()[:WEB_BYTES])
     model = read_json(work / "joint_test" / "results.json")["model"]
     if not (output / "web").exists():

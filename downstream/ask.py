@@ -68,7 +68,7 @@ def read_questions(path: str, tokenizer: Any, documents: Sequence[str] | None = 
     found = []
     for number, row in enumerate(read_table(path)):
         kind, answer = row.get("kind") or "question", row.get("answer")
-        if not answer or not (row.get("prompt") or row.get("question")):
+        if answer in (None, "") or not (row.get("prompt") or row.get("question")):
             raise InputError(f"--questions {path}: row {number}: expected an answer, and a prompt or a question")
         if not (prompt := row.get("prompt")):
             question = row["question"]

@@ -8,7 +8,7 @@ log-probability of the other's top-1 token, and the log Mahalanobis distance of 
     lambda = σ(w₂ · SiLU(W₁ features + c₁) + c₂),     p = (1 - lambda) · b + lambda · m.
 
 `training/gate.py` trains it to maximize the mixture's likelihood and writes it into the folder of its memory. Several
-memories have a gate each: the weights of base and memories are softmax([log n, g_1, …, g_n]) of the gates' logits.
+memories have a gate each; `models.mixture.gate_log_weights` makes the weights of base and memories from the gates' logits.
 """
 
 from __future__ import annotations

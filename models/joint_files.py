@@ -124,6 +124,12 @@ def id_of(base: str, arguments: dict[str, Any]) -> str | None:
         return None
 
 
+def revision_of(base: nn.Module) -> dict[str, str]:
+    """The commit that a base was downloaded from, as an argument of a further download; none for a folder."""
+    commit = getattr(base.config, "_commit_hash", None)
+    return {"revision": commit} if commit else {}
+
+
 def made_for(memory: Path, config: MLPMemoryConfig | None) -> dict[str, Any]:
     """`base` (its id) and `layer_position` that the memory in a folder was trained for, where `made.json` or its joint
     config records them."""
@@ -142,7 +148,7 @@ def open_gate(memory: nn.Module, base: nn.Module) -> LambdaGate:
         raise ValueError(f"lambda {ADAPTIVE}: the memory {folder} has no gate; train one: python -m training.gate")
     record = Path(folder, f"{WEIGHTS}.made.json")
     recorded = json.loads(record.read_text(encoding="utf-8"))["made_from"].get("base") if record.is_file() else None
-    if recorded not in (None, found := id_of(base.name_or_path, {})) and found:
+    if recorded not in (None, found := id_of(base.name_or_path, revision_of(base))) and found:
         raise ValueError(
             f"lambda {ADAPTIVE}: the gate of {folder} was trained for another base; run training.gate again"
         )
@@ -231,7 +237,7 @@ def save_joint(
     config, folders = copy.deepcopy(joint.config), memory_folders(len(joint.memories))
     config.memories = len(folders)
     config.base_model_name_or_path = None if include_base and reference and os.path.isabs(reference) else reference
-    config.base_id = None if include_base or not reference else id_of(reference, {})
+    config.base_id = None if include_base or not reference else id_of(reference, revision_of(joint.base_lm))
     if results is not None:
         config.results = measured_rows(results)
     config.architectures = ["AutoModelForCausalLM"]  # transformers' server looks the class up by this name

@@ -1,7 +1,7 @@
 """The mixture of base and memories, in log-probabilities: p = w_0 · base + Σ w_i · memory_i (paper section 3.4).
 
-With one memory and one lambda, w = (1 - lambda, lambda); with gates, w = softmax([log n, g_1, …, g_n]), which for one
-memory is w_1 = sigmoid(g_1).
+With one memory and one lambda, w = (1 - lambda, lambda); with a gate, lambda = sigmoid(g). The gates of n memories have the
+quadratic mean of their odds against the base, and share it by the squares of their odds (`gate_log_weights`).
 """
 
 from __future__ import annotations
@@ -46,10 +46,13 @@ def fixed_log_weights(lmbda: float | Sequence[float], memories: int = 1) -> list
 
 
 def gate_log_weights(*logits: Tensor) -> Sequence[Tensor]:
-    """Log-weights of base and n memories from the memories' gates: log_softmax([log n, g_1, …, g_n]), of a gate's shape.
+    """Log-weights of base and n memories from the logits g_i of the memories' gates, each of a gate's shape.
 
-    The odds of each memory against the base, as its gate was trained, over n: where no memory knows the text, n of them weigh
-    as much together as one alone, and where one does, it has nearly all.
+    The odds of all memories against the base are the quadratic mean of each one's, sqrt(Σ exp(2 g_i) / n), and w_i is in
+    proportion to exp(2 g_i). So n memories that do not know the text weigh no more than one, and one that knows it has
+    nearly all of their weight.
     """
-    stacked = torch.stack([torch.full_like(logits[0], math.log(len(logits))), *logits])  # (1 + memories, …)
-    return stacked.log_softmax(0).unbind(0)
+    doubled = 2 * torch.stack(logits)  # (memories, …)
+    total = (doubled.logsumexp(0) - math.log(len(logits))) / 2
+    memories = torch.nn.functional.logsigmoid(total) + doubled.log_softmax(0)
+    return (torch.nn.functional.logsigmoid(-total), *memories.unbind(0))

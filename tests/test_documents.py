@@ -11,7 +11,7 @@ from invented_documents import KINDS, invent
 from tiny_models import save_models
 
 from downstream.ask import Question, begins_with, rates
-from utils.documents import TITLE, cut_at, in_contexts, paragraphs, passages, read_documents
+from utils.documents import in_contexts, paragraphs, passages, read_documents, titled
 
 MODULE = "utils.documents"
 
@@ -31,8 +31,9 @@ def test_paragraphs_are_the_whole_text(text):
 def test_a_file_with_titles_is_several_documents(tmp_path):
     wiki = "\n = Robert = \n\n He ran .\n\n = = Career = = \n\n Long .\n = Du Fu = \n A poet .\n"
     markdown = "# One\n\ntext\n## Part\nmore\n# Two\nend"
-    for text, count in ((wiki, 2), (markdown, 2), ("no titles\n", 1)):
-        assert len(cut_at(TITLE, text)) == count and "".join(cut_at(TITLE, text)) == text
+    code = "# One\n```sh\n# a comment\nls\n```\n# Two\nend"
+    for text, count in ((wiki, 2), (markdown, 2), ("no titles\n", 1), (code, 2)):
+        assert len(titled(text)) == count and "".join(titled(text)) == text
     folder = tmp_path / "notes"
     (folder / "deeper").mkdir(parents=True)
     (folder / "a.md").write_text(markdown)
@@ -44,8 +45,9 @@ def test_a_file_with_titles_is_several_documents(tmp_path):
 
 
 @pytest.mark.unit
-def test_one_document_is_divided_at_paragraphs(tmp_path):
-    text = "".join(f"Paragraph {number}. {'word ' * 60}\n\n" for number in range(20))
+@pytest.mark.parametrize("end", ["\n\n", "\n"])
+def test_one_document_is_divided_at_paragraphs_or_lines(tmp_path, end):
+    text = "".join(f"Paragraph {number}. {'word ' * 60}{end}" for number in range(20))
     (tmp_path / "manual.txt").write_text(text)
     found = read_documents([str(tmp_path / "manual.txt")])
     assert len(found) > 4 and "".join(found) == text

@@ -51,11 +51,10 @@ def test_the_mixture_is_that_of_base_and_memories(three, lmbda):
         base(ids)
         handle.remove()
         pairs = zip(gates, distributions[1:], strict=True)
-        scores = [
-            torch.full((*ids.shape, 1), math.log(3)),
-            *(gate(own, other.log(), captured["x"]) for gate, other in pairs),
-        ]
-        weights = torch.cat(scores, -1).softmax(-1).unbind(-1)
+        odds = torch.cat([gate(own, other.log(), captured["x"]).exp() for gate, other in pairs], -1)
+        together = odds.square().mean(-1, keepdim=True).sqrt()  # the odds of all memories
+        shares = odds.square() / odds.square().sum(-1, keepdim=True) * together / (1 + together)
+        weights = [1 / (1 + together[..., 0]), *shares.unbind(-1)]
     else:
         each = lmbda if isinstance(lmbda, list) else [lmbda / 3] * 3
         weights = [torch.tensor(weight) for weight in (1 - sum(each), *each)]

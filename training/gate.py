@@ -142,6 +142,7 @@ def train(arguments: GateArguments) -> LambdaGate:
     unknown, texts = {"held-out": windows}, {"training": training}
     if arguments.other_dataset_name:
         unknown["other"] = load_windows(arguments.other_dataset_name, "train", arguments.other_windows)
+        check_windows(arguments.other_dataset_name, unknown["other"], base.config, tokenizer)
     for name, text in unknown.items():
         _, scored, _ = zip(*gate_rows(joint, [gate], text, batch_size, f"{name} text"), strict=True)
         texts[name] = GateRows.concatenate(scored)

@@ -26,6 +26,7 @@ TEXTS = (".txt", ".md")
 TABLES = tuple(suffix for suffix in BUILDERS if suffix not in TEXTS)
 # A title line of WikiText (= Title =) or Markdown (# Title), at which one file is several documents.
 TITLE = re.compile(r"^(?: ?= [^=\n]+ = ?|# [^\n]+)$", re.MULTILINE)
+FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 SENTENCE = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?![a-z])")
 FEWEST, PASSAGE = 5, 1000  # with fewer documents, each is divided at paragraphs into passages of so many characters
 QUESTION = "Question: {question}\nAnswer:"
@@ -103,7 +104,7 @@ def _documents_of(path: Path) -> Iterator[str]:
     for file in visible if path.is_dir() else [path]:
         rows = read_rows(file) if file.suffix.lower() in TABLES else {}
         if file.suffix.lower() in TEXTS:
-            yield from cut_at(TITLE, _read(file))
+            yield from titled(_read(file))
         elif "text" in rows:
             yield from filter(None, rows["text"])
         else:
@@ -154,16 +155,17 @@ def chat(tokenizer: Any, question: str) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def cut_at(pattern: re.Pattern, text: str) -> list[str]:
-    """`text` cut where `pattern` begins; what is before the first place stays with it."""
-    places = [found.start() for found in pattern.finditer(text)][1:]
+def titled(text: str) -> list[str]:
+    """`text` cut before each title line outside fenced code; what is before the first title stays with it."""
+    without_code = FENCED.sub(lambda code: " " * len(code[0]), text)
+    places = [found.start() for found in TITLE.finditer(without_code)][1:]
     return [text[begin:end] for begin, end in zip([0, *places], [*places, len(text)], strict=True)]
 
 
 def passages(text: str) -> list[str]:
-    """`text` in runs of whole paragraphs of at least PASSAGE characters."""
-    found = [""]
-    for paragraph in paragraphs(text):
+    """`text` in runs of whole paragraphs (lines, where there are no blank ones) of at least PASSAGE characters."""
+    found, parts = [""], paragraphs(text)
+    for paragraph in parts if len(parts) > 1 else text.splitlines(keepends=True):
         if len(found[-1]) >= PASSAGE:
             found.append("")
         found[-1] += paragraph

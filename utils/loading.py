@@ -110,7 +110,7 @@ class BaseArguments:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-        from models.stack import load_base, resize_vocabulary, vocabulary_size
+        from models.stack import fuse_gelu, load_base, resize_vocabulary, vocabulary_size
 
         prepare_device()
         path, dtype = self.require_base(), self.dtype() if dtype is None else dtype
@@ -130,7 +130,7 @@ class BaseArguments:
             options["config"] = config
         if from_scratch:
             remote = {"trust_remote_code": self.trust_remote_code}
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote).to(device)
+            model = fuse_gelu(AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)).to(device)
         else:
             model = from_pretrained(load_base, path, "--model_name_or_path", **options)
         rows = model.get_input_embeddings().weight.shape[0]

@@ -115,5 +115,5 @@ def split_documents(rows: Any, fractions: dict[str, float], seed: int) -> dict[s
             splits[split] = rows.select(numbers)
             taken += len(numbers)
     if taken >= len(ranks):
-        raise InputError(f"--validation_fraction, --test_fraction: {len(ranks)} documents are too few to divide")
+        raise InputError(f"{len(ranks)} documents are too few to divide into train, {' and '.join(splits)}")
     return {"train": rows.select(np.flatnonzero(position >= taken)), **splits}
