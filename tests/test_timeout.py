@@ -8,19 +8,25 @@ from datetime import timedelta
 
 import pytest
 
-from utils.cli import timeout
+from utils.cli import longest_wait
 from utils.errors import InputError
 
 pytestmark = pytest.mark.unit
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
-    [(["train_mlpmem_offline"], None), (["train_base", "--do_train"], None), (["evaluate_joint"], timedelta(days=7))],
+    ("words", "expected", "backend"),
+    [
+        (["train_mlpmem_offline"], None, None),
+        (["train_base", "--do_train"], None, None),
+        (["evaluate_joint"], timedelta(days=7), "gloo"),
+        (["training.gate"], timedelta(days=7), "gloo"),
+    ],
 )
-def test_training_waits_as_torch_does_and_other_stages_for_days(words, expected, monkeypatch):
-    waits = []
-    monkeypatch.setattr("utils.cli.init_group", waits.append)
+def test_training_waits_as_torch_does_and_other_stages_for_days_over_gloo(words, expected, backend, monkeypatch):
+    groups = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("accelerate.PartialState", lambda **options: groups.append(options))
     monkeypatch.setattr(sys, "argv", [*words, "--help"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     for _ in range(2):
@@ -28,11 +34,12 @@ def test_training_waits_as_torch_does_and_other_stages_for_days(words, expected,
             runpy.run_module(words[0], run_name="__main__")
         assert ended.value.code == 0
         monkeypatch.setenv("MLPMEM_TIMEOUT_MINUTES", "90")
-    assert waits == [expected, timedelta(minutes=90)]
+    assert [group["timeout"] for group in groups] == [expected, timedelta(minutes=90)]
+    assert {group.get("backend") for group in groups} == {backend} and not any(group["cpu"] for group in groups)
 
 
 @pytest.mark.parametrize("minutes", ["0", "1.5", "soon"])
 def test_a_timeout_that_is_no_number_is_refused(minutes, monkeypatch):
     monkeypatch.setenv("MLPMEM_TIMEOUT_MINUTES", minutes)
     with pytest.raises(InputError, match="MLPMEM_TIMEOUT_MINUTES"):
-        timeout()
+        longest_wait(training=False)

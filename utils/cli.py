@@ -102,7 +102,7 @@ def command(main: Callable[[], None], *, training: bool = False) -> Callable[[],
 
     Handles `InputError`, operating-system errors, a full GPU and Ctrl-C; any other exception keeps its traceback, and
     MLPMEM_TRACEBACK=1 keeps that of all. Processes that a launcher started together form a process group; in `training`
-    they wait for each other for torch's default time, else for days, unless MLPMEM_TIMEOUT_MINUTES says otherwise.
+    they exchange tensors and wait for each other for torch's default time, else for days on gloo.
     """
 
     @functools.wraps(main)
@@ -111,7 +111,7 @@ def command(main: Callable[[], None], *, training: bool = False) -> Callable[[],
             stream.reconfigure(errors="replace")  # a terminal without Unicode
         try:
             if started_together():
-                init_group(None if training and TIMEOUT not in os.environ else timeout())
+                init_group(training)
             main()
             destroy_group()
             if main.__module__ == "__main__":
@@ -158,23 +158,31 @@ def process_number() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
-def timeout() -> timedelta:
-    """How long a process waits for the others, which may work for days on their parts. Raises InputError."""
-    minutes = os.environ.get(TIMEOUT, "10080")
+def longest_wait(training: bool) -> timedelta | None:
+    """How long a process waits for the others, which outside training may work for days on their parts; None: torch's
+    default. MLPMEM_TIMEOUT_MINUTES sets another time. Raises InputError."""
+    minutes = os.environ.get(TIMEOUT)
+    if minutes is None:
+        return None if training else timedelta(days=7)
     if not minutes.isdecimal() or not 0 < int(minutes) < 10**9:
         raise InputError(f"{TIMEOUT} {minutes}: expected a number of minutes")
     return timedelta(minutes=int(minutes))
 
 
-def init_group(longest_wait: timedelta | None) -> Any:
-    """Connect the processes of this run, over NCCL with GPUs and over gloo without; returns accelerate's `PartialState`."""
+def init_group(training: bool) -> Any:
+    """Connect the processes of this run; returns accelerate's `PartialState`.
+
+    Training on GPUs uses NCCL. Elsewhere processes exchange a few numbers, over gloo: its connections, unlike NCCL's, end
+    with a process that dies, however long a wait may take.
+    """
     import torch
     from accelerate import PartialState
 
     on_cpu = not torch.cuda.is_available()
     if on_cpu:  # else accelerate takes each process for a run of its own
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    return PartialState(cpu=on_cpu, timeout=longest_wait)
+    backend = {} if training else {"backend": "gloo"}
+    return PartialState(cpu=on_cpu, timeout=longest_wait(training), **backend)
 
 
 def destroy_group() -> None:
