@@ -7,9 +7,10 @@ table of family names.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,24 +70,78 @@ class _CapturedError(Exception):
     """Ends a forward pass once the input is captured; `HiddenCapture` catches it."""
 
 
-class HiddenCapture:
-    """A forward pre-hook that keeps a module's input in `.hidden`, such as one block's MLP input (batch, time, hidden).
+# Captures whose `with` block is running. A context variable is each thread's own, so other threads may use the same base;
+# torch.compile cannot trace one, and traces in one thread at a time.
+_running: ContextVar[tuple[_Capture, ...]] = ContextVar("captures", default=())
+_running_in_trace: list[_Capture] = []
 
-    It is active in its `with` block, in forward passes of the thread that created it: other threads may use the same
-    base model. With `stop` the block ends there: neither the module nor anything after it is computed.
+
+class _Capture:
+    """What happens to one module's forward passes in a `with` block.
+
+    The hooks are registered once and stay: a hook that comes and goes would break the graphs of torch.compile, and a plain
+    function may be copied and pickled with the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        if _before not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_before, with_kwargs=True)
+            module.register_forward_hook(_after)
+
+    def before(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before the module's forward; may return other arguments."""
+
+    def after(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """After it; may return another output."""
+
+    def __enter__(self) -> Any:
+        if torch.compiler.is_compiling():
+            _running_in_trace.append(self)
+        else:
+            self._before_this = _running.set((*_running.get(), self))
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> bool:
+        if torch.compiler.is_compiling():
+            _running_in_trace.pop()
+        else:
+            _running.reset(self._before_this)
+        return kind is _CapturedError
+
+
+def _capture_of(module: nn.Module) -> _Capture | None:
+    running = _running_in_trace if torch.compiler.is_compiling() else _running.get()
+    return next((capture for capture in running if capture.module is module), None)
+
+
+def _before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    capture = _capture_of(module)
+    return None if capture is None else capture.before(args, kwargs)
+
+
+def _after(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    capture = _capture_of(module)
+    return None if capture is None else capture.after(output)
+
+
+class HiddenCapture(_Capture):
+    """Keeps a module's input in `.hidden`, such as one block's MLP input (batch, time, hidden).
+
+    It is active in its `with` block, in forward passes of the thread that entered it. With `stop` the pass ends there:
+    neither the module nor anything after it is computed.
     """
 
     def __init__(self, module: nn.Module, *, stop: bool = False) -> None:
+        super().__init__(module)
         self.hidden: torch.Tensor | None = None
-        self._stop, self._thread = stop, threading.get_ident()
-        self._handle = module.register_forward_pre_hook(self._keep, with_kwargs=True)
+        self._stop = stop
 
-    def _keep(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if threading.get_ident() == self._thread:
-            self.hidden = args[0] if args else next(iter(kwargs.values()))
-            self._with_gradient = torch.is_grad_enabled()
-            if self._stop:
-                raise _CapturedError
+    def before(self, args: tuple, kwargs: dict) -> None:
+        self.hidden = args[0] if args else next(iter(kwargs.values()))
+        self._with_gradient = torch.is_grad_enabled()
+        if self._stop:
+            raise _CapturedError
 
     def take(self) -> torch.Tensor:
         """Return the captured hidden states and drop the reference to them.
@@ -103,56 +158,39 @@ class HiddenCapture:
             )
         return hidden
 
-    def __enter__(self) -> HiddenCapture:
-        return self
 
-    def __exit__(self, kind: type | None, *_: object) -> bool:
-        self._handle.remove()
-        return kind is _CapturedError
-
-
-class SharedHead:
+class SharedHead(_Capture):
     """In its `with` block a base's head also computes the logits of the tied memories, all in one product.
 
     `more` is called when the head runs, and returns hidden states of the shape of its input (batch, kept, hidden); `.logits`
-    are theirs (batch, kept, vocabulary). As `HiddenCapture` it acts in the thread that created it.
+    are theirs (batch, kept, vocabulary). As `HiddenCapture` it acts in the thread that entered it.
     """
 
     def __init__(self, head: nn.Module, more: Callable[[], list[torch.Tensor]]) -> None:
+        super().__init__(head)
         self.logits: list[torch.Tensor] = []
-        self._more, self._thread = more, threading.get_ident()
-        self._handles = head.register_forward_pre_hook(self._append), head.register_forward_hook(self._split)
+        self._more = more
 
-    def _append(self, head: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor | None:
-        if threading.get_ident() != self._thread:
-            return None
+    def before(self, args: tuple[torch.Tensor], kwargs: dict) -> tuple[tuple, dict] | None:
         self._batch, self._turned = len(args[0]), None
         if not (more := self._more()):
             return None
         stacked = torch.cat([args[0], *(hidden.to(args[0]) for hidden in more)])  # (batches, kept, hidden)
         # On a CPU a few float32 rows times a large matrix take a fifth of the time the other way round: the head then gets
-        # no rows, and the product follows in `_split`.
+        # no rows, and the product follows in `after`.
         few = stacked.dtype == torch.float32 and stacked.device.type == "cpu" and stacked.shape[:2].numel() <= 8
-        if few and type(head) is nn.Linear:
+        if few and type(self.module) is nn.Linear:
             self._turned = stacked
-            return stacked[:0]
-        return stacked
+            stacked = stacked[:0]
+        return (stacked,), kwargs
 
-    def _split(self, head: nn.Module, args: tuple, logits: torch.Tensor) -> torch.Tensor | None:
-        if threading.get_ident() != self._thread:
-            return None
+    def after(self, logits: torch.Tensor) -> torch.Tensor:
+        head = self.module
         if self._turned is not None:
             rows = (head.weight @ self._turned.flatten(0, 1).t()).t()  # (rows, vocabulary)
             logits = rows.contiguous().view(*self._turned.shape[:2], -1) + (0 if head.bias is None else head.bias)
         own, *self.logits = logits.split(self._batch)
         return own
-
-    def __enter__(self) -> SharedHead:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ import pytest
 import torch
 from harness import command, refused_here
 from tiny_models import random_gate, save_models, some_ids, tiny_base, tiny_memory
-from transformers import AutoModelForCausalLM
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, CompileConfig
 
 from models import MLPMemory, export, memory_class, memory_config
 from models.stack import find_memory
@@ -204,3 +205,19 @@ def test_the_page_gives_each_memory_a_colour(three):
     buttons = "".join(re.findall(r"<button.*?>", html))
     assert {int(number) for number in re.findall(r"mlpm-memory-(\d)", buttons)} == raised and len(raised) > 1
     assert "memory 2: second" in html
+
+
+@pytest.mark.parametrize("lmbda", [0.6, "adaptive"])
+def test_generation_with_a_static_cache_is_one_graph(three, lmbda):
+    """On CUDA transformers compiles it by itself."""
+    base, memories = three
+    joint = MLPMemory(base, memories, lmbda, gates=[random_gate(base) for _ in memories])
+    ids = some_ids()[:1]
+    expected = joint.generate(ids, max_new_tokens=6, do_sample=False)
+    compile_config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    compile_config._compile_all_devices = True
+    torch._dynamo.reset()
+    counters.clear()
+    static = {"cache_implementation": "static", "compile_config": compile_config}
+    assert torch.equal(joint.generate(ids, max_new_tokens=6, do_sample=False, **static), expected)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
