@@ -189,9 +189,9 @@ def test_every_command_of_the_original_does_its_job(family, tmp_path, capsys, mo
 
     questions = {"MODEL": chain.base, "KNN_PATH": memory, "DATASET": tmp_path / "nq.jsonl"}
     chain.script(QA, ".", **questions, OUTPUT_DIR=tmp_path / "qa")
-    chain.script(QA, ".", **questions, OUTPUT_DIR=tmp_path / "qa-base", USE_NEURAL_KNN=0)
-    assert chain.results("qa")["lmbda"] == 0.5 and chain.results("qa-base")["memory"] is None
-    assert chain.results("qa")["counts"]["scored"] == 3
+    chain.script(QA, ".", **questions, OUTPUT_DIR=tmp_path / "qa", USE_NEURAL_KNN=0)
+    assert chain.results("qa/nq")["lmbda"] == 0.5 and chain.results("qa/nq-base")["memory"] is None
+    assert chain.results("qa/nq")["counts"]["scored"] == 3
 
     pair = f" --model_name_or_path {chain.base} --knn_generator_path {memory} --prompt 'zi kimoho' --max_new_tokens 3"
     chain.do(DEMO + pair)
@@ -278,11 +278,21 @@ def test_flags_of_the_original_are_accepted(name):
     assert [flag for flag in KEPT[name].split() if flag not in known] == []
 
 
+# All that the original's parsers take and nothing here needs. One with * takes no value.
 UNUSED = {
-    "train_mlpmem_offline": "--train_file a --use_slow_tokenizer --block_size 8 --from_scratch --do_test --vocab_size=7",
-    "evaluate_joint": "--overwrite_cache --weight_decay 0.1 --with_tracking --knn_keytype last_ffn_input --group_name g",
-    "train_base": "--model_type gpt2 --use_fast_tokenizer True --prompt x --dstore_file d --knn_sim_func l2",
-    "downstream.eval_qa": "--ignore_pad_token_for_loss True --max_source_length 1024 --pad_to_max_length False --patience 2",
+    "train_mlpmem_offline": "dataset_config_name train_file validation_file validation_split_percentage use_slow_tokenizer* "
+    "preprocessing_num_workers overwrite_cache* no_keep_linebreaks* push_to_hub* hub_token low_cpu_mem_usage* block_size "
+    "from_scratch* generator_type do_test* group_name vocab_size current_epoch",
+    "evaluate_joint": "dataset_config_name train_file validation_file validation_split_percentage use_slow_tokenizer* "
+    "per_device_train_batch_size learning_rate weight_decay gradient_accumulation_steps lr_scheduler_type num_warmup_steps "
+    "preprocessing_num_workers overwrite_cache* no_keep_linebreaks* push_to_hub* hub_token checkpointing_steps "
+    "resume_from_checkpoint with_tracking* low_cpu_mem_usage* block_size project_name group_name run_name logging_steps "
+    "knn_keytype",
+    "train_base": "model_type config_overrides use_fast_tokenizer use_auth_token group_name overwrite_cache "
+    "validation_split_percentage keep_linebreaks prompt knn_keytype dstore_file knn_sim_func",
+    "downstream.eval_qa": "use_fast_tokenizer use_auth_token source_lang target_lang train_file validation_file test_file "
+    "overwrite_cache preprocessing_num_workers max_source_length max_target_length val_max_target_length "
+    "pad_to_max_length max_train_samples max_predict_samples ignore_pad_token_for_loss patience",
 }
 
 
@@ -293,11 +303,14 @@ def test_flags_of_the_originals_parsers_without_a_use_are_dropped_in_one_line(na
     from utils.cli import without
 
     lists = {"train_mlpmem_offline": "TRAINERS", "downstream.eval_qa": "EVAL_QA"}
-    words = UNUSED[name].split()
-    kept = without(["--lmbda", "0.5", *words, "--seed", "3"], getattr(unused_flags, lists.get(name, name.upper())))
-    assert kept == ["--lmbda", "0.5", "--seed", "3"]
-    (line,) = capsys.readouterr().out.splitlines()
-    assert all(word.partition("=")[0] in line for word in words if word.startswith("--"))
+    dropped = getattr(unused_flags, lists.get(name, name.upper()))
+    flags = [f"--{flag}" for flag in UNUSED[name].split()]
+    apart = [word for flag in flags for word in ([flag[:-1]] if flag.endswith("*") else [flag, "value"])]
+    joined = [flag[:-1] if flag.endswith("*") else f"{flag}=value" for flag in flags]
+    for words in (apart, joined):
+        assert without(["--lmbda", "0.5", *words, "--seed", "3"], dropped) == ["--lmbda", "0.5", "--seed", "3"]
+        (line,) = capsys.readouterr().out.splitlines()
+        assert all(flag.rstrip("*") in line for flag in flags)
 
 
 def told(capsys) -> list[str]:
