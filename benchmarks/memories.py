@@ -123,20 +123,26 @@ def measured(
     return found
 
 
+def web_windows(work: Path, output: Path) -> Path:
+    """Windows (split train) of the first WEB_BYTES of the quickstart's web text, made where they are missing."""
+    text, windows = output / "web.txt", output / "web"
+    text.write_bytes((work / "embedded" / "web.txt").read_bytes()[:WEB_BYTES])
+    if not windows.exists():
+        cut = ("--output_dir", windows, "--block_size", 512, "--stride", 512, "--group_rows")
+        model = read_json(work / "joint_test" / "results.json")["model"]
+        run(sys.executable, "utils/preprocess_dataset.py", "--dataset_name", text, "--tokenizer_path", model, *cut)
+    return windows
+
+
 def together(work: Path, output: Path, count: int) -> dict[str, Any]:
     """Figures of `count` parts' memories, each alone and all together, and of one memory of the whole text."""
-    articles, web = training_articles(work), output / "web.txt"
+    articles, web = training_articles(work), web_windows(work, output)
     ends = [len(articles) * n // count for n in range(count + 1)]
     works = [
         quickstart_of(work, output / f"part-{n}-of-{count}", articles[ends[n - 1] : ends[n]])
         for n in range(1, count + 1)
     ]
-    web.write_bytes((work / "embedded" / "web.txt").read_bytes()[:WEB_BYTES])
-    model = read_json(work / "joint_test" / "results.json")["model"]
-    if not (output / "web").exists():
-        cut = ("--output_dir", output / "web", "--block_size", 512, "--stride", 512, "--group_rows")
-        run(sys.executable, "utils/preprocess_dataset.py", "--dataset_name", web, "--tokenizer_path", model, *cut)
-    memories, windows = [memory_of(each) for each in works], {"held_out": work / "windows", "web": output / "web"}
+    memories, windows = [memory_of(each) for each in works], {"held_out": work / "windows", "web": web}
     texts = {n: each.parent / "text" / "train.jsonl" for n, each in enumerate(works, 1)}
     chosen = {f"part {n}": ([memory], {n: texts[n]}) for n, memory in enumerate(memories, 1)}
     chosen |= {"together": (memories, texts), "one memory of all": ([memory_of(work)], texts)}
