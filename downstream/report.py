@@ -34,6 +34,7 @@ WIKITEXT103 = (
     ("xl", "xl_finetuned", "GPT2-xl-finetuned", 10.16),
     ("memory", "large_memory", "GPT2-large-finetuned + MLPMem", 9.58),
 )
+NEARLY_EQUAL = 1.05  # perplexities of the held-out documents, between which other text decides
 ABLATION_COLUMNS = ("base + memory", "change from base", "lambda", "memory alone", "KL", "cross-entropy", "training, s")
 
 
@@ -213,15 +214,19 @@ def draw_lambda(axes: Any, grids: dict[str, list[dict[str, float]]], base: float
 
 
 def remember(arguments: RememberArguments) -> None:
-    """The lambda for a memory of the user's documents: one or the gate's, by held-out documents, and what both cost."""
+    """The lambda for a memory of the user's documents: one or the gate's, by held-out documents (where they are nearly equal,
+    by other text), and what both cost."""
     work, rows = Path(arguments.work), {}
     scored = {split: read_json(work / f"joint_{split}" / "results.json") for split in ("validation", "test", "web")}
     knn = read_json(work / "knnlm_validation" / "results.json")
     for split, found in scored.items():
         by_token = found["adaptive"]["perplexity"]
         rows[split] = {"base": found["base_perplexity"], "one_lambda": found["perplexity"], ADAPTIVE: by_token}
-    validation, one = rows["validation"], scored["validation"]["lmbda"]
-    chosen = ADAPTIVE if validation[ADAPTIVE] < validation["one_lambda"] else one
+    one, options = scored["validation"]["lmbda"], ("one_lambda", ADAPTIVE)
+    held_out = [rows["validation"][name] for name in options]
+    nearly_equal = max(held_out) < NEARLY_EQUAL * min(held_out)
+    better = min(options, key=lambda name: rows["web" if nearly_equal else "validation"][name])
+    chosen = ADAPTIVE if better == ADAPTIVE else one
     titles = {"base": "base", "one_lambda": f"one lambda, {lambda_text(one)}", ADAPTIVE: "the gate's, by token"}
     cells = [(title, *(f"{rows[split][name]:.2f}" for split in rows)) for name, title in titles.items()]
     cells.append(("kNN-LM by distance", f"{knn['adaptive']['perplexity']:.2f}", "", ""))

@@ -11,7 +11,7 @@
 #   MODEL           base model: folder or hub name            (default: SmolLM2-135M-Instruct, from PyPI)
 #   OUTPUT          folder of all memories                    (default: results/memories)
 #   CONTEXTS        what windows begin with                   (default: documents paragraphs sentences)
-#   LAYERS EPOCHS LEARNING_RATE ALPHA DROPOUT KNOWN_WEIGHT CAUTION DTYPE SEED  as in scripts/quickstart.sh (ROWS_PER_STEP: 600)
+#   LAYERS EPOCHS LEARNING_RATE ALPHA DROPOUT KNOWN_WEIGHT CAUTION DTYPE SEED  as in scripts/quickstart.sh (ROWS_PER_STEP: 320)
 # shellcheck source=scripts/stages.sh
 . "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
@@ -33,8 +33,8 @@ done
 [ "${#texts[@]}" -gt 0 ] || usage
 if [ -n "$questions" ]; then install compare; else install ""; fi
 
-: "${OUTPUT:=results/memories}" "${CONTEXTS:=documents paragraphs sentences}" "${ROWS_PER_STEP:=600}" "${SEED:=42}"
-: "${EPOCHS:=12}" "${KNOWN_WEIGHT:=1}" "${CAUTION:=0}" "${DROPOUT:=0}"
+: "${OUTPUT:=results/memories}" "${CONTEXTS:=documents paragraphs sentences}" "${ROWS_PER_STEP:=320}" "${SEED:=42}"
+: "${EPOCHS:=16}" "${KNOWN_WEIGHT:=1}" "${CAUTION:=0}" "${DROPOUT:=0}"
 folder="$OUTPUT/$name"
 if [ ! -d "$OUTPUT/embedded/model" ]; then
     run "get the default model and web text" python -m utils.embedded_default --output_dir "$OUTPUT/embedded"
@@ -88,7 +88,7 @@ head -n 60 "$OUTPUT/embedded/web.txt" >"$WORK/web_text/train.txt"
 tail -n +61 "$OUTPUT/embedded/web.txt" >"$WORK/web_text/test.txt"
 once "other text" python utils/preprocess_dataset.py --dataset_name "$WORK/web_text" --tokenizer_path "$MODEL" \
     --output_dir "$WORK/web" --block_size "$BLOCK_SIZE" --stride "$BLOCK_SIZE" --group_rows
-gate --other_dataset_name "$WORK/web" --known_windows 256
+gate --other_dataset_name "$WORK/web" --other_weight 1 --known_windows 256
 # shellcheck disable=SC2086
 joint validation --lmbda $LAMBDAS adaptive --torch_dtype "$dtype"
 joint test --lmbda adaptive --choose_on "$WORK/joint_validation/results.json" --torch_dtype "$dtype"
