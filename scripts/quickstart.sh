@@ -27,7 +27,7 @@ install ""
 
 WORK="${OUTPUT:=results/quickstart}/work" embedded="${OUTPUT}/work/embedded"
 DONE="$WORK/done"
-: "${FINETUNE:=0}" "${SEED:=42}"
+: "${FINETUNE:=0}" "${SEED:=42}" "${EPOCHS:=12}"
 documents=320
 if [ "$FINETUNE" = 1 ]; then  # a base that knows the domain leaves less to gain: more text
     documents=480

@@ -11,7 +11,8 @@
 #   MODEL           base model: folder or hub name            (default: SmolLM2-135M-Instruct, from PyPI)
 #   OUTPUT          folder of all memories                    (default: results/memories)
 #   CONTEXTS        what windows begin with                   (default: documents paragraphs sentences)
-#   LAYERS EPOCHS LEARNING_RATE ALPHA DROPOUT KNOWN_WEIGHT CAUTION DTYPE SEED  as in scripts/quickstart.sh (ROWS_PER_STEP: 320)
+#   LAYERS LEARNING_RATE ALPHA DROPOUT KNOWN_WEIGHT CAUTION DTYPE SEED  as in scripts/quickstart.sh
+#   EPOCHS ROWS_PER_STEP                                      (default: 16, 320; from 50,000 rows on 6, 960)
 # shellcheck source=scripts/stages.sh
 . "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
@@ -33,8 +34,8 @@ done
 [ "${#texts[@]}" -gt 0 ] || usage
 if [ -n "$questions" ]; then install compare; else install ""; fi
 
-: "${OUTPUT:=results/memories}" "${CONTEXTS:=documents paragraphs sentences}" "${ROWS_PER_STEP:=320}" "${SEED:=42}"
-: "${EPOCHS:=16}" "${KNOWN_WEIGHT:=1}" "${CAUTION:=0}" "${DROPOUT:=0}"
+: "${OUTPUT:=results/memories}" "${CONTEXTS:=documents paragraphs sentences}" "${SEED:=42}"
+: "${KNOWN_WEIGHT:=1}" "${CAUTION:=0}" "${DROPOUT:=0}"
 folder="$OUTPUT/$name"
 if [ ! -d "$OUTPUT/embedded/model" ]; then
     run "get the default model and web text" python -m utils.embedded_default --output_dir "$OUTPUT/embedded"
@@ -58,15 +59,21 @@ text() {
         --output_dir "$1" --contexts $CONTEXTS --seed "$SEED" "${@:2}"
 }
 
-# sizes: windows of about ROWS_PER_STEP rows for a step; an exact index for few rows.
+# sizes: fewer and larger steps, and an inexact index, for many rows; the second memory has the first one's epochs and steps.
 sizes() {
-    local counts
-    counts="$(python -c 'import json, sys
+    local rows windows
+    read -r rows windows < <(python -c 'import json, sys
 train = json.load(open(sys.argv[1]))["train"]
-rows, windows = train["dstore_size"], train["dataset_cnt_len"]
-print(max(round(int(sys.argv[2]) * windows / rows), 1), "Flat" if rows < 50_000 else "IVF512,Flat")' \
-        "$WORK/windows/dstore_summary.json" "$ROWS_PER_STEP")"
-    WINDOWS_PER_STEP="${counts% *}" INDEX_FACTORY="${counts#* }"
+print(train["dstore_size"], train["dataset_cnt_len"])' "$WORK/windows/dstore_summary.json")
+    if [ "$rows" -lt 50000 ]; then
+        : "${EPOCHS:=16}" "${ROWS_PER_STEP:=320}"
+        INDEX_FACTORY=Flat
+    else
+        : "${EPOCHS:=6}" "${ROWS_PER_STEP:=960}"
+        INDEX_FACTORY=IVF512,Flat
+    fi
+    WINDOWS_PER_STEP=$(((ROWS_PER_STEP * windows + rows / 2) / rows)) # rounded
+    [ "$WINDOWS_PER_STEP" -gt 0 ] || WINDOWS_PER_STEP=1
 }
 
 # 1. A memory of four fifths of the documents, and what it does to text that it has not seen.
@@ -76,7 +83,6 @@ windows "$WORK/text"
 sizes
 embed train
 embed validation --save_logprob
-embed test --save_logprob
 index
 # shellcheck disable=SC2086
 knnlm validation --lmbda $LAMBDAS adaptive --knn_temp 1 2 4 8 16 32

@@ -16,7 +16,7 @@ LAMBDAS="0.02 0.05 0.1 0.15 0.2 0.25 0.3 0.35 0.4 0.45 0.5 0.55 0.6 0.65 0.7 0.7
 # the experiments).
 find_precision() {
     : "${BLOCK_SIZE:=512}" "${SEED:=42}" "${K:=256}" "${PROBE:=8}" "${INDEX_FACTORY:=IVF512,Flat}" "${SAMPLED:=4096}"
-    : "${LAYERS:=6}" "${EPOCHS:=12}" "${LEARNING_RATE:=6e-4}" "${ALPHA:=0.2}" "${DROPOUT:=0.3}" "${WINDOWS_PER_STEP:=3}"
+    : "${LAYERS:=6}" "${LEARNING_RATE:=6e-4}" "${ALPHA:=0.2}" "${DROPOUT:=0.3}" "${WINDOWS_PER_STEP:=3}"
     : "${KNOWN_WEIGHT:=0.05}" "${CAUTION:=1}"
     dtype="$(python -c 'import sys; from utils.loading import BaseArguments
 print(str(BaseArguments(torch_dtype=sys.argv[1]).dtype()).split(".")[-1])' "${DTYPE:-auto}")"
