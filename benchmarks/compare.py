@@ -70,6 +70,7 @@ class CompareArguments:
     lora_epochs: int | None = flag(None, "LoRA: epochs; default: those of the memory")
     lora_rank: int = flag(16, "LoRA: rank; alpha is twice the rank")
     lora_learning_rate: float = flag(5e-4, "LoRA: peak learning rate")
+    speed_again: bool = flag(False, "time the methods that were measured before once more, and measure nothing else")
     page: str | None = flag(None, "write the table of results.json into this page, the plot beside it; measure nothing")
 
 
@@ -89,17 +90,26 @@ def main() -> None:
 
 def run(arguments: CompareArguments, output: Path) -> None:
     """Measure the methods that were not measured before with these settings, and write the report."""
-    from benchmarks.compare_methods import Quickstart
+    from benchmarks.compare_methods import Quickstart, build
     from utils.loading import quiet_libraries
 
     quiet_libraries()
     work, records = Quickstart(arguments), {}
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("output_dir", "methods", "page")}
+    settings = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in ("output_dir", "methods", "speed_again", "page")
+    }
     settings |= work.ids()
     for name, title in METHODS.items():
         path = ensure_folder(output / "methods") / f"{name}.json"
         record = read_json(path) if path.exists() else {}
-        if record.get("compared") != settings:
+        if arguments.speed_again:
+            if not record or name not in arguments.methods:
+                continue
+            record["speed"] = speed(work, build(work, name))
+            write_json(path, record)
+        elif record.get("compared") != settings:
             if name not in arguments.methods:
                 continue
             record = {"name": name, "title": title, "compared": settings, **measure(work, name)}
@@ -113,12 +123,11 @@ def run(arguments: CompareArguments, output: Path) -> None:
 def measure(work: Any, name: str) -> dict[str, Any]:
     """All figures of a method."""
     from benchmarks.compare_methods import build
-    from benchmarks.compare_scores import measure_speed, score_facts, score_questions, score_windows, speed_prompts
+    from benchmarks.compare_scores import score_facts, score_questions, score_windows
 
     flags, tokenizer, method, started = work.flags, work.tokenizer, build(work, name), time.perf_counter()
-    prompts = speed_prompts(work.cases, flags.speed_prompts)
     found = {
-        "speed": measure_speed(method, prompts, tokenizer, flags.new_tokens),
+        "speed": speed(work, method),
         "facts": score_facts(method, work.cases, tokenizer),
         "answered": score_questions(method, work.questions, tokenizer) if flags.questions else None,
         "held_out": score_windows(method, work.held_out, tokenizer, flags.rag_chunk, flags.rag_query),
@@ -130,6 +139,14 @@ def measure(work: Any, name: str) -> dict[str, Any]:
     }
     say(f"{METHODS[name]}: perplexity {found['held_out']['perplexity']:.4g}, {found['seconds']} s")
     return found
+
+
+def speed(work: Any, method: Any) -> dict[str, Any]:
+    """Time to first token and tokens per second of a method."""
+    from benchmarks.compare_scores import measure_speed, speed_prompts
+
+    prompts = speed_prompts(work.cases, work.flags.speed_prompts)
+    return measure_speed(method, prompts, work.tokenizer, work.flags.new_tokens)
 
 
 def report(work: Any, methods: dict[str, Any], output: Path) -> None:
