@@ -1,7 +1,7 @@
 """The mixture of base and memories, in log-probabilities: p = w_0 · base + Σ w_i · memory_i (paper section 3.4).
 
-With one memory and one lambda, w = (1 - lambda, lambda); with a gate, lambda = sigmoid(g). The gates of n memories have the
-quadratic mean of their odds against the base, and share it by the squares of their odds (`gate_log_weights`).
+With one memory and one lambda, w = (1 - lambda, lambda); with a gate, lambda = sigmoid(g). The gates of n memories have a
+mean of their odds against the base, and share it in proportion to their odds (`gate_log_weights`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+MEAN = 3  # exponent of the power mean of the memories' odds
 
 
 def log_mixture(log_probs: Sequence[Tensor], log_weights: Sequence[Tensor | float]) -> Tensor:
@@ -48,11 +50,11 @@ def fixed_log_weights(lmbda: float | Sequence[float], memories: int = 1) -> list
 def gate_log_weights(*logits: Tensor) -> Sequence[Tensor]:
     """Log-weights of base and n memories from the logits g_i of the memories' gates, each of a gate's shape.
 
-    The odds of all memories against the base are the quadratic mean of each one's, sqrt(Σ exp(2 g_i) / n), and w_i is in
-    proportion to exp(2 g_i). So n memories that do not know the text weigh no more than one, and one that knows it has
-    nearly all of their weight.
+    The odds of all memories against the base are the cubic mean of each one's, (Σ exp(3 g_i) / n)^(1/3), and they share
+    their weight in proportion to their odds. So n memories that do not know the text weigh no more than one, and one that
+    knows it is hardly held back by those that do not; docs/compare.md has the figures.
     """
-    doubled = 2 * torch.stack(logits)  # (memories, …)
-    total = (doubled.logsumexp(0) - math.log(len(logits))) / 2
-    memories = torch.nn.functional.logsigmoid(total) + doubled.log_softmax(0)
+    stacked = torch.stack(logits)  # (memories, …)
+    total = ((MEAN * stacked).logsumexp(0) - math.log(len(logits))) / MEAN
+    memories = torch.nn.functional.logsigmoid(total) + stacked.log_softmax(0)
     return (torch.nn.functional.logsigmoid(-total), *memories.unbind(0))

@@ -53,8 +53,8 @@ def test_the_mixture_is_that_of_base_and_memories(three, lmbda):
         handle.remove()
         pairs = zip(gates, distributions[1:], strict=True)
         odds = torch.cat([gate(own, other.log(), captured["x"]).exp() for gate, other in pairs], -1)
-        together = odds.square().mean(-1, keepdim=True).sqrt()  # the odds of all memories
-        shares = odds.square() / odds.square().sum(-1, keepdim=True) * together / (1 + together)
+        together = odds.pow(3).mean(-1, keepdim=True).pow(1 / 3)  # the odds of all memories
+        shares = odds / odds.sum(-1, keepdim=True) * together / (1 + together)
         weights = [1 / (1 + together[..., 0]), *shares.unbind(-1)]
     else:
         each = lmbda if isinstance(lmbda, list) else [lmbda / 3] * 3
