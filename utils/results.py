@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
+import shutil
+import subprocess
 import time
 from dataclasses import dataclass
 from importlib.metadata import distributions
@@ -156,6 +158,10 @@ def write_results(
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
+    """Versions of Python and of the packages that results depend on, and the commit of a git checkout."""
     found = {package.name: package.version for package in distributions() if package.name in PACKAGES}
+    root = Path(__file__).parent.parent
+    if (root / ".git").exists() and shutil.which("git"):
+        git = ("git", "-C", root, "describe", "--always", "--dirty", "--exclude", "*")
+        found["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {"python": platform.python_version(), **found}
