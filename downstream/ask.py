@@ -120,13 +120,15 @@ def answers(
     evaluator: Any, questions: Sequence[Question], before: Callable[[str], list[int]] | None = None
 ) -> list[str]:
     """What a `downstream.scoring.Evaluator`'s model answers. `before`: question → token ids to put in front of the prompt."""
-    prompts = [evaluator.encode(each.prompt) for each in questions]
-    if before:
-        prompts = [
-            np.concatenate([before(each.prompt), ids]).astype(np.int32)
-            for each, ids in zip(questions, prompts, strict=True)
-        ]
-    return evaluator.continuations(prompts, new_tokens(questions, evaluator.tokenizer), "\n")
+    count = new_tokens(questions, evaluator.tokenizer)
+    groups: dict[tuple[int, ...], list[int]] = {}  # questions with the same ids in front: these are read once
+    for number, each in enumerate(questions):
+        groups.setdefault(tuple(before(each.prompt)) if before else (), []).append(number)
+    found = {}
+    for start, numbers in groups.items():
+        prompts = [np.array([*start, *evaluator.encode(questions[number].prompt)], np.int32) for number in numbers]
+        found |= zip(numbers, evaluator.continuations(prompts, count, "\n"), strict=True)
+    return [found[number] for number in range(len(questions))]
 
 
 def knnlm_of(arguments: AskArguments) -> Any:

@@ -90,14 +90,19 @@ class Evaluator:
                 found[i] = result
         return found
 
+    def _read_start(self, sequences: Sequence[Encoded]) -> tuple[int, Any]:
+        """Tokens that all sequences begin with, such as demonstrations or a retrieved document, read once: their number, 0
+        where they are few, and their cache."""
+        start, cache = common_start(sequences), None
+        if len(start) >= SHORTEST_START and len(sequences) > 1:
+            ids = torch.from_numpy(start).long()[None].to(self.device)
+            cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        return (len(start), cache) if hasattr(cache, "batch_repeat_interleave") else (0, None)
+
     @torch.inference_mode()
     def likelihoods(self, pairs: Sequence[Encoded]) -> list[Likelihood]:
         """Log-probabilities of continuations, in order: float64 sums of float32 log-probabilities."""
-        start, cache = common_start(pairs), None
-        if len(start) >= SHORTEST_START:  # such as demonstrations: read once
-            ids = torch.from_numpy(start).long()[None].to(self.device)
-            cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-        start = len(start) if hasattr(cache, "batch_repeat_interleave") else 0
+        start, cache = self._read_start(pairs)
         # Continuations that begin at the same position share a batch, so that few unused logits are computed.
         key = lambda pair: (pair.begin, len(pair.ids))  # noqa: E731
         return self._batched(pairs, key, lambda batch: self._likelihood_batch(batch, start, cache))
@@ -112,8 +117,7 @@ class Evaluator:
         skipped = min(begin for _, begin in pairs) - 1  # positions without a logit that is needed
         options: dict[str, Any] = {"use_cache": False}
         if start:
-            options = {"past_key_values": copy.deepcopy(cache)}
-            options["past_key_values"].batch_repeat_interleave(len(pairs))
+            options = {"past_key_values": repeated(cache, len(pairs))}
         # Padding on the right comes after everything that counts: no mask is needed.
         logits = self.model(input_ids=inputs.to(self.device), logits_to_keep=width - skipped, **options).logits
         found = []
@@ -134,14 +138,27 @@ class Evaluator:
         At most `max_new_tokens` tokens are generated; an end-of-sequence token ends a text too. The checkpoint's own
         generation settings (sampling, penalties) are ignored.
         """
-        return self._batched(prompts, len, lambda batch: self._continuation_batch(batch, max_new_tokens, stop))
+        start, cache = 0, None
+        if self.num_beams == 1:  # `generate` does not repeat a given cache for beams
+            start, cache = self._read_start([Encoded(ids, len(ids)) for ids in prompts])
 
-    def _continuation_batch(self, prompts: list[np.ndarray], max_new_tokens: int, stop: str) -> list[str]:
+        def run(batch: list[np.ndarray]) -> list[str]:
+            return self._continuation_batch(batch, start, cache, max_new_tokens, stop)
+
+        return self._batched(prompts, len, run)
+
+    def _continuation_batch(
+        self, prompts: list[np.ndarray], start: int, cache: Any, max_new_tokens: int, stop: str
+    ) -> list[str]:
+        """Continuations of prompts whose first `start` tokens are in `cache`."""
         width = max(len(ids) for ids in prompts)
-        inputs = torch.full((len(prompts), width), self.pad_token)  # (batch, time), padded on the left
+        inputs = torch.full((len(prompts), width), self.pad_token)  # (batch, time), padded on the left, after the start
         mask = torch.zeros_like(inputs)
         for row, ids in enumerate(prompts):
             inputs[row, width - len(ids) :], mask[row, width - len(ids) :] = torch.from_numpy(ids), 1
+            inputs[row, :start], mask[row, :start] = torch.from_numpy(ids[:start]), 1
+            mask[row, start : start + width - len(ids)] = 0
+        options = {"past_key_values": repeated(cache, len(prompts))} if start else {}
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -156,6 +173,7 @@ class Evaluator:
                 attention_mask=mask.to(self.device),
                 generation_config=config,
                 stopping_criteria=StoppingCriteriaList([StopCharacters(self, width, stop)]),
+                **options,
             )
         finally:
             self.model.generation_config = own
@@ -180,6 +198,13 @@ class StopCharacters(StoppingCriteria):
         texts = [self.evaluator.decode(row) for row in input_ids[:, self.prompt_width :].tolist()]
         done = [any(character in text for character in self.stop) for text in texts]
         return torch.tensor(done, device=input_ids.device)  # (batch,)
+
+
+def repeated(cache: Any, count: int) -> Any:
+    """A copy of a cache of one sequence, for `count` sequences."""
+    copied = copy.deepcopy(cache)
+    copied.batch_repeat_interleave(count)
+    return copied
 
 
 def common_start(pairs: Sequence[Encoded]) -> np.ndarray:
