@@ -171,10 +171,11 @@ class MLPStack:
         config: PretrainedConfig | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        **dimensions: int,
     ) -> MLPStack:
         """Load a memory of this class from a folder or the hub, in eval mode.
 
-        `config`: in place of the stored one. `dtype` None keeps the stored one. Raises ValueError when there is no
+        `config`: in place of the stored one. `dtype` None keeps the stored one. `dimensions`: the constructor's. Raises ValueError when there is no
         memory, several, one of another family, or weights are missing, unexpected or of other shapes.
         """
         folder = find_memory(path)
@@ -183,6 +184,7 @@ class MLPStack:
             raise ValueError(f"{path}: holds a memory of the {config.model_type} family, expected a {cls.__name__}")
         names = {f"^{re.escape(MEMORY_PREFIX)}": ""}  # in a joint state
         options = {"config": config, "dtype": dtype or "auto", "key_mapping": names, "output_loading_info": True}
+        options |= dimensions
         try:
             memory, info = super().from_pretrained(folder, **options)
         except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:

@@ -77,7 +77,9 @@ def test_dtype_is_the_one_asked_for_or_the_stored_one(llama):
 
 
 def test_a_class_loads_with_a_config_as_in_the_originals_demo(llama):
-    memory = LlamaMLPModel.from_pretrained(str(llama), config=AutoConfig.from_pretrained(llama))
+    config = AutoConfig.from_pretrained(llama)
+    sizes = {"input_dim": config.hidden_size, "output_dim": config.hidden_size}  # as in the original's demo
+    memory = LlamaMLPModel.from_pretrained(str(llama), config=config, **sizes)
     assert same_weights(memory, load_memory(llama))
     with pytest.raises(ValueError, match="GPT2MLPModel"):
         GPT2MLPModel.from_pretrained(llama)
