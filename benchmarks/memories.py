@@ -187,7 +187,7 @@ def compared(work: Path, output: Path, share: float, lora_epochs: int) -> dict[s
 
 def shares_table(results: dict[float, Any]) -> str:
     """A row for each share and method."""
-    header = ("training tokens", "method", "held-out articles", "beginnings continued", "bytes", "ms per token")
+    header = ("training tokens", "method", "held-out articles", "beginnings continued", "on disk", "ms per token")
     rows = []
     for found in results.values():
         for name in METHODS:
@@ -215,17 +215,17 @@ def plot(results: dict[float, Any], path: Path) -> None:
 
     figure, axes = figure_of(3)
     tokens = [found["description"]["train_tokens"] for found in results.values()]
-    for name in METHODS:
+    for number, name in enumerate(METHODS):
         records = [found["methods"][name] for found in results.values()]
-        label = records[0]["title"]
-        if name != "base":
-            axes[0].plot(tokens, [record["bytes"] / 1e6 for record in records], "o-", label=label)
-        axes[1].plot(tokens, [record["held_out"]["perplexity"] for record in records], "o-", label=label)
-        axes[2].plot(tokens, [100 * record["facts"]["accuracy"] for record in records], "o-", label=label)
+        style = {"marker": "o", "color": f"C{number}", "label": records[0]["title"]}
+        axes[0].plot(tokens, [record["bytes"] / 1e6 for record in records], **style)
+        axes[1].plot(tokens, [record["held_out"]["perplexity"] for record in records], **style)
+        axes[2].plot(tokens, [100 * record["facts"]["accuracy"] for record in records], **style)
     for each, label in zip(
         axes, ("MB on disk", "perplexity, held-out articles", "% of beginnings continued"), strict=True
     ):
         each.set(xlabel="training tokens", ylabel=label)
+        each.set_xlim(left=0)
         each.set_ylim(bottom=None if "perplexity" in label else 0)
     axes[1].legend(fontsize=7)
     save_figure(figure, path)
