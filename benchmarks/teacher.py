@@ -138,7 +138,7 @@ def table(found: dict[str, dict[int, dict[str, float]]]) -> str:
             values = [figures[key] for figures in by_seed.values()]
             error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
             cells.append(f"{style.format(statistics.fmean(values))} ± {style.format(error)}")
-        rows.append(line(name, len(by_seed), *cells))
+        rows.append(line(name, str(len(by_seed)), *cells))
     return "\n".join(rows)
 
 
