@@ -175,8 +175,9 @@ class MLPStack:
     ) -> MLPStack:
         """Load a memory of this class from a folder or the hub, in eval mode.
 
-        `config`: in place of the stored one. `dtype` None keeps the stored one. `dimensions`: the constructor's. Raises ValueError when there is no
-        memory, several, one of another family, or weights are missing, unexpected or of other shapes.
+        `config`: in place of the stored one. `dtype` None keeps the stored one. `dimensions`: the constructor's. Raises
+        ValueError when there is no memory, several, one of another family, or weights are missing, unexpected or of other
+        shapes.
         """
         folder = find_memory(path)
         config = AutoConfig.from_pretrained(folder) if config is None else config
