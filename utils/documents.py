@@ -61,7 +61,7 @@ def main() -> None:
         import datasets
 
         share = {"validation": arguments.held_out, "test": arguments.held_out}
-        divided = split_documents(datasets.Dataset.from_dict({"text": documents}), share, arguments.seed)
+        divided = split_documents(datasets.Dataset.from_dict({"text": documents}), share, arguments.seed, "--held_out")
         splits = {split: rows["text"][:] for split, rows in divided.items()}
         documents = splits.pop("train")
     also = read_also(arguments.also, tokenizer)

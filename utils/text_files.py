@@ -98,8 +98,10 @@ def _cut(row: dict[str, str], characters: int) -> dict[str, str]:
     return {"text": row["text"] if end < 0 else row["text"][: end + 1]}
 
 
-def split_documents(rows: Any, fractions: dict[str, float], seed: int) -> dict[str, Any]:
-    """Divide documents into train and {split: fraction of the documents}. Raises InputError for too few documents.
+def split_documents(
+    rows: Any, fractions: dict[str, float], seed: int, flags: str = "--validation_fraction, --test_fraction"
+) -> dict[str, Any]:
+    """Divide documents into train and {split: fraction of the documents}. Raises InputError naming `flags` for too few.
 
     Documents are ranked by the SHA-256 of seed and text: the same on any platform and in any order, and equal documents
     fall into the same split. Within a split the source's order is kept.
@@ -115,5 +117,5 @@ def split_documents(rows: Any, fractions: dict[str, float], seed: int) -> dict[s
             splits[split] = rows.select(numbers)
             taken += len(numbers)
     if taken >= len(ranks):
-        raise InputError(f"{len(ranks)} documents are too few to divide into train, {' and '.join(splits)}")
+        raise InputError(f"{flags}: {len(ranks)} documents are too few to divide")
     return {"train": rows.select(np.flatnonzero(position >= taken)), **splits}
