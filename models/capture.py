@@ -89,11 +89,13 @@ class _Capture:
             module.register_forward_pre_hook(_before, with_kwargs=True)
             module.register_forward_hook(_after)
 
-    def before(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Before the module's forward; may return other arguments."""
+    def before(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of the module's forward, the same or others."""
+        return args, kwargs
 
-    def after(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """After it; may return another output."""
+    def after(self, output: torch.Tensor) -> torch.Tensor:
+        """The module's output, the same or another."""
+        return output
 
     def __enter__(self) -> Any:
         if torch.compiler.is_compiling():
@@ -110,19 +112,21 @@ class _Capture:
         return kind is _CapturedError
 
 
-def _capture_of(module: nn.Module) -> _Capture | None:
+def _captures_of(module: nn.Module) -> list[_Capture]:
     running = _running_in_trace if torch.compiler.is_compiling() else _running.get()
-    return next((capture for capture in running if capture.module is module), None)
+    return [capture for capture in running if capture.module is module]
 
 
-def _before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    capture = _capture_of(module)
-    return None if capture is None else capture.before(args, kwargs)
+def _before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    for capture in _captures_of(module):
+        args, kwargs = capture.before(args, kwargs)
+    return args, kwargs
 
 
-def _after(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-    capture = _capture_of(module)
-    return None if capture is None else capture.after(output)
+def _after(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    for capture in _captures_of(module):
+        output = capture.after(output)
+    return output
 
 
 class HiddenCapture(_Capture):
@@ -137,11 +141,12 @@ class HiddenCapture(_Capture):
         self.hidden: torch.Tensor | None = None
         self._stop = stop
 
-    def before(self, args: tuple, kwargs: dict) -> None:
+    def before(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self.hidden = args[0] if args else next(iter(kwargs.values()))
         self._with_gradient = torch.is_grad_enabled()
         if self._stop:
             raise _CapturedError
+        return args, kwargs
 
     def take(self) -> torch.Tensor:
         """Return the captured hidden states and drop the reference to them.
@@ -171,10 +176,10 @@ class SharedHead(_Capture):
         self.logits: list[torch.Tensor] = []
         self._more = more
 
-    def before(self, args: tuple[torch.Tensor], kwargs: dict) -> tuple[tuple, dict] | None:
+    def before(self, args: tuple[torch.Tensor], kwargs: dict) -> tuple[tuple, dict]:
         self._batch, self._turned = len(args[0]), None
         if not (more := self._more()):
-            return None
+            return args, kwargs
         stacked = torch.cat([args[0], *(hidden.to(args[0]) for hidden in more)])  # (batches, kept, hidden)
         # On a CPU a few float32 rows times a large matrix take a fifth of the time the other way round: the head then gets
         # no rows, and the product follows in `after`.
@@ -184,8 +189,8 @@ class SharedHead(_Capture):
             stacked = stacked[:0]
         return (stacked,), kwargs
 
-    def after(self, logits: torch.Tensor) -> torch.Tensor:
-        head = self.module
+    def after(self, output: torch.Tensor) -> torch.Tensor:
+        head, logits = self.module, output
         if self._turned is not None:
             rows = (head.weight @ self._turned.flatten(0, 1).t()).t()  # (rows, vocabulary)
             logits = rows.contiguous().view(*self._turned.shape[:2], -1) + (0 if head.bias is None else head.bias)

@@ -184,10 +184,9 @@ class MLPStack:
         if config.model_type != cls.config_class.model_type:
             raise ValueError(f"{path}: holds a memory of the {config.model_type} family, expected a {cls.__name__}")
         names = {f"^{re.escape(MEMORY_PREFIX)}": ""}  # in a joint state
-        options = {"config": config, "dtype": dtype or "auto", "key_mapping": names, "output_loading_info": True}
-        options |= dimensions
+        options = {"config": config, "dtype": dtype or "auto", "key_mapping": names, **dimensions}
         try:
-            memory, info = super().from_pretrained(folder, **options)
+            memory, info = super().from_pretrained(folder, output_loading_info=True, **options)
         except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
             raise ValueError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
         unexpected = {name for name in info["unexpected_keys"] if not name.startswith(BASE_PREFIX)}

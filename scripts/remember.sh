@@ -61,10 +61,11 @@ text() {
 
 # sizes: fewer and larger steps, and an inexact index, for many rows; the second memory has the first one's epochs and steps.
 sizes() {
-    local rows windows
-    read -r rows windows < <(python -c 'import json, sys
+    local counts rows windows
+    counts="$(python -c 'import json, sys
 train = json.load(open(sys.argv[1]))["train"]
-print(train["dstore_size"], train["dataset_cnt_len"])' "$WORK/windows/dstore_summary.json")
+print(train["dstore_size"], train["dataset_cnt_len"])' "$WORK/windows/dstore_summary.json")"
+    rows="${counts% *}" windows="${counts#* }"
     if [ "$rows" -lt 50000 ]; then
         : "${EPOCHS:=16}" "${ROWS_PER_STEP:=320}"
         INDEX_FACTORY=Flat

@@ -108,6 +108,7 @@ def test_questions_are_asked_of_base_and_memory(tmp_path, capsys):
     rows = [
         {"question": "Who wrote it?", "answer": "James"},
         {"prompt": "The moon is", "answer": "there", "kind": "own"},
+        {"prompt": "Craters on it, in per cent:", "answer": 0, "kind": "own"},
     ]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = ("--model_name_or_path", base, "--knn_generator_path", memory, "--output_dir", tmp_path / "out")

@@ -19,7 +19,7 @@ from tiny_models import (
     tiny_memory,
 )
 
-from downstream.scoring import Encoded, Evaluator
+from downstream.scoring import Encoded, Evaluator, common_start
 from downstream.tasks import TASKS, Prompt
 from models import MLPMemory
 
@@ -150,6 +150,17 @@ def test_scores_and_texts_equal_those_of_single_prompts(family, kind, tokenizer)
         ids = [evaluator.sequences(Prompt(each.text), 12)[0].ids for each in asked]
         assert evaluator.continuations(ids, 12, "") == texts
         assert evaluator.continuations(ids, 12, letter) == [text.split(letter)[0] for text in texts]
+
+
+def test_what_all_prompts_begin_with_is_read_once(tokenizer):
+    model, read = models_of("llama", tokenizer)["joint"], []
+    evaluator = Evaluator(model, tokenizer, 4)
+    ids = [evaluator.encode(prompt.text) for prompt in questions_and_answers()]
+    shared = len(common_start([Encoded(each, len(each)) for each in ids]))
+    longest = max(len(each) for each in ids) - shared
+    model.get_input_embeddings().register_forward_hook(lambda _, args, output: read.append(args[0].numel()))
+    evaluator.continuations(ids, 1, "")
+    assert shared >= 32 and sum(read) == shared + len(ids) * longest
 
 
 def test_beams_are_those_of_generate(tokenizer):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
 import sys
 from datetime import timedelta
 
 import pytest
+from harness import ROOT
 
 from utils.cli import longest_wait
 from utils.errors import InputError
@@ -43,3 +46,27 @@ def test_a_timeout_that_is_no_number_is_refused(minutes, monkeypatch):
     monkeypatch.setenv("MLPMEM_TIMEOUT_MINUTES", minutes)
     with pytest.raises(InputError, match="MLPMEM_TIMEOUT_MINUTES"):
         longest_wait(training=False)
+
+
+def test_a_process_that_dies_ends_the_wait_of_the_other():
+    code = "import os, sys; from utils.cli import init_group; state = init_group(training=False); state.wait_for_everyone()\n"
+    code += "if state.process_index == 1: os._exit(9)\n"
+    code += "state.wait_for_everyone()"
+    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}
+    environment = os.environ | together | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[1].returncode == 9 and processes[0].returncode == 1, errors
