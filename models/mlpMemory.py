@@ -93,8 +93,6 @@ class MLPMemory(PreTrainedModel, GenerationMixin):
         self.knn_generator = memories[0]  # the original's name
         self.more_memories = nn.ModuleList(memories[1:])
         self.gates = nn.ModuleList(gates)
-        if self.gates and len(self.gates) != len(memories):
-            raise ValueError(f"{len(self.gates)} gates for {len(memories)} memories: expected one for each")
         self.knn_temp = knn_temp
         self.lmbda = lmbda
         self.supports_gradient_checkpointing = base_lm.supports_gradient_checkpointing
