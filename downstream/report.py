@@ -217,7 +217,7 @@ def remember(arguments: RememberArguments) -> None:
     """The lambda for a memory of the user's documents: one or the gate's, by held-out documents (where they are nearly equal,
     by other text), and what both cost."""
     work, rows = Path(arguments.work), {}
-    scored = {split: read_json(work / f"joint_{split}" / "results.json") for split in ("validation", "test", "web")}
+    scored = {split: read_json(work / f"joint_{split}" / "results.json") for split in ("validation", "test", "other")}
     knn = read_json(work / "knnlm_validation" / "results.json")
     for split, found in scored.items():
         by_token = found["adaptive"]["perplexity"]
@@ -225,7 +225,7 @@ def remember(arguments: RememberArguments) -> None:
     one, options = scored["validation"]["lmbda"], ("one_lambda", ADAPTIVE)
     held_out = [rows["validation"][name] for name in options]
     nearly_equal = max(held_out) < NEARLY_EQUAL * min(held_out)
-    better = min(options, key=lambda name: rows["web" if nearly_equal else "validation"][name])
+    better = min(options, key=lambda name: rows["other" if nearly_equal else "validation"][name])
     chosen = ADAPTIVE if better == ADAPTIVE else one
     titles = {"base": "base", "one_lambda": f"one lambda, {lambda_text(one)}", ADAPTIVE: "the gate's, by token"}
     cells = [(title, *(f"{rows[split][name]:.2f}" for split in rows)) for name, title in titles.items()]
@@ -233,7 +233,7 @@ def remember(arguments: RememberArguments) -> None:
     text = f"""
 Perplexity with a tenth of the documents held out for choosing lambda, and another tenth:
 
-{table(("lambda", "held out, to choose", "held out", "other text (web)"), cells)}
+{table(("lambda", "held out, to choose", "held out", "other text"), cells)}
 
 The memory of all documents is {arguments.memory}; {arguments.seconds:.0f} s in total.
 It continues its documents and their sentences, and answers questions in words that --also has taught it; for questions

@@ -1,9 +1,10 @@
 """Adaptive lambda: a small network that gives each token its own weight of the memory.
 
-For a position with captured state x, base distribution b and memory distribution m, the gate sees nine features:
+For a position with captured state x, base distribution b and memory distribution m, the gate sees these features:
 entropy and largest log-probability of b and of m, KL(m ‖ b), whether their top-1 tokens agree, each one's
 log-probability of the other's top-1 token, and the log Mahalanobis distance of x to the training corpus (Lee et al.
-2018), which detects out-of-domain text:
+2018), which detects out-of-domain text. A gate that was trained with other text also sees the distance to that text: what
+is far from the corpus, but farther from everything else, may be about it in other words (Ren et al. 2021):
 
     lambda = σ(w₂ · SiLU(W₁ features + c₁) + c₂),     p = (1 - lambda) · b + lambda · m.
 
@@ -24,7 +25,7 @@ from torch import nn
 
 from .mixture import gate_log_weights, log_mixture
 
-FEATURES = 9
+FEATURES, DISTANCES = 10, 2  # the last ones are distances: to the corpus, and to the other text (0 without it)
 LARGEST = 60.0  # features are clamped to this size: a log-probability may be minus infinity
 WEIGHTS = "gate.safetensors"
 
@@ -32,23 +33,28 @@ WEIGHTS = "gate.safetensors"
 class LambdaGate(nn.Module):
     """The gate of one memory: `forward` gives the logit of lambda.
 
-    `memory_temp`: the temperature of the memory's softmax that the gate was trained with.
+    `memory_temp`: the temperature of the memory's softmax that the gate was trained with; `other`: whether there is other
+    text.
     """
 
-    def __init__(self, hidden_size: int, width: int = 128, memory_temp: float = 1.0) -> None:
+    def __init__(self, hidden_size: int, width: int = 128, memory_temp: float = 1.0, other: bool = False) -> None:
         super().__init__()
-        self.memory_temp = memory_temp
+        self.memory_temp, self.other = memory_temp, other
         self.register_buffer("corpus_mean", torch.zeros(hidden_size))
         # (hidden, hidden): the corpus's states, less their mean, times this have the identity as covariance.
         self.register_buffer("whitening", torch.eye(hidden_size))
-        self.register_buffer("feature_mean", torch.zeros(FEATURES))
-        self.register_buffer("feature_scale", torch.ones(FEATURES))
-        self.inner, self.outer = nn.Linear(FEATURES, width), nn.Linear(width, 1)
+        if other:
+            self.register_buffer("other_mean", torch.zeros(hidden_size))
+            self.register_buffer("other_whitening", torch.eye(hidden_size))
+        count = FEATURES if other else FEATURES - 1
+        self.register_buffer("feature_mean", torch.zeros(count))
+        self.register_buffer("feature_scale", torch.ones(count))
+        self.inner, self.outer = nn.Linear(count, width), nn.Linear(width, 1)
 
     def features(
         self, base: torch.Tensor, memory: torch.Tensor, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The nine features of each position, and the normalizers of both logits.
+        """The features of each position, and the normalizers of both logits.
 
         Args:
             base: logits (…, vocabulary) float32 (log-probabilities are logits too).
@@ -76,17 +82,23 @@ class LambdaGate(nn.Module):
             base_top == memory_top,
             base_at[..., 1:],
             memory_at[..., :1],
-            self.distance(hidden.to(base.device)),
+            self.distances(hidden.to(base.device)),
         ]
         return torch.cat(features, -1).nan_to_num(LARGEST).clamp(-LARGEST, LARGEST), base_total, memory_total
 
-    def distance(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Log of the squared Mahalanobis distance of states (…, hidden) to the corpus, over their width: (…, 1)."""
-        whitened = (hidden.to(self.corpus_mean.dtype) - self.corpus_mean) @ self.whitening
-        return whitened.square().mean(-1, keepdim=True).clamp(min=1e-6).log()
+    def distances(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logs of the squared Mahalanobis distances of states (…, hidden) to the corpus and to the other text (or 0), over
+        their width: (…, 2)."""
+        states, texts = hidden.to(self.corpus_mean.dtype), [(self.corpus_mean, self.whitening)]
+        if self.other:
+            texts.append((self.other_mean, self.other_whitening))
+        found = [((states - mean) @ whitening).square().mean(-1, keepdim=True) for mean, whitening in texts]
+        found = [each.clamp(min=1e-6).log() for each in found]
+        return torch.cat(found if self.other else [*found, torch.zeros_like(found[0])], -1)
 
     def logit(self, features: torch.Tensor) -> torch.Tensor:
         """log(lambda / (1 - lambda)) of features (…, FEATURES): (…, 1)."""
+        features = features[..., : len(self.feature_mean)]
         scaled = ((features - self.feature_mean) / self.feature_scale).to(self.inner.weight.dtype)
         return self.outer(nn.functional.silu(self.inner(scaled))).to(features.dtype)
 
@@ -95,14 +107,19 @@ class LambdaGate(nn.Module):
         return self.logit(self.features(base, memory, hidden)[0])
 
     @torch.no_grad()
-    def fit_corpus(self, states: torch.Tensor) -> None:
-        """Set mean and covariance of the corpus from a sample of its states (n, hidden)."""
-        states = states.double()
-        self.corpus_mean.copy_(states.mean(0))
-        covariance = torch.cov(states.t())
-        # Shrinkage: directions with almost no variance in the sample must not dominate the distance.
-        covariance += 0.01 * covariance.diagonal().mean().clamp(min=1e-12) * torch.eye(len(covariance)).to(covariance)
-        self.whitening.copy_(torch.linalg.cholesky(torch.linalg.inv(covariance)))
+    def fit_distances(self, corpus: torch.Tensor, other: torch.Tensor | None = None) -> None:
+        """Set means and covariances from samples of the states (n, hidden) of the corpus, and of the other text."""
+        for name, states in {"corpus_mean": corpus, "other_mean": other}.items():
+            if states is None:
+                continue
+            states = states.double()
+            getattr(self, name).copy_(states.mean(0))
+            covariance = torch.cov(states.t())
+            # Shrinkage: directions with almost no variance in the sample must not dominate the distance.
+            least = 0.01 * covariance.diagonal().mean().clamp(min=1e-12)
+            covariance += least * torch.eye(len(covariance)).to(covariance)
+            whitening = self.whitening if name == "corpus_mean" else self.other_whitening
+            whitening.copy_(torch.linalg.cholesky(torch.linalg.inv(covariance)))
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `gate.safetensors` into a memory's folder, atomically."""
@@ -121,7 +138,7 @@ class LambdaGate(nn.Module):
             with safe_open(path, "pt") as file:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 memory_temp = float(file.metadata()["memory_temp"])
-            gate = cls(len(state["corpus_mean"]), len(state["inner.weight"]), memory_temp)
+            gate = cls(len(state["corpus_mean"]), len(state["inner.weight"]), memory_temp, "other_mean" in state)
             gate.load_state_dict(state)
         except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
             message = " ".join(str(error).split())[:200]

@@ -11,6 +11,7 @@
 #   MODEL           base model: folder or hub name            (default: SmolLM2-135M-Instruct, from PyPI)
 #   OUTPUT          folder of all memories                    (default: results/memories)
 #   CONTEXTS        what windows begin with                   (default: documents paragraphs sentences)
+#   OTHER_WEIGHT    of web text and articles, for the gate    (default: 10)
 #   LAYERS LEARNING_RATE ALPHA DROPOUT KNOWN_WEIGHT CAUTION DTYPE SEED  as in scripts/quickstart.sh
 #   EPOCHS ROWS_PER_STEP                                      (default: 16, 320; from 50,000 rows on 6, 960)
 # shellcheck source=scripts/stages.sh
@@ -35,10 +36,10 @@ done
 if [ -n "$questions" ]; then install compare; else install ""; fi
 
 : "${OUTPUT:=results/memories}" "${CONTEXTS:=documents paragraphs sentences}" "${SEED:=42}"
-: "${KNOWN_WEIGHT:=1}" "${CAUTION:=0}" "${DROPOUT:=0}"
+: "${KNOWN_WEIGHT:=1}" "${OTHER_WEIGHT:=10}" "${CAUTION:=0}" "${DROPOUT:=0}"
 folder="$OUTPUT/$name"
-if [ ! -d "$OUTPUT/embedded/model" ]; then
-    run "get the default model and web text" python -m utils.embedded_default --output_dir "$OUTPUT/embedded"
+if [ ! -d "$OUTPUT/embedded/other" ]; then
+    run "get the default model and other text" python -m utils.embedded_default --output_dir "$OUTPUT/embedded"
 fi
 MODEL="${MODEL:-$OUTPUT/embedded/model}"
 find_precision
@@ -89,20 +90,17 @@ index
 knnlm validation --lmbda $LAMBDAS adaptive --knn_temp 1 2 4 8 16 32
 targets --choose_on "$WORK/knnlm_validation/results.json"
 memory --validation_split_name none
-# Other text: one half of the web text for the gate, the other for the report.
-mkdir -p "$WORK/web_text"
-head -n 60 "$OUTPUT/embedded/web.txt" >"$WORK/web_text/train.txt"
-tail -n +61 "$OUTPUT/embedded/web.txt" >"$WORK/web_text/test.txt"
-once "other text" python utils/preprocess_dataset.py --dataset_name "$WORK/web_text" --tokenizer_path "$MODEL" \
-    --output_dir "$WORK/web" --block_size "$BLOCK_SIZE" --stride "$BLOCK_SIZE" --group_rows
-gate --other_dataset_name "$WORK/web" --other_weight 1 --known_windows 256
+# Web text and encyclopedia articles: some for the gate, others for the report.
+once "other text" python utils/preprocess_dataset.py --dataset_name "$OUTPUT/embedded/other" --tokenizer_path "$MODEL" \
+    --output_dir "$WORK/other" --block_size "$BLOCK_SIZE" --stride "$BLOCK_SIZE" --by_document
+gate --other_dataset_name "$WORK/other" --other_weight "$OTHER_WEIGHT" --known_windows 256
 # shellcheck disable=SC2086
 joint validation --lmbda $LAMBDAS adaptive --torch_dtype "$dtype"
 joint test --lmbda adaptive --choose_on "$WORK/joint_validation/results.json" --torch_dtype "$dtype"
-once "joint web" python -m evaluate_joint --do_test --model_name_or_path "$MODEL" \
-    --knn_generator_path "$WORK/memory/epoch_$EPOCHS" --dataset_name "$WORK/web" --dataset_split_name test \
-    --max_eval_samples 8 --lmbda adaptive --choose_on "$WORK/joint_validation/results.json" --torch_dtype "$dtype" \
-    --output_dir "$WORK/joint_web"
+once "joint other" python -m evaluate_joint --do_test --model_name_or_path "$MODEL" \
+    --knn_generator_path "$WORK/memory/epoch_$EPOCHS" --dataset_name "$WORK/other" --dataset_split_name test \
+    --max_eval_samples 16 --lmbda adaptive --choose_on "$WORK/joint_validation/results.json" --torch_dtype "$dtype" \
+    --output_dir "$WORK/joint_other"
 measured="$WORK"
 
 # 2. The memory of all documents, with the same settings and the same gate.

@@ -141,11 +141,11 @@ def test_ask_uses_all_memories_that_are_there(tmp_path):
 @pytest.mark.slow
 def test_remember_makes_a_memory_of_all_documents_and_asks_it(tmp_path):
     base, _ = save_models(tmp_path)
-    (tmp_path / "out" / "embedded").mkdir(parents=True)
-    (tmp_path / "out" / "embedded" / "model").symlink_to(base)
-    (tmp_path / "out" / "embedded" / "web.txt").write_text(
-        "".join(f"Line {n} of the web, a place.\n" for n in range(200))
-    )
+    other = tmp_path / "out" / "embedded" / "other"
+    other.mkdir(parents=True)
+    for split in ("train", "test"):
+        lines = (json.dumps({"text": f"Line {n} of the web, a place for {split}.\n"}) for n in range(100))
+        (other / f"{split}.jsonl").write_text("\n".join(lines))
     documents, _, pairs = invent(20)
     (tmp_path / "docs").mkdir()
     for number, text in enumerate(documents):
@@ -158,7 +158,7 @@ def test_remember_makes_a_memory_of_all_documents_and_asks_it(tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "out" / "notes"
     results = json.loads((folder / "results.json").read_text())
-    assert set(results["perplexity"]) == {"validation", "test", "web"}
+    assert set(results["perplexity"]) == {"validation", "test", "other"}
     best = min(("one_lambda", "adaptive"), key=results["perplexity"]["validation"].get)
     assert results["lambda"] == ("adaptive" if best == "adaptive" else results["one_lambda"])
     evaluated = json.loads((folder / "measured" / "joint_test" / "results.json").read_text())

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from knn_utils.scored_rows import GateRows
 from models import MLPMemory
-from models.gate import FEATURES, WEIGHTS, LambdaGate, mix
+from models.gate import DISTANCES, FEATURES, WEIGHTS, LambdaGate, mix
 from training.gate import cut_anew, fit
 from utils.artefact import read_made
 
@@ -30,22 +30,29 @@ def gated():
     return joint
 
 
-def test_features_and_mixture_are_those_of_the_formula():
+@pytest.mark.parametrize("other", [False, True])
+def test_features_and_mixture_are_those_of_the_formula(other):
     rng = np.random.default_rng(0)
     base, memory = (torch.from_numpy(rng.normal(size=(4, 11)) * 3).float() for _ in range(2))
     hidden = torch.from_numpy(rng.normal(size=(4, 6))).float()
-    gate = LambdaGate(6).requires_grad_(False)
+    gate = LambdaGate(6, other=other).requires_grad_(False)
     states = rng.normal(size=(500, 6)) * [1, 2, 3, 1, 1, 5] + 1
-    gate.fit_corpus(torch.from_numpy(states))
+    elsewhere = rng.normal(size=(400, 6)) * [4, 1, 1, 2, 1, 1] - 2
+    gate.fit_distances(torch.from_numpy(states), torch.from_numpy(elsewhere) if other else None)
     b, m = (each.double().log_softmax(-1).numpy() for each in (base, memory))
-    covariance = np.cov(states, rowvar=False)
-    inverse = np.linalg.inv(covariance + 0.01 * np.diag(covariance).mean() * np.eye(6))
-    centred = hidden.double().numpy() - gate.corpus_mean.double().numpy()
+
+
+    def distance(text):
+        covariance, centred = np.cov(text, rowvar=False), hidden.double().numpy() - text.mean(0)
+        inverse = np.linalg.inv(covariance + 0.01 * np.diag(covariance).mean() * np.eye(6))
+        return np.log(np.einsum("ni,ij,nj->n", centred, inverse, centred) / 6)
+
     each = [
         *(-(np.exp(b) * b).sum(-1), b.max(-1), -(np.exp(m) * m).sum(-1), m.max(-1), (np.exp(m) * (m - b)).sum(-1)),
         b.argmax(-1) == m.argmax(-1),
         *(b[np.arange(4), m.argmax(-1)], m[np.arange(4), b.argmax(-1)]),
-        np.log(np.einsum("ni,ij,nj->n", centred, inverse, centred) / 6),
+        distance(states),
+        distance(elsewhere) if other else np.zeros(4),
     ]
     features = gate.features(base, memory, hidden)[0]
     assert features.numpy() == pytest.approx(np.stack(each, -1).astype(float), rel=1e-4, abs=1e-4)
@@ -154,7 +161,7 @@ def test_caution_leaves_distant_states_to_the_base():
         weights = SimpleNamespace(learning_rate=0.01, steps=200, known_weight=0.05, other_weight=5.0, caution=caution)
         fit(gate, {"held-out": rows, "training": rows}, weights)
         distant = torch.zeros(FEATURES)
-        distant[-1] = 1.5
+        distant[-DISTANCES] = 1.5
         lambdas[caution] = [gate.logit(each).sigmoid().item() for each in (torch.zeros(FEATURES), distant)]
     assert min(lambdas[0]) > 0.9
     assert lambdas[1][0] > 0.8 and lambdas[1][1] < 0.2

