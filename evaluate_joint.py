@@ -52,7 +52,7 @@ def evaluate(arguments: JointArguments) -> None:
     import torch
 
     from knn_utils.scored_rows import check_token_ids, filled, gate_rows, scored_rows
-    from utils.evaluation import MixtureScore, label_log_probabilities
+    from utils.evaluation import MixtureScore, label_log_probabilities, send
     from utils.loading import check_windows, load_windows, made_id, quiet_libraries
     from utils.memories import open_joint, open_memory_of
     from utils.results import report_scores
@@ -82,7 +82,7 @@ def evaluate(arguments: JointArguments) -> None:
             others = []
             for memory, weight in zip(memories, weights, strict=True) if score.lmbda else ():
                 last = memory.hidden(filled(hidden.to(memory.device, memory.dtype)))  # (filled rows, hidden)
-                ids = filled(labels.to(weight.device))
+                ids = send(filled(labels), weight.device)
                 others.append(label_log_probabilities(last, weight, ids, arguments.memory_temp)[: len(labels)])
             score.add(scored.base if gates else scored, *others)
             if gates:

@@ -7,12 +7,13 @@ parts; the same command continues an interrupted run, with any number of process
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from knn_utils.datastore import datastore_schema
@@ -20,7 +21,7 @@ from knn_utils.parts import datastore_batch, write_stream
 from knn_utils.scored_rows import Scorer, check_token_ids
 from utils.artefact import Made, begin
 from utils.errors import InputError
-from utils.evaluation import count_rows, predicted_positions, window_batches
+from utils.evaluation import count_rows, fetch, predicted_positions, send, window_batches
 
 PART_BYTES = 1 << 30  # of keys in a part, at most about so many
 LEAST_PARTS = 16  # also of a small datastore, so that an interruption loses little
@@ -51,26 +52,47 @@ def capture_rows(
     Raises:
         InputError: a hidden state is not finite in float16, or a log-probability is not.
     """
+    # A GPU computes the next batch while this one is copied and written.
+    waiting = None
+    for launched in _launched(base, windows.select(range(first, last)), batch_size, layer_position, with_logprob):
+        if waiting:
+            yield _finished(base, first, *waiting)
+        waiting = launched
+    if waiting:
+        yield _finished(base, first, *waiting)
+
+
+@torch.inference_mode()
+def _launched(
+    base: Any, windows: Any, batch_size: int, layer_position: int, with_logprob: bool
+) -> Iterator[tuple[range, Tensor, Callable[[], list[Tensor]]]]:
+    """The windows of a batch, its values, and a function that waits for keys, whether all is finite, and log-probabilities."""
     from models.capture import hidden_states
 
-    device = base.get_input_embeddings().weight.device
-    scorer = Scorer(base, layer_position)
-    for start, batch in window_batches(windows.select(range(first, last)), batch_size):
-        mask, values = predicted_positions(batch["labels"])
+    device, scorer = base.get_input_embeddings().weight.device, Scorer(base, layer_position)
+    for start, batch in window_batches(windows, batch_size):
+        positions, values = predicted_positions(batch["labels"])
         if not values.numel():
             continue
-        with torch.inference_mode():
-            if with_logprob:
-                keys, logprob = scorer.score(batch["input_ids"], mask, values.to(device))
-            else:
-                hidden = hidden_states(base, batch["input_ids"].to(device), layer_position=layer_position)
-                keys, logprob = hidden[mask.to(hidden.device)], None  # (rows, hidden)
-            keys = keys.to(torch.float16).cpu()
-        if not all(each is None or each.isfinite().all() for each in (keys, logprob)):
-            numbers = f"windows {first + start} to {first + start + len(batch['labels']) - 1}"
-            remedy = "check its weights, or use --torch_dtype float32"
-            raise InputError(f"base {base.name_or_path}, {numbers}: gives NaN or infinity (in float16); {remedy}")
-        yield keys.numpy(), values.to(torch.int32).numpy(), None if logprob is None else logprob.cpu().numpy()
+        if with_logprob:
+            keys, *logprob = scorer.score(batch["input_ids"], positions, values)
+        else:
+            hidden = hidden_states(base, send(batch["input_ids"], device), layer_position=layer_position)
+            keys, logprob = hidden.flatten(0, 1)[send(positions, hidden.device)], []  # (rows, hidden)
+        keys = keys.to(torch.float16)
+        finite = (each.isfinite().all().to(keys.device) for each in (keys, *logprob))
+        yield range(start, start + len(batch["labels"])), values, fetch([keys, torch.stack([*finite]).all(), *logprob])
+
+
+def _finished(
+    base: Any, first: int, numbers: range, values: Tensor, arrived: Callable[[], list[Tensor]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    keys, finite, *logprob = arrived()
+    if not finite:
+        windows = f"windows {first + numbers[0]} to {first + numbers[-1]}"
+        remedy = "check its weights, or use --torch_dtype float32"
+        raise InputError(f"base {base.name_or_path}, {windows}: gives NaN or infinity (in float16); {remedy}")
+    return keys.numpy(), values.to(torch.int32).numpy(), logprob[0].numpy() if logprob else None
 
 
 def save_datastore(

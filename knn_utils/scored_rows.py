@@ -22,6 +22,7 @@ from utils.evaluation import (
     count_rows,
     predicted_positions,
     rounded,
+    send,
     window_batches,
 )
 
@@ -73,22 +74,17 @@ class Scorer:
 
     def score(self, input_ids: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Captured hidden states (rows, hidden) and base log-probabilities (rows,) of `labels` (rows,)."""
-        base, ids, positions = self.base, input_ids.to(self.device), positions.to(self.device)
+        base, ids, positions = self.base, send(input_ids, self.device), send(positions, self.device)
         captured, final = hidden_and_head_input(base, ids, positions, self.layer_position)  # (rows, hidden) each
-        final, filled_labels = filled(final), filled(labels.to(final.device))
+        final, filled_labels = filled(final), send(filled(labels), final.device)
         scored = by_blocks(lambda rows: base_logits(base, final[rows]), base.config.vocab_size, filled_labels, (1.0,))
         return captured, scored[: len(labels), 0]
 
     @torch.inference_mode()
     def batches(self, windows: Any, batch_size: int, description: str = "evaluate") -> Iterator[tuple[Tensor, ...]]:
-        """This process's (captured hidden states (rows, hidden), base log-probabilities (rows,), labels (rows,)).
-
-        Raises InputError where the base gives NaN or infinity.
-        """
+        """This process's (captured hidden states (rows, hidden), base log-probabilities (rows,), labels (rows,))."""
         for ids, positions, labels in own_batches(windows, batch_size, description):
-            scored = self.score(ids, positions, labels)
-            check_finite(self.base, *scored)
-            yield *scored, labels
+            yield *self.score(ids, positions, labels), labels
 
 
 class GateRows(NamedTuple):
@@ -115,17 +111,14 @@ class GateRows(NamedTuple):
 def gate_rows(
     joint: Any, gates: Sequence[Any], windows: Any, batch_size: int, description: str
 ) -> Iterator[tuple[Tensor, GateRows, Tensor]]:
-    """This process's batches of windows: captured states (rows, hidden), their `GateRows`, and labels (rows,).
-
-    Raises InputError where the base gives NaN or infinity.
-    """
+    """This process's batches of windows: captured states (rows, hidden), their `GateRows`, and labels (rows,)."""
     device = joint.get_input_embeddings().weight.device
     copies = 3 + len(joint.memories)  # float32 ones of the logits at a time
     block = block_rows(device, 4 * copies * joint.config.vocab_size)
     for ids, positions, labels in own_batches(windows, batch_size, description):
-        inputs = joint.base_lm, ids.to(device), positions.to(device), joint.layer_position
+        inputs = joint.base_lm, send(ids, device), send(positions, device), joint.layer_position
         states, final = map(filled, hidden_and_head_input(*inputs))  # (rows, hidden) each
-        filled_labels, scored = filled(labels), []
+        filled_labels, scored = send(filled(labels), final.device), []
         for start in range(0, len(states), block):
             rows = slice(start, start + block)
             base = base_logits(joint.base_lm, final[rows]).float()  # (block, V)
@@ -138,7 +131,6 @@ def gate_rows(
                 learned.append(logits.gather(-1, label) - memory_total)
             base = base.gather(-1, label) - base_total
             scored.append(GateRows(torch.stack(features, 1), base[:, 0], torch.cat(learned, 1)))
-            check_finite(joint.base_lm, states[rows], base)
         yield states[: len(labels)], GateRows(*(each[: len(labels)] for each in GateRows.concatenate(scored))), labels
 
 

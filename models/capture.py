@@ -214,14 +214,14 @@ def hidden_and_head_input(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One forward pass of the base up to its head: captured hidden states and the head's input at selected positions.
 
-    `positions` is a boolean mask (batch, time) with n true entries; both results are (n, hidden), in row order. Pass
-    blocks of the second one to `base_logits`.
+    `positions` (n,) are numbers in batch · time, on any device; both results are (n, hidden). Pass blocks of the second one
+    to `base_logits`.
     """
     block, head = captured_module(base, layer_position), base.get_output_embeddings()
     with HiddenCapture(block) as capture, HiddenCapture(head, stop=True) as end:
         base(input_ids=input_ids, use_cache=False)
     hidden, head_input = capture.take(), end.take()  # (batch, time, hidden) each
-    return hidden[positions.to(hidden.device)], head_input[positions.to(head_input.device)]
+    return tuple(each.flatten(0, 1)[positions.to(each.device, non_blocking=True)] for each in (hidden, head_input))
 
 
 def base_logits(base: nn.Module, head_input: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,8 @@ def note_wait(packet: Any, args: tuple, kwargs: dict) -> None:
         way = source.device.type, goes_to.type
         quick = kwargs.get("non_blocking") and kwargs.get("dtype") in (None, source.dtype)
         quick = quick and way[0] == "cpu" and source.untyped_storage().data_ptr() in NOTED.pinned
-        waits = way == ("cuda", "cpu") or (way == ("cpu", "cuda") and source.dim() > 0 and not quick)
+        waits = way == ("cuda", "cpu") and not kwargs.get("non_blocking")  # else into pinned memory, with an event
+        waits = waits or (way == ("cpu", "cuda") and source.dim() > 0 and not quick)
     elif packet is aten.repeat_interleave:
         waits = isinstance(first, Claimed) and kwargs.get("output_size") is None
     elif packet is aten.index:
@@ -182,9 +183,10 @@ class Functions(TorchFunctionMode):
 def claimed_devices() -> Iterator[None]:
     """Within it `.to("cuda:1")` and `device="cuda"` make tensors that claim to be there."""
     NOTED.clear()
-    patches = mock.patch("torch.cuda._lazy_init"), mock.patch.object(torch.Tensor, "pin_memory", pin)
-    with patches[0], patches[1], torch.inference_mode(), Operations(), Functions():
-        yield
+    events = {"Event": mock.DEFAULT, "current_stream": mock.DEFAULT, "_lazy_init": mock.DEFAULT}
+    with mock.patch.multiple("torch.cuda", **events), mock.patch.object(torch.Tensor, "pin_memory", pin):
+        with torch.inference_mode(), Operations(), Functions():
+            yield
 
 
 def put(module: Any, device: object) -> Any:

@@ -20,7 +20,7 @@ from knn_utils.datastore import TargetRows
 from knn_utils.saveEmbedMulti import capture_rows
 from knn_utils.scored_rows import gate_rows
 from models import MLPMemory
-from models.capture import captured_module
+from models.capture import captured_module, logit_scale
 from models.gate import LambdaGate
 from training.arguments import TrainerArguments
 from training.online import OnlineRows
@@ -81,6 +81,11 @@ def gated(base, memory, gate, folder):
     made = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     scored = [rows for _, rows, _ in gate_rows(model, model.gates, WINDOWS, 2, "scored")]
     return [*made.tolist(), *(each.tolist() for rows in scored for each in rows)]
+
+
+def scored_by_gate(base, memory, gate, folder):
+    model = MLPMemory(base, memory, "adaptive", gates=[gate])
+    return [rows for _, rows, _ in gate_rows(model, model.gates, WINDOWS, 2, "scored")]
 
 
 def parts():
@@ -154,6 +159,21 @@ def one_step(source, memory):
     trainer = MemoryTrainer(memory, source, TrainerArguments(seed=0, **settings), {}, accelerator)
     NOTED.clear()
     return trainer.train_step(np.arange(len(IDS)), trainer._inputs())
+
+
+BATCHES = 2  # of the windows, as these stages read them
+
+
+@pytest.mark.parametrize("stage", [embedded, joint, scored_by_gate])
+def test_a_stage_waits_for_the_gpu_no_more_than_its_base_does(stage, tmp_path):
+    base, memory, gate = parts()
+    with claimed_devices():
+        base, memory, gate = (put(each, "cuda:0") for each in (base, memory, gate))
+        logit_scale(base)  # once for each base
+        NOTED.clear()
+        stage(base, memory, gate, tmp_path)
+        # transformers itself looks once in each batch whether texts are packed in it.
+        assert len(NOTED.waits) <= BATCHES + 2 * (stage is joint)  # the sums, at begin and end
 
 
 @pytest.mark.parametrize(("source", "base_batches"), [(offline_source, 0), (online_source, 2)])

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from models import MLPMemory, load_memory
 from models.capture import base_logits, hidden_and_head_input, hidden_states
+from utils.evaluation import predicted_positions
 
 pytestmark = pytest.mark.unit
 GOLDEN = Path(__file__).parent / "golden"
@@ -65,9 +66,8 @@ def test_greedy_tokens_are_the_originals(golden):
 
 def test_datastore_rows_are_captured_states_and_next_labels(golden):
     base, _, tensors, _ = golden
-    labelled = tensors["labels"][:, 1:] != -100
-    positions = torch.nn.functional.pad(labelled, (0, 1))
+    positions, values = predicted_positions(tensors["labels"])
     keys, head_input = hidden_and_head_input(base, tensors["input_ids"], positions)
     torch.testing.assert_close(keys.half(), tensors["dstore_keys"], rtol=2e-3, atol=1e-6)
-    assert torch.equal(tensors["labels"][:, 1:][labelled].int(), tensors["dstore_vals"])
-    torch.testing.assert_close(base_logits(base, head_input), tensors["base_logits"][positions], **TOLERANCE)
+    assert torch.equal(values.int(), tensors["dstore_vals"])
+    torch.testing.assert_close(base_logits(base, head_input), tensors["base_logits"].flatten(0, 1)[positions], **TOLERANCE)

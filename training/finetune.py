@@ -123,8 +123,8 @@ class TokenWeightedTrainer(Trainer):
         if state.end_of_dataloader and state.remainder > 0:
             before = self.accelerator.process_index * self.args.eval_batch_size
             windows = min(max(state.remainder - before, 0), windows)
-        mask, labels = predicted_positions(inputs["labels"][:windows])
+        positions, labels = predicted_positions(inputs["labels"][:windows])
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(input_ids=inputs["input_ids"]).logits[:windows][mask]  # (tokens, vocabulary)
+            logits = model(input_ids=inputs["input_ids"]).logits.flatten(0, 1)[positions]  # (tokens, vocabulary)
         total = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
         return total * len(self.eval_dataset) / (max(windows, 1) * self.held_out_tokens), None, None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knn_utils.scored_rows import Scorer
+from knn_utils.scored_rows import Scorer, check_finite
 from models.capture import hidden_states
 from training.arguments import TrainerArguments
 from training.rows import Rows, Validation, WindowRows
@@ -37,8 +37,7 @@ class OnlineRows(WindowRows):
         """Token ids (windows, time), the numbers of their predicting positions (rows,), and the targets."""
         rows = self.windows[np.asarray(windows)]
         ids, labels = (torch.from_numpy(np.asarray(rows[name]).astype(np.int64)) for name in ("input_ids", "labels"))
-        # Numbers, not a mask: a GPU would make the host wait for the count of a mask.
-        positions = predicted_positions(labels)[0].flatten().nonzero()[:, 0]
+        positions, _ = predicted_positions(labels)
         targets = self.read_targets(windows)
         return [ids, torch.nn.functional.pad(positions, (0, len(targets[0]) - len(positions))), *targets]
 
@@ -60,4 +59,5 @@ class OnlineRows(WindowRows):
         windows = load_windows(arguments.dataset_name, split, arguments.max_eval_samples)
         batches = Scorer(self.base, self.layer_position).batches(windows, batch_size)
         scored = [(hidden.half().cpu(), log_probs.cpu(), labels) for hidden, log_probs, labels in batches]
+        check_finite(self.base, *(log_probs for _, log_probs, _ in scored))
         return Validation(lambda: scored, math.ceil(math.ceil(len(windows) / batch_size) / processes), dim)

@@ -81,25 +81,27 @@ class MixtureScore:
     def add(self, base: Tensor, *others: Tensor) -> None:
         """Add rows: the labels' log-probabilities under the base (rows,) and under each of what is mixed in
         (rows, temperatures)."""
-        base = base.cpu().double()
+        base = base.double()
+        self.sums = self.sums.to(base.device, non_blocking=True)  # a GPU keeps them until the end
         self.sums[0] += len(base)
         self.sums[1] += base.sum()
         if others and self.lmbda:
-            mixed = base[:, None], *(other.cpu().double() for other in others)
+            mixed = base[:, None], *(other.to(base.device, non_blocking=True).double() for other in others)
             weights = (fixed_log_weights(value, len(others)) for value in self.lmbda)
             self.sums[4:] += torch.cat([log_mixture(mixed, each).sum(0) for each in weights])
 
     def add_adaptive(self, log_likelihoods: Tensor, lmbda: Tensor) -> None:
         """Add rows of the adaptive mixture: the labels' log-probabilities under it (rows,), and the weights of what is
         mixed in (rows,) or (rows, memories)."""
-        self.sums[2:4] += torch.stack([log_likelihoods.cpu().double().sum(), lmbda.cpu().double().sum()])
+        self.sums[2:4] += torch.stack([log_likelihoods.double().sum(), lmbda.double().sum()]).to(self.sums.device)
 
     def reduce(self) -> None:
         """Add up the sums of all processes (a collective call)."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             total = self.sums.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
             torch.distributed.all_reduce(total)
-            self.sums = total.cpu()
+            self.sums = total
+        self.sums = self.sums.cpu()
 
     @property
     def tokens(self) -> Tensor:
@@ -149,13 +151,32 @@ def window_batches(
 
 
 def predicted_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions t whose label at t+1 counts, a boolean mask (batch, time), and these labels (rows,) int64.
+    """The positions t whose label at t+1 counts, as numbers (rows,) in batch · time, and these labels (rows,), both int64.
 
-    `labels`: (batch, time), -100 where there is none.
+    `labels`: (batch, time), -100 where there is none. Numbers, since a mask makes the host wait for a GPU to count it.
     """
-    mask = torch.zeros_like(labels, dtype=torch.bool)
-    mask[:, :-1] = labels[:, 1:] != -100
-    return mask, labels[:, 1:][mask[:, :-1]]
+    counted = labels[:, 1:] != -100
+    return torch.nn.functional.pad(counted, (0, 1)).flatten().nonzero()[:, 0], labels[:, 1:][counted]
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor on `device`; the host does not wait for a GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def fetch(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Start to copy tensors to the CPU; the function that is returned waits for the copies, and for nothing after them."""
+    copies, events = [each.to("cpu", non_blocking=True) for each in tensors], []
+    for device in {each.device for each in tensors if each.device.type == "cuda"}:
+        events.append(torch.cuda.Event())
+        events[-1].record(torch.cuda.current_stream(device))
+
+    def arrived() -> list[Tensor]:
+        for event in events:
+            event.synchronize()
+        return copies
+
+    return arrived
 
 
 def count_rows(windows: Any) -> np.ndarray:
