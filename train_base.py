@@ -29,7 +29,9 @@ class StageArguments(ScoreArguments):
     temperature_name = "knn_temp"
 
     from_scratch: bool = flag(False, "initialize random weights from the config")
-    eval_subset: str = flag("validation", "split to score, to embed, or to evaluate on during fine-tuning")
+    eval_subset: list[str] = flag(
+        ["validation"], "split to score, to embed (one or several), or to evaluate on during fine-tuning"
+    )
     max_train_samples: int | None = flag(None, "train on at most this many windows")
     block_size: int = flag(1024, "accepted for the original's command line, and ignored")
     stride: int = flag(512, "accepted for the original's command line, and ignored")
@@ -38,7 +40,10 @@ class StageArguments(ScoreArguments):
     knn_gpu: bool = flag(False, "search on the GPU")
     knn_temp: list[float] = flag([1.0], "temperature of the kNN kernel, one or several")
     save_knnlm_dstore: bool = flag(False, "write the datastore of --eval_subset into --dstore_dir")
-    save_logprob: bool = flag(False, "with --save_knnlm_dstore: also store the base's log-probability of each value")
+    save_logprob: bool = flag(
+        False,
+        "with --save_knnlm_dstore: also store the base's log-probability of each value; of several splits not train's",
+    )
     dstore_dir: str = flag("dstore", "folder of the datastore")
     overwrite: bool = flag(False, "replace a datastore or a fine-tuned model that was made with other settings")
     val_file: str | None = flag(None, "values of the indexed rows: a datastore, .npy, or the original's .pkl name")
@@ -63,9 +68,10 @@ def main() -> None:
     arguments, training = parse(StageArguments, FinetuneArguments, description=DESCRIPTION, unused=TRAIN_BASE)
     check_arguments(arguments, training)
     quiet_libraries()
-    windows = None
+    windows, subsets = None, arguments.eval_subset
+    arguments = replace(arguments, eval_subset=subsets[0])
     if training.do_eval or arguments.knn or arguments.save_knnlm_dstore or arguments.dstore_path:
-        windows = load_windows(arguments.dataset_name, arguments.eval_subset, arguments.max_eval_samples)
+        windows, *others = [load_windows(arguments.dataset_name, each, arguments.max_eval_samples) for each in subsets]
     if arguments.dstore_path:
         evaluate(None, windows, arguments, training)
         return
@@ -75,7 +81,8 @@ def main() -> None:
     base = arguments.open_base(tokenizer, dtype=dtype, from_scratch=arguments.from_scratch)
     if windows is not None:
         captured_by(arguments, base)
-        check_windows(arguments.dataset_name, windows, base.config, tokenizer)
+        for split in (windows, *others):
+            check_windows(arguments.dataset_name, split, base.config, tokenizer)
     if training.do_train:
         result = finetune(base, tokenizer, arguments, training, overwrite=arguments.overwrite)
         if windows is None:
@@ -83,7 +90,9 @@ def main() -> None:
         arguments = replace(arguments, model_name_or_path=str(result))
         base = arguments.open_base(tokenizer, dtype=dtype)
     if arguments.save_knnlm_dstore:
-        save(base, windows, arguments, training, dtype)
+        for subset, split in zip(subsets, (windows, *others), strict=True):
+            logprob = arguments.save_logprob and (subset != "train" or len(subsets) == 1)
+            save(base, split, replace(arguments, eval_subset=subset, save_logprob=logprob), training, dtype)
     if not arguments.save_knnlm_dstore or arguments.knn:
         evaluate(base, windows, arguments, training)
 
@@ -100,6 +109,10 @@ def check_arguments(arguments: StageArguments, training: Any) -> None:
         raise InputError("nothing to do: give --do_eval, --do_train, --knn or --save_knnlm_dstore")
     arguments.check_scored()
     check_at_least(1, training, "per_device_eval_batch_size")
+    if len(arguments.eval_subset) > 1 and (training.do_train or arguments.knn or not arguments.save_knnlm_dstore):
+        raise InputError(
+            f"--eval_subset {' '.join(arguments.eval_subset)}: several only with --save_knnlm_dstore alone"
+        )
     if arguments.knn and not (arguments.val_file and arguments.index_file):
         raise InputError("--knn: needs --val_file and --index_file")
     note_unused(("block_size", "stride"), "here: they are those of the windows in --dataset_name")

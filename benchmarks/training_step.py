@@ -105,7 +105,7 @@ def bare_products(trainer: Any, rows: int, dtype: Any) -> Callable[[], None]:
     """
     import torch
 
-    from utils.cal_loss import CHUNK_BYTES
+    from utils.cal_loss import chunk_bytes
 
     memory = trainer.memory
     device = memory.lm_head.weight.device
@@ -123,7 +123,7 @@ def bare_products(trainer: Any, rows: int, dtype: Any) -> Callable[[], None]:
             grads = torch.empty_like(weight), torch.empty_like(x) if needs_input else None
             layers.append((weight, x, random(micro, out), random(micro, out), *grads))
     head = memory.lm_head.weight.detach().to(dtype)
-    chunks = math.ceil(micro * head.shape[0] * head.element_size() / CHUNK_BYTES)
+    chunks = math.ceil(micro * head.shape[0] * head.element_size() / chunk_bytes(device))
     size = math.ceil(micro / chunks)
     bounds = [*range(0, micro, size), micro]
     hidden, logits = random(micro, head.shape[1]), random(size, len(head))

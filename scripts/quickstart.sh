@@ -68,9 +68,7 @@ fi
 
 # 3. Windows to hidden states: the datastore. For the held-out splits the base's log-probabilities are kept too, so that
 #    later stages read them instead of running the base again.
-embed train
-embed validation --save_logprob
-embed test --save_logprob
+embed train validation test
 
 # 4. An index over the training positions.
 index

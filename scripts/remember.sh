@@ -83,8 +83,7 @@ WORK="$folder/measured" DONE="$folder/measured/done"
 text "$WORK/text" --held_out 0.1
 windows "$WORK/text"
 sizes
-embed train
-embed validation --save_logprob
+embed train validation
 index
 # shellcheck disable=SC2086
 knnlm validation --lmbda $LAMBDAS adaptive --knn_temp 1 2 4 8 16 32

@@ -30,11 +30,11 @@ windows() {
         --output_dir "$WORK/windows" --block_size "$BLOCK_SIZE" --stride "$BLOCK_SIZE" --by_document --seed "$SEED" "${@:2}"
 }
 
-# embed SPLIT
+# embed SPLIT...: of held-out splits the base's log-probabilities too, which later stages read instead of running the base again.
 embed() {
-    once "datastore $1" python -m train_base --model_name_or_path "$MODEL" --dataset_name "$WORK/windows" \
-        --do_eval --eval_subset "$1" --per_device_eval_batch_size 8 --torch_dtype "$dtype" \
-        --save_knnlm_dstore --dstore_dir "$WORK/dstore" --output_dir "$WORK/embed_$1" --report_to none "${@:2}"
+    once "datastore" python -m train_base --model_name_or_path "$MODEL" --dataset_name "$WORK/windows" --do_eval \
+        --eval_subset "$@" --save_knnlm_dstore --dstore_dir "$WORK/dstore" --per_device_eval_batch_size 8 \
+        --torch_dtype "$dtype" --output_dir "$WORK/embed" --report_to none ${2:+--save_logprob}
 }
 
 # dstore SPLIT: its datastore's folder.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -183,10 +184,11 @@ class Functions(TorchFunctionMode):
 def claimed_devices() -> Iterator[None]:
     """Within it `.to("cuda:1")` and `device="cuda"` make tensors that claim to be there."""
     NOTED.clear()
-    events = {"Event": mock.DEFAULT, "current_stream": mock.DEFAULT, "_lazy_init": mock.DEFAULT}
-    with mock.patch.multiple("torch.cuda", **events), mock.patch.object(torch.Tensor, "pin_memory", pin):
-        with torch.inference_mode(), Operations(), Functions():
-            yield
+    cuda = dict.fromkeys(("Event", "current_stream", "_lazy_init"), mock.DEFAULT)
+    cuda["get_device_properties"] = lambda device: SimpleNamespace(total_memory=80 << 30)
+    patches = mock.patch.multiple("torch.cuda", **cuda), mock.patch.object(torch.Tensor, "pin_memory", pin)
+    with patches[0], patches[1], torch.inference_mode(), Operations(), Functions():
+        yield
 
 
 def put(module: Any, device: object) -> Any:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_models import letter_tokenizer, make_base, tiny_memory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from knn_utils.datastore import Datastore
 from utils.artefact import read_made
 from utils.errors import InputError
 from utils.evaluation import MixtureScore, label_log_probabilities, predicted_positions
@@ -289,3 +290,17 @@ def test_the_rows_of_added_tokens_are_always_the_same(tmp_path):
     resize_to_memory(loaded, tiny_memory(first), str(folder))
     for other in (second, loaded):
         assert all(torch.equal(value, other.state_dict()[name]) for name, value in first.state_dict().items())
+
+
+def test_several_splits_are_embedded_in_one_process_and_training_text_without_log_probabilities(llama_world, tmp_path):
+    words = ("--model_name_or_path", llama_world.base, "--dataset_name", llama_world.windows, "--do_eval")
+    words = (*words, "--eval_subset", "train", "validation", "--output_dir", tmp_path / "out")
+    save = ("--save_knnlm_dstore", "--save_logprob", "--dstore_dir", tmp_path)
+    command("train_base", *words, *save)
+    for split, has_logprob in (("train", False), ("validation", True)):
+        found, expected = (
+            Datastore.open(folder / llama_world.dstore(split).name) for folder in (tmp_path, llama_world.dstore_dir)
+        )
+        assert (found.keys() == expected.keys()).all() and (found.vals() == expected.vals()).all()
+        assert (found.logprob(0, 1) is not None) == has_logprob
+    assert "--eval_subset" in refused_here("train_base", *words)

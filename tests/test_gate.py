@@ -41,7 +41,6 @@ def test_features_and_mixture_are_those_of_the_formula(other):
     gate.fit_distances(torch.from_numpy(states), torch.from_numpy(elsewhere) if other else None)
     b, m = (each.double().log_softmax(-1).numpy() for each in (base, memory))
 
-
     def distance(text):
         covariance, centred = np.cov(text, rowvar=False), hidden.double().numpy() - text.mean(0)
         inverse = np.linalg.inv(covariance + 0.01 * np.diag(covariance).mean() * np.eye(6))

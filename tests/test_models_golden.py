@@ -70,4 +70,6 @@ def test_datastore_rows_are_captured_states_and_next_labels(golden):
     keys, head_input = hidden_and_head_input(base, tensors["input_ids"], positions)
     torch.testing.assert_close(keys.half(), tensors["dstore_keys"], rtol=2e-3, atol=1e-6)
     assert torch.equal(values.int(), tensors["dstore_vals"])
-    torch.testing.assert_close(base_logits(base, head_input), tensors["base_logits"].flatten(0, 1)[positions], **TOLERANCE)
+    torch.testing.assert_close(
+        base_logits(base, head_input), tensors["base_logits"].flatten(0, 1)[positions], **TOLERANCE
+    )

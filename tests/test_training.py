@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 import signal
@@ -52,6 +53,21 @@ def test_offline_training_lowers_the_loss_and_leaves_a_memory(world, tmp_path):
     validated = [entry["validation"] for entry in record(tmp_path)["log"] if "validation" in entry]
     assert len(validated) == 3
     assert {"base_perplexity", "memory_perplexity", "joint_perplexity", "lmbda"} <= validated[0].keys()
+
+
+def test_compiled_blocks_share_their_graph_and_give_the_same_losses(llama_world, tmp_path, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    flags = ("--memory_layers", 4, "--max_train_steps", 6, "--micro_batch_rows", 100)
+    offline(llama_world, tmp_path / "compiled", "--compile", *flags)
+    graphs = counters["stats"]["unique_graphs"]
+    assert 0 < graphs < 4  # training and a change from numbers of rows to any number; not one for each block
+    offline(llama_world, tmp_path / "plain", *flags)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
 
 
 def test_a_checkpoint_holds_the_memorys_record_and_the_tokenizer(llama_world, tmp_path):

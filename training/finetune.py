@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from utils.artefact import Made, begin
 from utils.cli import say
 from utils.errors import InputError
-from utils.evaluation import count_rows, predicted_positions
+from utils.evaluation import by_blocks, count_rows, predicted_positions
 from utils.files import naming_full_disk
 from utils.loading import check_windows, load_windows, made_id
 
@@ -125,6 +125,6 @@ class TokenWeightedTrainer(Trainer):
             windows = min(max(state.remainder - before, 0), windows)
         positions, labels = predicted_positions(inputs["labels"][:windows])
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(input_ids=inputs["input_ids"]).logits.flatten(0, 1)[positions]  # (tokens, vocabulary)
-        total = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+            logits = model(input_ids=inputs["input_ids"]).logits.flatten(0, 1)  # (batch · time, vocabulary)
+            total = -by_blocks(lambda rows: logits[positions[rows]], logits.shape[-1], labels, (1.0,)).sum()
         return total * len(self.eval_dataset) / (max(windows, 1) * self.held_out_tokens), None, None

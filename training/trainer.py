@@ -175,6 +175,8 @@ class MemoryTrainer:
         self.log: list[dict[str, Any]] = []
         self.step, self.training_seconds = 0, 0.0
 
+        for block in self.memory.blocks if arguments.compile else ():
+            block.compile(dynamic=True)  # one graph for all of them and for all numbers of rows
         module = MemoryWithLoss(self.memory, arguments.alpha, arguments.loss, arguments.sampled_vocabulary)
         self.micro_rows = arguments.micro_batch_rows or rows_that_fit(module, accelerator)
         groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 IGNORED_LABEL = -100
-CHUNK_BYTES = 256 << 20  # of logits
-# Every chunk reads and writes the head's whole gradient: with fewer rows, this traffic outweighs the matmuls.
+# Of logits. Every chunk reads and writes the head's whole gradient: with fewer rows, this traffic outweighs the matmuls.
+CHUNK_BYTES, GPU_CHUNK_BYTES = 256 << 20, 1 << 30
 MINIMUM_CHUNK_ROWS = 128
-# Low-precision products are added to the float32 gradient of the head in blocks of rows.
+# On a CPU low-precision products are added to the float32 gradient of the head in blocks of rows.
 BLOCK_BYTES, MINIMUM_BLOCK_ROWS = 16 << 20, 256
+# Whether torch (2.8 or newer) has a product of low-precision matrices that is added to a float32 one, for GPUs.
+WIDE_SUMS = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def _on_device(device, labels, id_cnt, token_id, prob) -> tuple[Tensor, ...]:
@@ -159,7 +161,7 @@ def fused_linear_distillation_loss(
     if torch.is_autocast_enabled(hidden.device.type) and product_dtype != torch.float64:
         product_dtype = torch.get_autocast_dtype(hidden.device.type)
     # Before the targets go to the GPU, which would make the host wait for these numbers.
-    row_bounds = _row_bounds(rows, vocabulary * product_dtype.itemsize)
+    row_bounds = _row_bounds(rows, vocabulary * product_dtype.itemsize, chunk_bytes(hidden.device))
     ends = nn.functional.pad(id_cnt.reshape(-1).cumsum(0), (1, 0))  # (rows + 1,)
     bounds = row_bounds, ends[row_bounds].tolist()
     targets = *_on_device(hidden.device, labels, id_cnt, token_id, prob), alpha, num_rows or rows or 1
@@ -266,11 +268,11 @@ def _softmax(logits: Tensor, accurate: torch.dtype) -> tuple[Tensor, Tensor]:
     """Probabilities (count, vocabulary), in place on a CPU, and the logsumexp of each row (count,): the largest logit
     minus its log-probability, so that each exponential is computed once."""
     largest = logits.amax(-1).to(accurate)  # (count,)
-    if logits.device.type == "cpu" and logits.dtype != torch.float16:
-        # The CPU kernel computes in float32 whatever it stores, and has read a row's maximum before it writes the row.
-        probs = torch.softmax(logits, -1, out=logits)
-    else:
+    if logits.dtype == torch.float16:  # small probabilities need a wider range
         probs = logits.softmax(-1, dtype=accurate)
+    else:
+        # The kernels compute in float32 whatever they store; a CPU's has read a row's maximum before it writes the row.
+        probs = torch.softmax(logits, -1, out=logits if logits.device.type == "cpu" else None)
     return probs, largest - probs.amax(-1).to(accurate).log()
 
 
@@ -279,12 +281,22 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> N
     if total.dtype == left.dtype:
         total.addmm_(left, right, alpha=factor)
         return
+    if total.is_cuda and WIDE_SUMS:
+        torch.addmm(total, left, right, out_dtype=total.dtype, alpha=factor, out=total)
+        return
     block = max(BLOCK_BYTES // (total.shape[1] * total.element_size()), MINIMUM_BLOCK_ROWS)
     for part, rows in zip(total.split(block), left.split(block), strict=True):
         part.add_(torch.mm(rows, right), alpha=factor)
 
 
-def _row_bounds(rows: int, row_bytes: int) -> list[int]:
-    """Bounds of nearly equal chunks of at most CHUNK_BYTES."""
-    chunks = math.ceil(rows / max(CHUNK_BYTES // row_bytes, MINIMUM_CHUNK_ROWS))
+def chunk_bytes(device: torch.device) -> int:
+    """The size of a chunk of logits: on a GPU a 64th of its memory, within bounds."""
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    return min(max(torch.cuda.get_device_properties(device).total_memory // 64, CHUNK_BYTES), GPU_CHUNK_BYTES)
+
+
+def _row_bounds(rows: int, row_bytes: int, most: int) -> list[int]:
+    """Bounds of nearly equal chunks of at most `most` bytes."""
+    chunks = math.ceil(rows / max(most // row_bytes, MINIMUM_CHUNK_ROWS))
     return [*range(0, rows, math.ceil(rows / max(chunks, 1)) or 1), rows]

@@ -42,7 +42,7 @@ def by_blocks(
     block = block_rows(labels.device, 4 * vocabulary)
     cached = max(1, CACHED_BYTES // (4 * vocabulary)) if labels.device.type == "cpu" else block
     scored = []
-    for start in range(0, len(labels), block):
+    for start in range(0, len(labels) or 1, block):  # no label: one empty block
         rows = slice(start, start + block)
         logits = logits_of(rows)  # (block, V)
         pairs = zip(logits.split(cached), labels[rows].to(logits.device).split(cached), strict=True)
