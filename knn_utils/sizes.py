@@ -74,7 +74,7 @@ def training_memory(sizes: Sizes) -> int:
     hidden, inner = sizes.hidden, sizes.intermediate or 4 * sizes.hidden
     weights = memory_parameters(sizes) * (16 if sizes.processes == 1 else 20)  # float32, gradient, AdamW; DDP's buffers
     kept = 8 * inner + 13 * hidden if sizes.gated else 4 * inner + 9 * hidden  # per row and layer, for backward
-    head = sizes.micro_batch_rows * hidden * 8 + sizes.vocabulary * hidden * 4 + (512 << 20)
+    head = sizes.micro_batch_rows * hidden * 8 + sizes.vocabulary * hidden * 4 + (2 << 30)
     return weights + sizes.micro_batch_rows * sizes.layers * kept + head
 
 

@@ -11,8 +11,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from counted import count_block, count_loss
 from devices import NOTED, claimed_devices, put, spread
 from tiny_models import HIDDEN, VOCABULARY, byte_tokenizer, some_ids, tiny_base, tiny_memory
+from transformers.activations import NewGELUActivation
 
 import evaluate_joint
 from downstream.scoring import Encoded, Evaluator
@@ -188,3 +190,14 @@ def test_a_training_step_waits_once_for_the_gpu(source, base_batches):
         # Copies are pinned by the thread that reads ahead.
         assert len(NOTED.threads) >= 2 * 5 and threading.main_thread() not in NOTED.threads
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_moves_few_bytes_under_the_rules_of_cudas_autocast():
+    own, unfused = (count_block(4096, 64, gelu) for gelu in (None, NewGELUActivation()))
+    assert own.bytes < unfused.bytes / 4 and own.kernels < unfused.kernels / 1.5
+    rows, vocabulary = 512, 32768
+    loss = count_loss(rows, 64, vocabulary, 16, 1 << 30)
+    assert (
+        loss.bytes < 4.5 * 2 * rows * vocabulary + 16 * vocabulary * 64
+    )  # a few passes over bfloat16 logits, and the head
+    assert count_loss(rows, 64, vocabulary, 16, 1 << 20).kernels > 4 * loss.kernels

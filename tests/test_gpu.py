@@ -168,6 +168,25 @@ def test_training_in_half_precision_lowers_the_loss_as_in_float32(gpu_world, flo
     assert found == pytest.approx(float32_losses, rel=0.05)
 
 
+def test_steps_with_the_rows_that_fit_stay_within_the_card(gpu_world, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.trainer.GPU_RESERVE", 64 << 20)
+    monkeypatch.setattr("training.trainer.GPU_ROWS", 1 << 20)
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved() + (512 << 20)
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        command("train_mlpmem_offline", *offline(gpu_world, tmp_path, "bf16", "--max_train_steps", 2))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.cuda.max_memory_allocated() <= room and all(map(math.isfinite, losses(tmp_path)))
+
+
+def test_compiled_blocks_give_the_losses_of_the_others(gpu_world, float32_losses, tmp_path):
+    command("train_mlpmem_offline", *offline(gpu_world, tmp_path, "no", "--compile"))
+    assert losses(tmp_path) == pytest.approx(float32_losses, rel=1e-2)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_training_step_waits_for_the_gpu_once(gpu_world, tmp_path, monkeypatch, precision):
     from training.trainer import MemoryTrainer
