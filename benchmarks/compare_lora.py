@@ -86,7 +86,7 @@ def train(work: Quickstart) -> Path:
         fp16=training["mixed_precision"] == "fp16",
         use_cpu=not torch.cuda.is_available(),
         **{"eval_strategy": "steps", "eval_steps": every, "save_steps": every, "logging_steps": every},
-        **{"save_total_limit": 2, "report_to": "none", "disable_tqdm": True},
+        **{"report_to": "none", "disable_tqdm": True},
     )
     data = SimpleNamespace(
         dataset_name=str(work.folder / "windows"),
