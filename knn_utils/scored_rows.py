@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from knn_utils.datastore import check_rows, open_scored_datastore, stored_rows
 from models.capture import base_logits, hidden_and_head_input
+from models.gate import expectations
 from models.mixture import gate_log_weights, log_mixture
 from utils.artefact import read_made
 from utils.errors import InputError
@@ -123,10 +124,10 @@ def gate_rows(
             rows = slice(start, start + block)
             base = base_logits(joint.base_lm, final[rows]).float()  # (block, V)
             label = filled_labels[rows, None].to(base.device)
-            features, learned = [], []
+            features, learned, of_base = [], [], expectations(base, base)
             for gate, logits in zip(gates, joint.memory_logits(states[rows]), strict=True):
                 logits = logits.to(base.device).float() / gate.memory_temp
-                found, base_total, memory_total = gate.features(base, logits, states[rows])
+                found, base_total, memory_total = gate.features(base, logits, states[rows], of_base)
                 features.append(found)
                 learned.append(logits.gather(-1, label) - memory_total)
             base = base.gather(-1, label) - base_total

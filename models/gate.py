@@ -52,7 +52,11 @@ class LambdaGate(nn.Module):
         self.inner, self.outer = nn.Linear(count, width), nn.Linear(width, 1)
 
     def features(
-        self, base: torch.Tensor, memory: torch.Tensor, hidden: torch.Tensor
+        self,
+        base: torch.Tensor,
+        memory: torch.Tensor,
+        hidden: torch.Tensor,
+        of_base: Sequence[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The features of each position, and the normalizers of both logits.
 
@@ -60,6 +64,7 @@ class LambdaGate(nn.Module):
             base: logits (…, vocabulary) float32 (log-probabilities are logits too).
             memory: the same of the memory, already divided by its temperature.
             hidden: captured states (…, hidden).
+            of_base: `expectations(base, base)`, which several gates share.
 
         Returns:
             Features (…, FEATURES), and the log-sum-exp of `base` and of `memory` (…, 1): logits minus these are
@@ -67,8 +72,8 @@ class LambdaGate(nn.Module):
         """
         if base.device != self.corpus_mean.device:  # a base spread over devices may give its logits anywhere
             self.to(base.device)
-        base_top, base_total, base_mean = _expectations(base, base)
-        memory_top, memory_total, memory_mean, cross_mean = _expectations(memory, memory, base)
+        base_top, base_total, base_mean = expectations(base, base) if of_base is None else of_base
+        memory_top, memory_total, memory_mean, cross_mean = expectations(memory, memory, base)
         tops = torch.cat((base_top, memory_top), -1)
         base_at = base.gather(-1, tops) - base_total  # (…, 2): log-probabilities of both top-1 tokens
         memory_at = memory.gather(-1, tops) - memory_total
@@ -153,9 +158,9 @@ def mix(
 
     `memories`: the logits of each; otherwise as in `LambdaGate.features`.
     """
-    logits, totals = [], []
+    logits, totals, of_base = [], [], expectations(base, base)
     for gate, memory in zip(gates, memories, strict=True):
-        features, base_total, memory_total = gate.features(base, memory, hidden)
+        features, base_total, memory_total = gate.features(base, memory, hidden, of_base)
         logits.append(gate.logit(features))
         totals.append(memory_total)
     weights = gate_log_weights(*logits)
@@ -163,7 +168,7 @@ def mix(
     return log_mixture((base, *memories), normalized)
 
 
-def _expectations(logits: torch.Tensor, *values: torch.Tensor) -> list[torch.Tensor]:
+def expectations(logits: torch.Tensor, *values: torch.Tensor) -> list[torch.Tensor]:
     """The top-1 token of logits (…, vocabulary), their log-sum-exp, and the expectation of each of `values`
     (…, vocabulary) under their softmax; each (…, 1)."""
     probabilities = logits.softmax(-1)

@@ -159,6 +159,7 @@ def train(arguments: GateArguments) -> LambdaGate:
         shown = ", ".join(f"{key} {value:.2f}" for key, value in perplexity[name].items())
         say(f"{name} text: {len(rows.base)} tokens, perplexity {shown}")
     made_from = {"base": arguments.base_id(), "memory": made_id(folder), "windows": made_id(arguments.dataset_name)}
+    made_from |= {"other": made_id(arguments.other_dataset_name)} if other else {}
     made = Made("gate", {**vars(arguments), "perplexity": perplexity}, made_from=made_from)
     record = record_path(folder / WEIGHTS)
     remove(record)
