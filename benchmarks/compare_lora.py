@@ -57,11 +57,11 @@ def epochs_of(work: Quickstart) -> int:
     return work.flags.lora_epochs or work.training["num_train_epochs"]
 
 
-def train(work: Quickstart) -> Path:
+def train(work: Quickstart, validation_windows: int | None = None) -> Path:
     """The folder of the adapter, trained with the windows, epochs, windows per step and precision of the memory.
 
-    The folder holds the adapter with the lowest of four validation losses, and the last one as a checkpoint. An
-    interrupted training continues.
+    The folder holds the adapter with the lowest of four validation losses, and all four as checkpoints. An interrupted
+    training continues.
     """
     from training.finetune import FinetuneArguments, finetune
 
@@ -92,7 +92,7 @@ def train(work: Quickstart) -> Path:
         dataset_name=str(work.folder / "windows"),
         eval_subset="validation",
         max_train_samples=None,
-        max_eval_samples=None,
+        max_eval_samples=validation_windows,
         patience=EVALUATIONS + 2,  # more than there are evaluations: no early stopping
         base_id=work.models.base_id,
     )

@@ -3,9 +3,9 @@
     python -m benchmarks.memories --quickstart results/full --shares 0.2 --output_dir results/shares
     python -m benchmarks.lora --compared results/shares/share-0.2/compare       # results/lora: results.json, table.md, plot.png
 
-Each setting is trained and scored as in `benchmarks.compare`, whose results.json gives text, sizes and the other methods. Four states
-of each training are scored; the table has the one with the lowest validation loss, and the last one that leaves web text no worse
-than the memory does. An interrupted run continues.
+Each setting is trained and scored as in `benchmarks.compare`, whose results.json gives text, sizes and the other methods. Of four states
+of each training two are compared: the one with the lowest validation loss (dots), and the last one that leaves web text no worse than
+the memory does (squares). An interrupted run continues.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from benchmarks.page import line
 from utils.cli import command, flag, parse, say
 from utils.files import ensure_folder, read_json, write_json
 
-LIMIT = "memory_adaptive"  # the method whose web text is the limit
-SHOWN = {"base": "k", "knnlm_adaptive": "tab:green", LIMIT: "tab:red"}
+VALIDATION_WINDOWS = 10
+STATES = {"best": "lowest validation loss", "within": "last with the memory's web text"}
+SHOWN = {"base": "black", "knnlm_adaptive": "grey", "memory_adaptive": "red"}
 
 
 @dataclass
@@ -32,6 +33,7 @@ class LoraArguments:
     ranks: list[int] = flag([4, 16, 30], "ranks; alpha is twice the rank")
     rates: list[float] = flag([5e-4, 2e-3], "peak learning rates")
     epochs: int = flag(2, "epochs of the memory's windows")
+    limit: str = flag("memory_adaptive", "method whose perplexity of web text is the limit")
 
 
 def main() -> None:
@@ -49,7 +51,7 @@ def main() -> None:
             flags = CompareArguments(**settings | {"lora_rank": rank, "lora_learning_rate": rate})
             path = output / f"rank-{rank}-rate-{rate:g}.json"
             if not path.exists():
-                write_json(path, {"rank": rank, "rate": rate, **states_of(flags)})
+                write_json(path, {"rank": rank, "rate": rate, **states_of(flags, others[arguments.limit]["web"])})
             runs.append(read_json(path))
             write_json(output / "results.json", {"runs": runs, "others": others, "epochs": arguments.epochs})
     text = table(runs, others)
@@ -63,30 +65,38 @@ def figures_of(record: dict[str, Any]) -> dict[str, Any]:
     return figures | {"recalled": record["facts"]["accuracy"], "bytes": record["bytes"], "title": record["title"]}
 
 
-def states_of(flags: CompareArguments) -> dict[str, Any]:
-    """The figures of each saved state of one training, with its validation loss, and the adapter's bytes."""
+def states_of(flags: CompareArguments, limit: float) -> dict[str, Any]:
+    """One training: the adapter's bytes, and the figures of the states with the lowest validation loss ("best") and of the last one
+    that has web text at `limit` or below ("within", if there is one)."""
     from benchmarks.compare_lora import train
     from benchmarks.compare_methods import Quickstart
     from benchmarks.compare_scores import Method, score_facts, score_windows
     from downstream.retrieval import bytes_of, library
 
     work = Quickstart(flags)
-    folder = train(work)
+    folder = train(work, VALIDATION_WINDOWS)
     log = read_json(folder / "trainer_state.json")["log_history"]
-    losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
-    states = []
-    for step, loss in losses.items():
-        base = work.models.open_base(work.tokenizer)
-        tuned = library("peft").PeftModel.from_pretrained(base, str(folder / f"checkpoint-{step}"))
-        method = Method(tuned.merge_and_unload().eval())
-        held_out, web = (
-            score_windows(method, windows, work.tokenizer, flags.rag_chunk, flags.rag_query)["perplexity"]
-            for windows in (work.held_out, work.web)
-        )
-        recalled = score_facts(method, work.cases, work.tokenizer)["accuracy"]
-        states.append({"step": step, "validation": loss, "held_out": held_out, "web": web, "recalled": recalled})
-        say(f"rank {flags.lora_rank}, rate {flags.lora_learning_rate:g}: {states[-1]}")
-    return {"states": states, "bytes": bytes_of(folder.glob("adapter_*"))}
+    states = [{"step": entry["step"], "validation": entry["eval_loss"]} for entry in log if "eval_loss" in entry]
+
+    def tuned(state: dict[str, Any]) -> Method:
+        base, adapter = work.models.open_base(work.tokenizer), folder / f"checkpoint-{state['step']}"
+        return Method(library("peft").PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().eval())
+
+    def perplexity(method: Method, windows: Any) -> float:
+        return score_windows(method, windows, work.tokenizer, flags.rag_chunk, flags.rag_query)["perplexity"]
+
+    for state in states:
+        state["web"] = perplexity(tuned(state), work.web)
+        say(f"rank {flags.lora_rank}, rate {flags.lora_learning_rate:g}: {state}")
+    chosen = {"best": min(states, key=lambda state: state["validation"])}
+    if within := [state for state in states if state["web"] <= limit]:
+        chosen["within"] = within[-1]
+    for state in chosen.values():
+        if "recalled" not in state:  # the two may be the same
+            method = tuned(state)
+            state["held_out"] = perplexity(method, work.held_out)
+            state["recalled"] = score_facts(method, work.cases, work.tokenizer)["accuracy"]
+    return {"bytes": bytes_of(folder.glob("adapter_*")), "states": states, **chosen}
 
 
 def table(runs: list[dict[str, Any]], others: dict[str, Any]) -> str:
@@ -100,26 +110,23 @@ def table(runs: list[dict[str, Any]], others: dict[str, Any]) -> str:
 
     for run in runs:
         title = f"LoRA, rank {run['rank']}, rate {run['rate']:g}"
-        best = min(run["states"], key=lambda state: state["validation"])
-        within = [state for state in run["states"] if state["web"] <= others[LIMIT]["web"]]
-        rows.append(row(title, run["bytes"], f"lowest validation loss, step {best['step']}", best))
-        if within:
-            name = f"last with the memory's web text, step {within[-1]['step']}"
-            rows.append(row(title, run["bytes"], name, within[-1]))
+        for name, state in ((name, run[name]) for name in STATES if name in run):
+            rows.append(row(title, run["bytes"], f"{STATES[name]}, step {state['step']}", state))
     rows += [row(state["title"], state["bytes"], "", state) for state in others.values()]
     return "\n".join(rows)
 
 
 def plot(runs: list[dict[str, Any]], others: dict[str, Any], path: Path) -> None:
-    """Beginnings continued by the perplexity of web text: a line for each training, a point for each other method."""
+    """Beginnings continued by the perplexity of web text: two points for each training, one for each other method."""
     from utils.plots import figure_of, save_figure
 
     figure, (axes,) = figure_of(1)
-    for run in runs:
-        web, recalled = ([state[name] for state in run["states"]] for name in ("web", "recalled"))
-        axes.plot(
-            web, [100 * each for each in recalled], "o-", ms=4, label=f"LoRA, rank {run['rank']}, rate {run['rate']:g}"
-        )
+    for number, run in enumerate(runs):
+        label = f"LoRA, rank {run['rank']}, rate {run['rate']:g}"
+        for marker, state in (("o", run["best"]), ("s", run.get("within"))):
+            if state:
+                axes.plot(state["web"], 100 * state["recalled"], marker, color=f"C{number}", ms=5, label=label)
+                label = None
     for name, color in SHOWN.items():
         if state := others.get(name):
             axes.plot(state["web"], 100 * state["recalled"], "*", ms=14, color=color, label=state["title"])

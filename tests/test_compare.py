@@ -145,6 +145,19 @@ def test_lora_is_trained_and_its_best_state_is_kept(work, tmp_path, monkeypatch)
     assert methods["lora_memory"]["bytes"] > methods["lora"]["bytes"]
 
 
+def test_lora_of_several_ranks_is_compared_at_two_states(work, tmp_path):
+    pytest.importorskip("peft", reason="the extra `compare` is not installed")
+    compare(work, tmp_path / "compared", "base", "memory")
+    flags = ("--compared", tmp_path / "compared", "--output_dir", tmp_path / "lora", "--limit", "memory", "--epochs", 1)
+    command("benchmarks.lora", *flags, "--ranks", 2, 4, "--rates", 1e-3)
+    found = json.loads((tmp_path / "lora" / "results.json").read_text())
+    small, large = found["runs"]
+    assert small["bytes"] < large["bytes"] and (tmp_path / "lora" / "plot.png").exists()
+    for run in (small, large):
+        assert run["best"]["validation"] == min(state["validation"] for state in run["states"])
+        assert "within" not in run or run["within"]["web"] <= found["others"]["memory"]["web"]
+
+
 def test_retrieval_sees_only_the_text_before_a_chunk(work):
     from benchmarks.compare_scores import Method, score_windows
 
