@@ -16,6 +16,7 @@ from harness import Command, command, refused_here, together
 from safetensors.torch import load_file
 from tiny_models import make_base
 
+from training.finetune import collate
 from utils.artefact import read_made
 
 
@@ -133,3 +134,12 @@ def test_another_run_in_the_folder_is_refused_or_overwritten(ground, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run(ground, tmp_path):
     text = refused_here("train_base", *flags(ground, tmp_path, "--learning_rate", 1e30, "--max_grad_norm", 1e30))
     assert "--learning_rate" in text and read_made(tmp_path) is None
+
+
+def test_a_batch_is_as_long_as_its_longest_window():
+    rows = torch.arange(2 * 512).reshape(2, 512)
+    labels = rows.clone()
+    labels[0, 40:] = labels[1, 70:] = -100
+    batch = collate([{"input_ids": ids, "labels": each} for ids, each in zip(rows, labels, strict=True)])
+    assert 70 <= batch["input_ids"].shape[1] == batch["labels"].shape[1] < 100
+    assert torch.equal(batch["labels"], labels[:, : batch["labels"].shape[1]])

@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from utils.artefact import Made, begin
 from utils.cli import say
 from utils.errors import InputError
-from utils.evaluation import by_blocks, count_rows, predicted_positions
+from utils.evaluation import by_blocks, count_rows, predicted_positions, rounded
 from utils.files import naming_full_disk
 from utils.loading import check_windows, load_windows, made_id
 
@@ -85,8 +85,8 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
             resume = max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
         if resume:
             say(f"fine-tuning: continuing from {resume}")
-        columns = {"type": "torch", "columns": ["input_ids", "labels"]}  # padding is on the right and needs no mask
-        data_of = {"train_dataset": windows.with_format(**columns), "data_collator": default_data_collator}
+        columns = {"type": "torch", "columns": ["input_ids", "labels"]}
+        data_of = {"train_dataset": windows.with_format(**columns), "data_collator": collate}
         if held_out:
             data_of["eval_dataset"] = held_out.with_format(**columns)
         trainer = TokenWeightedTrainer(
@@ -102,6 +102,14 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
         making.finish()
     say(f"fine-tuning: {trainer.state.global_step} steps, model in {output}")
     return output
+
+
+def collate(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of windows without most of the padding at their end, which needs no mask there: (windows, time) each."""
+    batch = default_data_collator(windows)
+    used = (batch["labels"] != -100).any(0).nonzero()[-1:]  # the last column that is predicted
+    width = rounded(int(used) + 1 if len(used) else 1)
+    return {name: tensor[:, :width] for name, tensor in batch.items()}
 
 
 class TokenWeightedTrainer(Trainer):
