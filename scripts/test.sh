@@ -3,7 +3,7 @@
 # A part of them: `bash scripts/test.sh -m unit` (no processes, no training; under a minute), `-m slow` (minutes each).
 # shellcheck source=scripts/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-install dev,demo,eval,serve
+install dev,demo,eval,serve,compare
 run "lint" ruff check .
 run "format" ruff format --check .
 mapfile -t scripts < <(git ls-files '*.sh' 2>/dev/null || find scripts downstream -name '*.sh')

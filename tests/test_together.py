@@ -54,7 +54,8 @@ def test_the_memorys_share_trains_the_adapter_through_the_captured_state():
     base = tiny_base("llama")
     joint = MLPMemory(adapted(base), tiny_memory(base), lmbda=1.0)  # the base's own share is nothing
     joint(some_ids(), labels=some_ids()).loss.backward()
-    reached = {name for name, weight in joint.base_lm.named_parameters() if weight.grad is not None}
+    weights = joint.base_lm.named_parameters()
+    reached = {name for name, weight in weights if weight.grad is not None and weight.grad.any()}
     assert any("layers.0.mlp" in name for name in reached) and any("layers.1.self_attn" in name for name in reached)
     assert not any("layers.1.mlp" in name for name in reached)
 
@@ -65,7 +66,7 @@ def test_the_command_lowers_the_loss_and_writes_a_joint_folder(llama_world, tmp_
     settings = ("--dataset_name", llama_world.windows, "--max_train_steps", 40, "--lmbda", 0.5)
     command("demo.train_together", *models, *settings, "--learning_rate", 1e-2, "--output_dir", tmp_path / "joint")
     losses = [float(number) for number in re.findall(r"step \d+: loss ([\d.]+)", capsys.readouterr().out)]
-    assert len(losses) == 40 and losses[-1] < 0.9 * losses[0], losses
+    assert len(losses) == 40 and sum(losses[-5:]) < 0.95 * sum(losses[:5]), losses
     before = MLPMemory.from_pretrained(llama_world.base, tmp_path / "memory")
     after = MLPMemory.from_pretrained(tmp_path / "joint")
     changed = {name for name, weight in after.named_parameters() if not torch.equal(weight, before.get_parameter(name))}
