@@ -1,6 +1,6 @@
 """Kernels and bytes of a training step on a GPU, counted with tensors that have no data.
 
-    python tests/counted.py        the paper's memory for GPT2-large: 54 layers of 1,280, 16,384 rows
+    PYTHONPATH=. python tests/counted.py        the paper's memory for GPT2-large: 54 layers of 1,280, 16,384 rows
 
 Every operation but views and allocations counts as a kernel that reads its inputs and writes its outputs once; products count
 as kernels, and their bytes apart. CUDA's autocast runs powers and norms in float32, which the CPU's does not.
