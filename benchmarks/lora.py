@@ -38,10 +38,8 @@ class LoraArguments:
 
 def main() -> None:
     (arguments,) = parse(LoraArguments, description=__doc__.split("\n")[0])
-    output, compared = (
-        ensure_folder(arguments.output_dir),
-        read_json(Path(arguments.compared) / "results.json")["methods"],
-    )
+    output = ensure_folder(arguments.output_dir)
+    compared = read_json(Path(arguments.compared) / "results.json")["methods"]
     others = {name: figures_of(record) for name, record in compared.items()}
     settings = {name: value for name, value in compared["base"]["compared"].items() if name in vars(CompareArguments())}
     settings |= {"lora_epochs": arguments.epochs, "output_dir": str(output)}

@@ -114,16 +114,16 @@ class LambdaGate(nn.Module):
     @torch.no_grad()
     def fit_distances(self, corpus: torch.Tensor, other: torch.Tensor | None = None) -> None:
         """Set means and covariances from samples of the states (n, hidden) of the corpus, and of the other text."""
-        for name, states in {"corpus_mean": corpus, "other_mean": other}.items():
-            if states is None:
-                continue
+        texts = [(corpus, self.corpus_mean, self.whitening)]
+        if other is not None:
+            texts.append((other, self.other_mean, self.other_whitening))
+        for states, mean, whitening in texts:
             states = states.double()
-            getattr(self, name).copy_(states.mean(0))
+            mean.copy_(states.mean(0))
             covariance = torch.cov(states.t())
             # Shrinkage: directions with almost no variance in the sample must not dominate the distance.
             least = 0.01 * covariance.diagonal().mean().clamp(min=1e-12)
             covariance += least * torch.eye(len(covariance)).to(covariance)
-            whitening = self.whitening if name == "corpus_mean" else self.other_whitening
             whitening.copy_(torch.linalg.cholesky(torch.linalg.inv(covariance)))
 
     def save(self, folder: str | os.PathLike) -> None:

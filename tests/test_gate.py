@@ -202,3 +202,15 @@ def test_input_errors_name_the_flag(pair, tmp_path):
     assert "--dstore_path" in refused_here("evaluate_joint", *flags(pair, *adaptive, "--dstore_path", tmp_path))
     (pair / "memory" / WEIGHTS).unlink(missing_ok=True)
     assert str(pair / "memory") in refused_here("evaluate_joint", *flags(pair, *adaptive))
+
+
+def test_a_gate_with_other_text_is_read_as_it_was_written_and_uses_the_distance(tmp_path):
+    torch.manual_seed(0)
+    gate = LambdaGate(6, 8, other=True).requires_grad_(False)
+    gate.fit_distances(torch.randn(50, 6), torch.randn(50, 6) + 4)
+    gate.save(tmp_path)
+    opened, inputs = LambdaGate.load(tmp_path), (torch.randn(3, 11), torch.randn(3, 11), torch.randn(3, 6))
+    assert torch.equal(opened(*inputs), gate(*inputs))
+    gate.other_mean += 9
+    assert not torch.equal(opened(*inputs), gate(*inputs))
+    assert LambdaGate(6).features(*inputs)[0][:, -1].abs().max() == 0

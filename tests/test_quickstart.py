@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 from harness import calls, flags, shell, stub_python
+
+from utils.embedded_default import write_other
 
 pytestmark = pytest.mark.unit
 
@@ -47,7 +50,9 @@ def test_each_stage_takes_what_the_one_before_it_made_and_a_second_run_reports_o
     knnlm = [flags(call) for call in found if "--knn" in call]
     assert "adaptive" in knnlm[0]["--lmbda"].split() and "--lmbda" not in knnlm[1]
     assert knnlm[1]["--choose_on"] == str(work / "knnlm_validation" / "results.json")
-    assert {flags(call).get("--model_name_or_path") for call in found[2:3]} == {str(work / "embedded" / "model")}
+    embed = flags(found[2])
+    assert embed["--model_name_or_path"] == str(work / "embedded" / "model")
+    assert embed["--eval_subset"].split() == ["train", "validation", "test"] and "--save_logprob" in embed
     _, found = quickstart(tmp_path)
     assert names(found)[len(BEFORE + CHAIN) :] == ["downstream.report"]
 
@@ -105,3 +110,16 @@ def test_with_a_fine_tuned_base_the_whole_chain_is_made_with_it_in_a_folder_of_i
     assert names(again)[len(BEFORE + CHAIN) + len(found) :] == ["downstream.report"]
     _, again = quickstart(tmp_path, FINETUNE=1, FINETUNE_EPOCHS=2)
     assert names(again)[len(BEFORE + CHAIN) + len(found) + 1 :] == ["train_base", *CHAIN]
+
+
+def test_the_other_text_of_gates_has_web_text_and_articles_that_the_quickstart_does_not_read(tmp_path):
+    articles = [f"Article {number} " + "is long. " * 80 for number in range(2000)]
+    (tmp_path / "wiki.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in articles))
+    (tmp_path / "web.txt").write_text("".join(f"Line {number} of the web.\n" for number in range(20)))
+    write_other(tmp_path, tmp_path / "other")
+    train, test = (
+        {json.loads(row)["text"] for row in (tmp_path / "other" / f"{split}.jsonl").read_text().splitlines()}
+        for split in ("train", "test")
+    )
+    assert len(train) == len(test) == 20 and not train & test
+    assert sum(text.startswith("Line") for text in train) == 10 and not (train | test) & set(articles[:1000])

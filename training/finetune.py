@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from utils.artefact import Made, begin
 from utils.cli import say
 from utils.errors import InputError
-from utils.evaluation import by_blocks, count_rows, predicted_positions, rounded
+from utils.evaluation import by_blocks, count_rows, predicted_positions, used_width
 from utils.files import naming_full_disk
 from utils.loading import check_windows, load_windows, made_id
 
@@ -107,8 +107,7 @@ def finetune(base: Any, tokenizer: Any, data: Any, training: Any, *, overwrite: 
 def collate(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """A batch of windows without most of the padding at their end, which needs no mask there: (windows, time) each."""
     batch = default_data_collator(windows)
-    used = (batch["labels"] != -100).any(0).nonzero()[-1:]  # the last column that is predicted
-    width = rounded(int(used) + 1 if len(used) else 1)
+    width = used_width(batch["labels"])
     return {name: tensor[:, :width] for name, tensor in batch.items()}
 
 

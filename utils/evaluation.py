@@ -135,6 +135,12 @@ def rounded(count: int) -> int:
     return -(-count // step) * step
 
 
+def used_width(labels: np.ndarray | Tensor) -> int:
+    """The `rounded` number of columns of labels (batch, time) up to the last one with a label."""
+    used = np.flatnonzero((np.asarray(labels) != -100).any(0))
+    return rounded(int(used[-1]) + 1 if len(used) else 1)
+
+
 def window_batches(
     windows: Any, batch_size: int, *, process_index: int = 0, num_processes: int = 1
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -144,8 +150,7 @@ def window_batches(
     """
     for start in range(0, len(windows), batch_size)[process_index::num_processes]:
         rows = windows[start : start + batch_size]
-        used = np.flatnonzero((rows["labels"] != -100).any(0))  # columns
-        width = rounded(int(used[-1]) + 1 if len(used) else 1)
+        width = used_width(rows["labels"])
         names = ("input_ids", "labels")
         yield start, {name: torch.from_numpy(rows[name][:, :width].astype(np.int64)) for name in names}
 
